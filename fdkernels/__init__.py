@@ -1,0 +1,36 @@
+"""Fused kernels for the feature discrepancy loss of medical image segmentation.
+
+::
+
+    import fdkernels as fdk
+
+    crit = fdk.FeatureDiscrepancyLoss(num_layers=9)
+    with fdk.FeatureTaps(model, model.tap_names) as taps:
+        loss = segmentation_loss(model(images), mask) + crit(taps.features, mask)
+"""
+
+from fdkernels import models
+from fdkernels._version import __version__
+from fdkernels.backend import backends, use_backend
+from fdkernels.checks import debug
+from fdkernels.conventions import CONVENTIONS, Convention
+from fdkernels.criterion import FeatureDiscrepancyLoss
+from fdkernels.loss import feature_discrepancy_loss, tap
+from fdkernels.region_sums import RegionSums, region_sums
+from fdkernels.taps import FeatureTaps
+
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "FeatureDiscrepancyLoss",
+    "FeatureTaps",
+    "RegionSums",
+    "__version__",
+    "backends",
+    "debug",
+    "feature_discrepancy_loss",
+    "models",
+    "region_sums",
+    "tap",
+    "use_backend",
+]

@@ -1,0 +1,185 @@
+"""Which backend computes: what is available here, what `"auto"` takes, and what the user chose."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType, TracebackType
+
+import torch
+
+from fdkernels.checks import one_of
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+STAGES = ("region_sums", "log_norm")
+
+# Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context variable
+# would not reach, and torch.compile guards on a global.
+_selected = "auto"
+_reasons: dict[str, str | None] = {}
+_implementations: dict[tuple[str, str], ModuleType] = {}
+
+
+def backends() -> dict[str, str | None]:
+    """Say which backends are available here.
+
+    Returns:
+        A dict from each backend's name, `"cuda"`, `"triton"`, `"cpu"` and `"reference"`, to None where it is
+        available, else to the reason why it is not. With TRITON_INTERPRET=1 in the environment before the
+        first use, Triton is available for CPU tensors.
+    """
+    return {name: _reason(name) for name in BACKENDS}
+
+
+class use_backend:
+    """Make `backend="auto"` mean the named backend: `with fdkernels.use_backend("reference"): ...`.
+
+    The choice holds for the whole process, all threads, until the block ends; a backend that a call names
+    itself goes before it.
+
+    Args:
+        name: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend is not available here.
+    """
+
+    def __init__(self, name: str) -> None:
+        one_of("backend", name, ("auto", *BACKENDS))
+        if name != "auto":
+            _require(name)
+        self.name = name
+        self._previous: list[str] = []
+
+    def __enter__(self) -> use_backend:
+        global _selected
+        self._previous.append(_selected)
+        _selected = self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _selected
+        _selected = self._previous.pop()
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The name of the backend that computes on `device`.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the named backend is not available here, or not for tensors on this device.
+    """
+    one_of("backend", backend, ("auto", *BACKENDS))
+    if backend == "auto":
+        backend = _selected
+    if backend == "auto":
+        return auto_backend(device.type)
+    _require(backend)
+    wanted = _device_type(backend)
+    if wanted is not None and device.type != wanted:
+        raise RuntimeError(
+            f"backend={backend!r} computes on {wanted} tensors here, got features on {device}"
+        )
+    return backend
+
+
+def auto_backend(device_type: str) -> str:
+    """What `"auto"` takes for tensors on a device of that type: the fastest backend that is available."""
+    preferred = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device_type, ())
+    for name in preferred:
+        # Under the interpreter Triton is a debugger; on CUDA tensors it would copy them to the host and back.
+        if _reason(name) is None and not (name == "triton" and _interpreting()):
+            return name
+    return "reference"
+
+
+def implementation(stage: str, backend: str) -> ModuleType:
+    """The module with `forward` and `backward` of a stage on a backend, imported at its first use."""
+    key = (stage, backend)
+    if key not in _implementations:
+        _implementations[key] = importlib.import_module(f"fdkernels.{stage}.impl.{backend}")
+    return _implementations[key]
+
+
+def _require(backend: str) -> None:
+    reason = _reason(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} is not available here: {reason}")
+
+
+@torch.compiler.assume_constant_result
+def _reason(backend: str) -> str | None:
+    if backend not in _reasons:
+        _reasons[backend] = _PROBES[backend]()
+    return _reasons[backend]
+
+
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _device_type(backend: str) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return "cpu" if _interpreting() else "cuda"
+    return backend
+
+
+def _extension_reason() -> str | None:
+    try:
+        importlib.import_module("fdkernels._C")
+    except ImportError as error:
+        return (
+            f"the compiled extension fdkernels._C could not be imported ({error}); "
+            "`fdkernels info` says what was built"
+        )
+    return None
+
+
+def _probe_reference() -> None:
+    return None
+
+
+def _probe_cpu() -> str | None:
+    return _extension_reason()
+
+
+def _probe_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton could not be imported ({error})"
+    if _interpreting() or torch.cuda.is_available():
+        return None
+    return (
+        "torch finds no CUDA device; with TRITON_INTERPRET=1 in the environment the kernels are interpreted"
+    )
+
+
+def _probe_cuda() -> str | None:
+    reason = _extension_reason()
+    if reason is not None:
+        return reason
+    if not importlib.import_module("fdkernels._C").with_cuda:
+        return "fdkernels was built without CUDA; `fdkernels info` says why"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.cuda is None:
+        return "this torch drives its devices through ROCm, not CUDA"
+    return None
+
+
+_PROBES = {
+    "cuda": _probe_cuda,
+    "triton": _probe_triton,
+    "cpu": _probe_cpu,
+    "reference": _probe_reference,
+}

@@ -1,0 +1,289 @@
+"""Every complaint about a user's arguments, raised once and from here.
+
+Shapes, dtypes, devices and names are always checked. Values (a mask of 0/255, a pairing out of range)
+are checked where reading them does not synchronise a device: on the CPU, and everywhere under `debug()`.
+A compiled graph holds no value checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGER_MASK_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
+_debug_depth = 0
+
+
+class debug:
+    """Check values on every device, at the price of a synchronisation each: `with fdkernels.debug(): ...`."""
+
+    def __enter__(self) -> debug:
+        global _debug_depth
+        _debug_depth += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _debug_depth
+        _debug_depth -= 1
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` may be looked at here: on the CPU or under `debug()`, and not while compiling."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return tensor.device.type == "cpu" or _debug_depth > 0
+
+
+def one_of(argument: str, value: object, allowed: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of the `allowed` names."""
+    if value not in allowed:
+        names = ", ".join(repr(name) for name in allowed)
+        raise ValueError(f"{argument} must be one of {names}, got {value!r}")
+
+
+def non_negative(argument: str, value: float) -> None:
+    """Raise ValueError unless `value` is a number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{argument} must be at least 0, got {value}")
+
+
+def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The features as a checked list, one tensor [N, C, *S] a layer."""
+    if isinstance(features, Tensor):
+        layers = [features]
+    elif isinstance(features, (list, tuple)):
+        layers = list(features)
+    else:
+        raise TypeError(
+            "features must be a tensor or a sequence of tensors, one for each layer, "
+            f"got {type(features).__name__}"
+        )
+    if not layers:
+        raise ValueError("features must hold at least one layer, got an empty sequence")
+    for index, layer in enumerate(layers):
+        _check_layer("features" if len(layers) == 1 else f"features[{index}]", layer)
+    first = layers[0]
+    for index, layer in enumerate(layers[1:], start=1):
+        if layer.dim() != first.dim():
+            raise ValueError(
+                f"all features must have the same number of dimensions, got {first.dim()} in "
+                f"features[0] and {layer.dim()} in features[{index}]"
+            )
+        if layer.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"all features must have the same batch size, got {first.shape[0]} in features[0] "
+                f"and {layer.shape[0]} in features[{index}]"
+            )
+        if layer.device != first.device:
+            raise ValueError(
+                f"all features must be on one device, got {first.device} for features[0] and "
+                f"{layer.device} for features[{index}]"
+            )
+    return layers
+
+
+def _check_layer(name: str, layer: object) -> None:
+    if not isinstance(layer, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(layer).__name__}")
+    if layer.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {layer.layout}")
+    if layer.dtype not in _FEATURE_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {_short(layer.dtype)}"
+        )
+    if not 3 <= layer.dim() <= 5:
+        raise ValueError(
+            f"{name} must have shape [N, C, *S] with 1 to 3 spatial dimensions, "
+            f"got {list(layer.shape)}"
+        )
+
+
+def check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | None) -> Tensor:
+    """The mask as [N, 1, *S0], after its type, shape, device and (where readable) values were checked."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype not in _INTEGER_MASK_DTYPES and not mask.dtype.is_floating_point:
+        raise TypeError(f"mask must be bool, integer or floating point, got {_short(mask.dtype)}")
+    features = layers[0]
+    rank = features.dim()
+    if mask.dim() == rank - 1:
+        mask = mask.unsqueeze(1)
+    elif mask.dim() != rank:
+        raise ValueError(
+            f"mask must have shape [N, 1, *S] or [N, *S] with {rank - 2} spatial dimension(s) like the "
+            f"features {list(features.shape)}, got {list(mask.shape)}"
+        )
+    elif mask.shape[1] != 1:
+        raise ValueError(
+            f"mask must have 1 channel, [N, 1, *S], got {mask.shape[1]} channels in {list(mask.shape)}"
+        )
+    if mask.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"mask must have the batch size of the features, {features.shape[0]}, "
+            f"got {mask.shape[0]} in {list(mask.shape)}"
+        )
+    if 0 in mask.shape[2:]:
+        raise ValueError(f"mask must have at least one pixel, got shape {list(mask.shape)}")
+    if mask.device != features.device:
+        raise ValueError(
+            f"mask must be on the device of the features, {features.device}, got {mask.device}"
+        )
+    if ignore_index is not None:
+        _check_ignore_index(ignore_index, mask.dtype)
+    if mask.dtype != torch.bool and mask.numel() and values_are_readable(mask):
+        _check_mask_values(mask.detach(), ignore_index)
+    return mask
+
+
+def _check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, float)):
+        raise TypeError(f"ignore_index must be a number or None, got {type(ignore_index).__name__}")
+    if dtype == torch.bool:
+        low, high = 0, 1
+    elif not dtype.is_floating_point:
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    else:
+        return
+    # Torch compares a scalar after wrapping it into the mask's dtype: uint8 255 == -1 would be true.
+    if ignore_index != int(ignore_index) or not low <= ignore_index <= high:
+        raise ValueError(
+            f"ignore_index must be a value that the mask can hold, {low} to {high} for {_short(dtype)}, "
+            f"got {ignore_index}"
+        )
+
+
+def _check_mask_values(mask: Tensor, ignore_index: float | None) -> None:
+    if ignore_index is not None:
+        mask = mask.masked_fill(mask == ignore_index, 0)
+    low, high = (bound.item() for bound in mask.aminmax())
+    if low >= 0 and high <= 1:
+        return
+    if low != low or high != high:
+        raise ValueError("mask must have values in [0, 1], got NaN")
+    wanted = "values in [0, 1]" if mask.dtype.is_floating_point else "the values 0 and 1"
+    hint = "; divide a 0/255 mask by 255" if high == 255 else ""
+    but = "" if ignore_index is None else f" beside ignore_index={ignore_index}"
+    raise ValueError(f"mask must have {wanted}{but}, got values from {low} to {high}{hint}")
+
+
+def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tensor | None:
+    """The weights as a tensor [L] on the features' device, or None."""
+    if layer_weights is None:
+        return None
+    if isinstance(layer_weights, (list, tuple)):
+        layer_weights = torch.tensor(layer_weights, dtype=torch.float32, device=layers[0].device)
+    if not isinstance(layer_weights, Tensor):
+        raise TypeError(
+            f"layer_weights must be a tensor [L] or a list of numbers, got {type(layer_weights).__name__}"
+        )
+    if not layer_weights.dtype.is_floating_point:
+        raise TypeError(f"layer_weights must be floating point, got {_short(layer_weights.dtype)}")
+    if layer_weights.shape != (len(layers),):
+        raise ValueError(
+            f"layer_weights must have shape [{len(layers)}], one weight for each layer, "
+            f"got {list(layer_weights.shape)}"
+        )
+    if layer_weights.device != layers[0].device:
+        raise ValueError(
+            f"layer_weights must be on the device of the features, {layers[0].device}, "
+            f"got {layer_weights.device}"
+        )
+    return layer_weights
+
+
+def check_pairing(pairing: object, exchange: str, batch: int, device: torch.device) -> Tensor:
+    """The pairing as int64 on `device`: a permutation-like [N] for shuffle, pairs [K, 2] for pooled."""
+    if isinstance(pairing, (list, tuple)):
+        pairing = torch.tensor(pairing, dtype=torch.int64)
+    if not isinstance(pairing, Tensor):
+        raise TypeError(
+            f"pairing must be a tensor or a list of sample numbers, got {type(pairing).__name__}"
+        )
+    if pairing.dtype.is_floating_point or pairing.dtype.is_complex or pairing.dtype == torch.bool:
+        raise TypeError(f"pairing must hold integers, got {_short(pairing.dtype)}")
+    if exchange == "shuffle" and pairing.shape != (batch,):
+        raise ValueError(
+            f"pairing must have shape [{batch}], one partner for each sample, got {list(pairing.shape)}"
+        )
+    if exchange == "pooled" and (
+        pairing.dim() != 2 or pairing.shape[1] != 2 or not pairing.shape[0]
+    ):
+        raise ValueError(
+            "pairing must have shape [K, 2], pairs of a base and a novel sample, "
+            f"got {list(pairing.shape)}"
+        )
+    if pairing.numel() and values_are_readable(pairing):
+        low, high = (int(bound.item()) for bound in pairing.aminmax())
+        if low < 0 or high >= batch:
+            raise ValueError(
+                f"pairing must hold sample numbers from 0 to {batch - 1}, got values from {low} to {high}"
+            )
+    return pairing.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
+    """The domains as int64 [N] on `device`, 0 for base samples and 1 for novel ones, both present."""
+    if domains is None:
+        raise ValueError(
+            "domains must be given for exchange='pooled' without a pairing: "
+            "a tensor [N] of 0 (base) and 1 (novel), got None"
+        )
+    if isinstance(domains, (list, tuple)):
+        domains = torch.tensor(domains)
+    if not isinstance(domains, Tensor):
+        raise TypeError(f"domains must be a tensor or a list, got {type(domains).__name__}")
+    if domains.dtype.is_floating_point or domains.dtype.is_complex:
+        raise TypeError(f"domains must be bool or integer, got {_short(domains.dtype)}")
+    if domains.shape != (batch,):
+        raise ValueError(
+            f"domains must have shape [{batch}], one entry for each sample, got {list(domains.shape)}"
+        )
+    if values_are_readable(domains):
+        found = sorted(set(domains.tolist()))
+        if not set(found) <= {0, 1}:
+            raise ValueError(f"domains must hold 0 (base) and 1 (novel), got the values {found}")
+        if len(found) < 2:
+            only = "base samples (0)" if not found or not found[0] else "novel samples (1)"
+            raise ValueError(
+                f"domains must name samples of both domains for exchange='pooled', got only {only}"
+            )
+    return domains.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
+    """Raise ValueError where a pair [K, 2] joins two samples of one domain."""
+    if values_are_readable(pairing) and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any():
+        raise ValueError(
+            "pairing must join samples of different domains, got a pair whose domains are equal"
+        )
+
+
+def check_exchange_batch(exchange: str, batch: int) -> None:
+    """Raise ValueError where a cross-sample term is asked of fewer than two samples."""
+    if exchange != "none" and batch < 2:
+        raise ValueError(
+            f"exchange={exchange!r} pairs samples with one another and must have at least 2 in the "
+            f"batch, got {batch}; drop the last incomplete batch or use exchange='none'"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,86 @@
+"""Conventions: the published readings of the feature discrepancy loss, as data.
+
+The paper states its loss in several forms that do not agree with one another. Each is a frozen
+dataclass here, so that a run names the one it uses and a user can build another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fdkernels.log_norm.options import NORMS, REGION_WEIGHTS
+from fdkernels.checks import one_of
+
+MASK_RESIZES = ("area", "max", "nearest")
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How the region sums of a layer become its loss, L = -log_scale · log(D + ε).
+
+    Args:
+        name: what the convention is called in messages and logs.
+        region_weight: what divides the sums S to region features f and b: `"valid"` (the number of
+            valid pixels, V), `"none"` (1), `"region"` (the mass of the region itself; samples with an
+            empty region are left out) or `"pixels"` (the number of pixels, P).
+        norm: the discrepancy D: `"vector"`, Σ_c (f-b)²; `"channel_sum"`, (Σ_c (f-b))²; `"relative"`,
+            (Σ_c (f-b))² / ((Σ_c (f+b))² + ε); `"batch"`, D[c] = Σ_n (f-b)², one loss for each channel.
+        log_scale: 1 where the loss is the logarithm of the squared norm, 0.5 where of the norm.
+        masked_background: whether the background is y·(1-F), as in the authors' code, and not (1-y)·F.
+        mask_resize: how the mask comes to the size of a layer unless the call says otherwise.
+
+    Raises:
+        ValueError: a name that does not exist, or a log_scale that is not positive.
+    """
+
+    name: str
+    region_weight: str = "valid"
+    norm: str = "vector"
+    log_scale: float = 1.0
+    masked_background: bool = False
+    mask_resize: str = "area"
+
+    def __post_init__(self) -> None:
+        one_of("region_weight", self.region_weight, REGION_WEIGHTS)
+        one_of("norm", self.norm, NORMS)
+        one_of("mask_resize", self.mask_resize, MASK_RESIZES)
+        if not self.log_scale > 0:
+            raise ValueError(f"log_scale must be positive, got {self.log_scale}")
+
+
+CONVENTIONS = {
+    convention.name: convention
+    for convention in (
+        Convention("paper"),
+        Convention("definition4", region_weight="none", norm="channel_sum"),
+        Convention("algorithm1", log_scale=0.5),
+        Convention("lemma7", region_weight="none", norm="relative", log_scale=0.5),
+        Convention("region_mean", region_weight="region"),
+        Convention(
+            "released",
+            region_weight="pixels",
+            norm="batch",
+            log_scale=0.5,
+            masked_background=True,
+            mask_resize="max",
+        ),
+    )
+}
+
+
+def get_convention(convention: str | Convention) -> Convention:
+    """The preset of that name, or the convention itself.
+
+    Raises:
+        TypeError: neither a string nor a `Convention`.
+        ValueError: no preset has that name.
+    """
+    if isinstance(convention, Convention):
+        return convention
+    if not isinstance(convention, str):
+        raise TypeError(
+            "convention must be a name or a fdkernels.Convention, "
+            f"got {type(convention).__name__}"
+        )
+    one_of("convention", convention, CONVENTIONS)
+    return CONVENTIONS[convention]

@@ -1,0 +1,74 @@
+"""What backward must know of features that it does not keep: shape, strides and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The codes are those of `enum class DType` in csrc/region_sums.h; the uint8 of masks has no feature code.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+}
+_FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Geometry(NamedTuple):
+    """Shape, dense strides in the features' own layout, and dtype of a gradient."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def geometry_of(features: Tensor) -> Geometry:
+    """The geometry of the gradient of `features`: theirs, made dense where they are sliced or expanded."""
+    stride = features.stride()
+    if not features.is_contiguous() and not _is_channels_last(features):
+        stride = torch.empty_like(features, device="meta").stride()
+    return Geometry(tuple(features.shape), tuple(stride), features.dtype)
+
+
+def pack(geometry: Sequence[Geometry]) -> list[int]:
+    """All geometries as one flat list of integers, the form in which a registered op takes them."""
+    packed: list[int] = []
+    for shape, stride, dtype in geometry:
+        packed += [len(shape), DTYPE_CODES[dtype], *shape, *stride]
+    return packed
+
+
+def unpack(packed: Sequence[int]) -> list[Geometry]:
+    """The inverse of `pack`."""
+    geometry = []
+    start = 0
+    while start < len(packed):
+        rank = packed[start]
+        sizes = start + 2
+        strides = sizes + rank
+        geometry.append(
+            Geometry(
+                tuple(packed[sizes:strides]),
+                tuple(packed[strides : strides + rank]),
+                _FEATURE_DTYPES[packed[start + 1]],
+            )
+        )
+        start = strides + rank
+    return geometry
+
+
+def accumulate_dtype(features: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any layer is float64, else float32: the dtype of sums, masses and loss."""
+    wide = any(layer.dtype == torch.float64 for layer in features)
+    return torch.float64 if wide else torch.float32
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    if features.dim() == 4:
+        return features.is_contiguous(memory_format=torch.channels_last)
+    return features.dim() == 5 and features.is_contiguous(memory_format=torch.channels_last_3d)
