@@ -1,0 +1,131 @@
+// Module fdkernels._C: raw pointers, sizes, strides and a stream. It knows nothing of torch, so one binary serves every
+// release of it. fdkernels/native.py and fdkernels/log_norm/impl/native.py make the arguments.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "checks.h"
+#include "cpu/parallel.h"
+#include "log_norm.h"
+#include "region_sums.h"
+
+#ifndef FDKERNELS_WITH_CUDA
+#define FDKERNELS_WITH_CUDA 0
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Words = std::vector<int64_t>;
+// batch, channels, pixels, pairing, num_pairs, region_weight, masked_background, norm, exchange, reduction, log_scale,
+// eps, accumulate
+using LogNormWords = std::tuple<int64_t, Words, Words, uintptr_t, int64_t, int64_t, bool, int64_t, int64_t, int64_t,
+                                double, double, int64_t>;
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+fdk::LogNorm as_log_norm(const LogNormWords& words) {
+  const auto& [batch, channels, pixels, pairing, num_pairs, region_weight, masked_background, norm, exchange, reduction,
+               log_scale, eps, accumulate] = words;
+  fdk::require(batch >= 0, "the batch must not be negative");
+  fdk::require(channels.size() == pixels.size(), "channels and pixels must have one entry for each layer");
+  int64_t total = 0;
+  for (const int64_t count : channels) total += count;
+  return {batch,
+          static_cast<int64_t>(channels.size()),
+          total,
+          channels.data(),
+          pixels.data(),
+          static_cast<const int64_t*>(pointer(pairing)),
+          num_pairs,
+          static_cast<fdk::RegionWeight>(region_weight),
+          masked_background,
+          static_cast<fdk::Norm>(norm),
+          static_cast<fdk::Exchange>(exchange),
+          static_cast<fdk::Reduction>(reduction),
+          log_scale,
+          eps,
+          static_cast<fdk::DType>(accumulate)};
+}
+
+void bind_cpu(py::module_& m) {
+  m.def("cpu_region_sums_forward",
+        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t sums, uintptr_t masses, int num_threads) {
+          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
+          const py::gil_scoped_release release;
+          fdk::cpu::region_sums_forward(pyramid, pointer(sums), pointer(masses), num_threads);
+        });
+  m.def("cpu_region_sums_backward",
+        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int num_threads) {
+          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
+          const py::gil_scoped_release release;
+          fdk::cpu::region_sums_backward(pyramid, pointer(grad_sums), num_threads);
+        });
+  m.def("cpu_region_sums_mask_backward",
+        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int num_threads) {
+          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
+          const py::gil_scoped_release release;
+          fdk::cpu::region_sums_mask_backward(pyramid, pointer(grad_sums), num_threads);
+        });
+  m.def("cpu_log_norm_forward", [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss) {
+    const py::gil_scoped_release release;
+    fdk::cpu::log_norm_forward(as_log_norm(words), pointer(sums), pointer(masses), pointer(loss));
+  });
+  m.def("cpu_log_norm_backward", [](const LogNormWords& words, uintptr_t grad_loss, uintptr_t sums, uintptr_t masses,
+                                    uintptr_t grad_sums, uintptr_t grad_masses) {
+    const py::gil_scoped_release release;
+    fdk::cpu::log_norm_backward(as_log_norm(words), pointer(grad_loss), pointer(sums), pointer(masses),
+                                pointer(grad_sums), pointer(grad_masses));
+  });
+  m.attr("cpu_instruction_set") = fdk::cpu::instruction_set();
+  // Asked for at call time: torch may be imported after this module.
+  m.def("cpu_thread_runtime", &fdk::cpu::thread_runtime);
+}
+
+#if FDKERNELS_WITH_CUDA
+void bind_cuda(py::module_& m) {
+  m.def("cuda_region_sums_workspace", [](const Words& words, int64_t batch, int64_t accumulate) {
+    return fdk::cuda::region_sums_workspace(fdk::as_pyramid(words, batch, accumulate));
+  });
+  m.def("cuda_region_sums_forward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t sums,
+                                       uintptr_t masses, uintptr_t workspace, int device, uintptr_t stream) {
+    fdk::cuda::region_sums_forward(fdk::as_pyramid(words, batch, accumulate), pointer(sums), pointer(masses),
+                                   pointer(workspace), device, pointer(stream));
+  });
+  m.def("cuda_region_sums_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums,
+                                        int device, uintptr_t stream) {
+    fdk::cuda::region_sums_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
+                                    pointer(stream));
+  });
+  m.def("cuda_region_sums_mask_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums,
+                                             int device, uintptr_t stream) {
+    fdk::cuda::region_sums_mask_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
+                                         pointer(stream));
+  });
+  m.def("cuda_log_norm_forward", [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss,
+                                    int device, uintptr_t stream) {
+    fdk::cuda::log_norm_forward(as_log_norm(words), pointer(sums), pointer(masses), pointer(loss), device,
+                                pointer(stream));
+  });
+  m.def("cuda_log_norm_backward",
+        [](const LogNormWords& words, uintptr_t grad_loss, uintptr_t sums, uintptr_t masses, uintptr_t grad_sums,
+           uintptr_t grad_masses, int device, uintptr_t stream) {
+          fdk::cuda::log_norm_backward(as_log_norm(words), pointer(grad_loss), pointer(sums), pointer(masses),
+                                       pointer(grad_sums), pointer(grad_masses), device, pointer(stream));
+        });
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fdkernels over raw pointers; not a public interface.";
+  m.attr("__version__") = FDKERNELS_VERSION;
+  m.attr("with_cuda") = static_cast<bool>(FDKERNELS_WITH_CUDA);
+  m.attr("cuda_version") = FDKERNELS_CUDA_VERSION;
+  m.attr("cuda_archs") = FDKERNELS_CUDA_ARCHS_BUILT;
+  bind_cpu(m);
+#if FDKERNELS_WITH_CUDA
+  bind_cuda(m);
+#endif
+}

@@ -1,0 +1,330 @@
+// Stage log_norm on the CPU: O(N C) numbers, one thread, in double.
+#include "../log_norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace fdk::cpu {
+namespace {
+
+double read(const void* values, DType dtype, int64_t index) {
+  return dtype == DType::kFloat64 ? static_cast<const double*>(values)[index]
+                                  : static_cast<double>(static_cast<const float*>(values)[index]);
+}
+
+void write(void* values, DType dtype, int64_t index, double value) {
+  if (dtype == DType::kFloat64) {
+    static_cast<double*>(values)[index] = value;
+  } else {
+    static_cast<float*>(values)[index] = static_cast<float>(value);
+  }
+}
+
+// The region features (L1) of one layer, and where its numbers lie in sums and masses.
+struct LayerFeatures {
+  const LogNorm& args;
+  int64_t layer, first_channel, channels;
+  std::vector<double> f, b;           // [N, C]
+  std::vector<double> w_fg, w_bg;     // [N]
+  std::vector<double> fg_sum, bg_sum; // [N], sums over the channels of f and b
+  std::vector<char> counts;           // [N]
+
+  LayerFeatures(const LogNorm& args, int64_t layer, int64_t first_channel, const void* sums, const void* masses)
+      : args(args), layer(layer), first_channel(first_channel), channels(args.channels[layer]) {
+    const int64_t N = args.batch;
+    f.assign(N * channels, 0);
+    b.assign(N * channels, 0);
+    w_fg.assign(N, 1);
+    w_bg.assign(N, 1);
+    fg_sum.assign(N, 0);
+    bg_sum.assign(N, 0);
+    counts.assign(N, 0);
+    for (int64_t n = 0; n < N; ++n) {
+      const double m_fg = read(masses, args.accumulate, mass_index(0, n));
+      const double m_bg = read(masses, args.accumulate, mass_index(1, n));
+      const bool by_region = args.region_weight == RegionWeight::kRegion;
+      counts[n] = by_region ? m_fg > 0 && m_bg > 0 : m_fg + m_bg > 0;
+      if (!counts[n]) continue;
+      switch (args.region_weight) {
+        case RegionWeight::kValid: w_fg[n] = w_bg[n] = m_fg + m_bg; break;
+        case RegionWeight::kNone: break;
+        case RegionWeight::kRegion:
+          w_fg[n] = m_fg;
+          w_bg[n] = m_bg;
+          break;
+        case RegionWeight::kPixels: w_fg[n] = w_bg[n] = static_cast<double>(args.pixels[layer]); break;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const double s_fg = read(sums, args.accumulate, sum_index(0, n, c));
+        const double s_bg = args.masked_background ? m_fg - s_fg : read(sums, args.accumulate, sum_index(1, n, c));
+        f[n * channels + c] = s_fg / w_fg[n];
+        b[n * channels + c] = s_bg / w_bg[n];
+        fg_sum[n] += f[n * channels + c];
+        bg_sum[n] += b[n * channels + c];
+      }
+    }
+  }
+
+  int64_t sum_index(int64_t region, int64_t n, int64_t c) const {
+    return (region * args.batch + n) * args.total_channels + first_channel + c;
+  }
+  int64_t mass_index(int64_t region, int64_t n) const { return (region * args.batch + n) * args.num_layers + layer; }
+};
+
+// The pairs (foreground of i, background of j) whose distances one logarithm adds up.
+struct Pair {
+  int64_t i, j;
+};
+
+// One logarithm: its pairs, the samples on which it depends, and the entries (rows) that it is part of.
+struct Term {
+  Pair pairs[2];
+  int num_pairs;
+  bool met;
+};
+
+Term own_term(const LayerFeatures& x, int64_t n) { return {{{n, n}, {0, 0}}, 1, x.counts[n] != 0}; }
+
+// Indices were checked in Python where they are readable; here they must not lead out of memory.
+bool in_range(const LayerFeatures& x, int64_t n) { return n >= 0 && n < x.args.batch; }
+
+Term shuffled_term(const LayerFeatures& x, int64_t n) {
+  const int64_t partner = x.args.pairing[n];
+  const bool met = in_range(x, partner) && x.counts[n] && x.counts[partner];
+  return {{{partner, n}, {0, 0}}, 1, met};
+}
+
+Term pooled_term(const LayerFeatures& x, int64_t k) {
+  const int64_t i = x.args.pairing[2 * k], j = x.args.pairing[2 * k + 1];
+  const bool met = in_range(x, i) && in_range(x, j) && x.counts[i] && x.counts[j];
+  return {{{i, j}, {j, i}}, 2, met};
+}
+
+// (L2)
+double distance(const LayerFeatures& x, Pair pair) {
+  if (x.args.norm == Norm::kVector) {
+    double total = 0;
+    for (int64_t c = 0; c < x.channels; ++c) {
+      const double d = x.f[pair.i * x.channels + c] - x.b[pair.j * x.channels + c];
+      total += d * d;
+    }
+    return total;
+  }
+  const double difference = x.fg_sum[pair.i] - x.bg_sum[pair.j], sum = x.fg_sum[pair.i] + x.bg_sum[pair.j];
+  const double squared = difference * difference;
+  return x.args.norm == Norm::kRelative ? squared / (sum * sum + x.args.eps) : squared;
+}
+
+double term_distance(const LayerFeatures& x, const Term& term) {
+  double total = 0;
+  for (int p = 0; p < term.num_pairs; ++p) total += distance(x, term.pairs[p]);
+  return total;
+}
+
+double term_loss(const LayerFeatures& x, const Term& term) {
+  return term.met ? -x.args.log_scale * std::log(term_distance(x, term) + x.args.eps) : 0.0;
+}
+
+// The terms of the batch norm (L6): own samples, and exchanged ones.
+std::vector<Term> batch_terms(const LayerFeatures& x, bool exchanged) {
+  std::vector<Term> terms;
+  if (!exchanged) {
+    for (int64_t n = 0; n < x.args.batch; ++n) terms.push_back(own_term(x, n));
+  } else if (x.args.exchange == Exchange::kShuffle) {
+    for (int64_t n = 0; n < x.args.num_pairs; ++n) terms.push_back(shuffled_term(x, n));
+  } else if (x.args.exchange == Exchange::kPooled) {
+    for (int64_t k = 0; k < x.args.num_pairs; ++k) terms.push_back(pooled_term(x, k));
+  }
+  terms.erase(std::remove_if(terms.begin(), terms.end(), [](const Term& term) { return !term.met; }), terms.end());
+  return terms;
+}
+
+double batch_distance(const LayerFeatures& x, const std::vector<Term>& terms, int64_t c) {
+  double total = 0;
+  for (const Term& term : terms) {
+    for (int p = 0; p < term.num_pairs; ++p) {
+      const double d = x.f[term.pairs[p].i * x.channels + c] - x.b[term.pairs[p].j * x.channels + c];
+      total += d * d;
+    }
+  }
+  return total;
+}
+
+// The entries of a layer: [N], or [C] over the batch. Returns how many of them count.
+int64_t entries_of(const LayerFeatures& x, std::vector<double>& entries) {
+  const LogNorm& args = x.args;
+  const int64_t counted = std::count(x.counts.begin(), x.counts.end(), 1);
+  if (args.norm == Norm::kBatch) {
+    entries.assign(x.channels, 0);
+    for (const bool exchanged : {false, true}) {
+      const std::vector<Term> terms = batch_terms(x, exchanged);
+      for (int64_t c = 0; !terms.empty() && c < x.channels; ++c) {
+        entries[c] -= args.log_scale * std::log(batch_distance(x, terms, c) + args.eps);
+      }
+    }
+    return counted > 0 ? x.channels : 0;
+  }
+  entries.assign(args.batch, 0);
+  double pooled = 0;
+  int64_t met = 0;
+  for (int64_t k = 0; args.exchange == Exchange::kPooled && k < args.num_pairs; ++k) {
+    const Term term = pooled_term(x, k);
+    pooled += term_loss(x, term);
+    met += term.met;
+  }
+  pooled /= static_cast<double>(std::max<int64_t>(met, 1));
+  for (int64_t n = 0; n < args.batch; ++n) {
+    if (!x.counts[n]) continue;
+    entries[n] = term_loss(x, own_term(x, n)) + pooled;
+    if (args.exchange == Exchange::kShuffle) entries[n] += term_loss(x, shuffled_term(x, n));
+  }
+  return counted;
+}
+
+int64_t entry_index(const LayerFeatures& x, int64_t entry) {
+  return x.args.norm == Norm::kBatch ? x.first_channel + entry : entry * x.args.num_layers + x.layer;
+}
+
+// Adds the gradient of q * distance(pair) to grad_f and grad_b [N, C].
+void add_pair_gradient(const LayerFeatures& x, Pair pair, double q, double* grad_f, double* grad_b) {
+  const double* f = &x.f[pair.i * x.channels];
+  const double* b = &x.b[pair.j * x.channels];
+  grad_f += pair.i * x.channels;
+  grad_b += pair.j * x.channels;
+  if (x.args.norm == Norm::kVector) {
+    for (int64_t c = 0; c < x.channels; ++c) {
+      const double g = 2 * q * (f[c] - b[c]);
+      grad_f[c] += g;
+      grad_b[c] -= g;
+    }
+    return;
+  }
+  const double difference = x.fg_sum[pair.i] - x.bg_sum[pair.j], sum = x.fg_sum[pair.i] + x.bg_sum[pair.j];
+  const bool relative = x.args.norm == Norm::kRelative;
+  const double d = relative ? sum * sum + x.args.eps : 1, turn = relative ? difference * sum / d : 0;
+  const double g_f = 2 * q * difference / d * (1 - turn), g_b = -2 * q * difference / d * (1 + turn);
+  for (int64_t c = 0; c < x.channels; ++c) {
+    grad_f[c] += g_f;
+    grad_b[c] += g_b;
+  }
+}
+
+void add_term_gradient(const LayerFeatures& x, const Term& term, double upstream, double* grad_f, double* grad_b) {
+  if (!term.met) return;
+  const double q = -x.args.log_scale * upstream / (term_distance(x, term) + x.args.eps);
+  for (int p = 0; p < term.num_pairs; ++p) add_pair_gradient(x, term.pairs[p], q, grad_f, grad_b);
+}
+
+void add_batch_gradient(const LayerFeatures& x, const std::vector<double>& upstream, double* grad_f, double* grad_b) {
+  for (const bool exchanged : {false, true}) {
+    const std::vector<Term> terms = batch_terms(x, exchanged);
+    for (int64_t c = 0; !terms.empty() && c < x.channels; ++c) {
+      const double q = -x.args.log_scale * upstream[c] / (batch_distance(x, terms, c) + x.args.eps);
+      for (const Term& term : terms) {
+        for (int p = 0; p < term.num_pairs; ++p) {
+          const int64_t i = term.pairs[p].i * x.channels + c, j = term.pairs[p].j * x.channels + c;
+          const double g = 2 * q * (x.f[i] - x.b[j]);
+          grad_f[i] += g;
+          grad_b[j] -= g;
+        }
+      }
+    }
+  }
+}
+
+void add_sample_gradient(const LayerFeatures& x, const std::vector<double>& upstream, double* grad_f, double* grad_b) {
+  const LogNorm& args = x.args;
+  double shared = 0;
+  for (int64_t n = 0; n < args.batch; ++n) {
+    if (!x.counts[n]) continue;
+    shared += upstream[n];
+    add_term_gradient(x, own_term(x, n), upstream[n], grad_f, grad_b);
+    if (args.exchange == Exchange::kShuffle) {
+      add_term_gradient(x, shuffled_term(x, n), upstream[n], grad_f, grad_b);
+    }
+  }
+  if (args.exchange != Exchange::kPooled) return;
+  int64_t met = 0;
+  for (int64_t k = 0; k < args.num_pairs; ++k) met += pooled_term(x, k).met;
+  shared /= static_cast<double>(std::max<int64_t>(met, 1));
+  for (int64_t k = 0; k < args.num_pairs; ++k) add_term_gradient(x, pooled_term(x, k), shared, grad_f, grad_b);
+}
+
+// (L7)
+void write_through_weights(const LayerFeatures& x, const std::vector<double>& grad_f, const std::vector<double>& grad_b,
+                           void* grad_sums, void* grad_masses) {
+  const LogNorm& args = x.args;
+  for (int64_t n = 0; n < args.batch; ++n) {
+    double grad_w_fg = 0, grad_w_bg = 0, background = 0;
+    for (int64_t c = 0; c < x.channels; ++c) {
+      const int64_t at = n * x.channels + c;
+      double g_fg = x.counts[n] ? grad_f[at] / x.w_fg[n] : 0, g_bg = x.counts[n] ? grad_b[at] / x.w_bg[n] : 0;
+      grad_w_fg -= g_fg * x.f[at];
+      grad_w_bg -= g_bg * x.b[at];
+      if (args.masked_background) {
+        background += g_bg;
+        g_fg -= g_bg;
+        g_bg = 0;
+      }
+      write(grad_sums, args.accumulate, x.sum_index(0, n, c), g_fg);
+      write(grad_sums, args.accumulate, x.sum_index(1, n, c), g_bg);
+    }
+    double g_m_fg = 0, g_m_bg = 0;
+    if (args.region_weight == RegionWeight::kValid) g_m_fg = g_m_bg = grad_w_fg + grad_w_bg;
+    if (args.region_weight == RegionWeight::kRegion) {
+      g_m_fg = grad_w_fg;
+      g_m_bg = grad_w_bg;
+    }
+    write(grad_masses, args.accumulate, x.mass_index(0, n), g_m_fg + background);
+    write(grad_masses, args.accumulate, x.mass_index(1, n), g_m_bg);
+  }
+}
+
+}  // namespace
+
+void log_norm_forward(const LogNorm& args, const void* sums, const void* masses, void* loss) {
+  int64_t first_channel = 0;
+  std::vector<double> entries;
+  for (int64_t layer = 0; layer < args.num_layers; ++layer) {
+    const LayerFeatures x(args, layer, first_channel, sums, masses);
+    first_channel += x.channels;
+    const int64_t counted = entries_of(x, entries);
+    if (args.reduction == Reduction::kNone) {
+      for (size_t e = 0; e < entries.size(); ++e) {
+        write(loss, args.accumulate, entry_index(x, static_cast<int64_t>(e)), entries[e]);
+      }
+      continue;
+    }
+    double total = 0;
+    for (const double entry : entries) total += entry;
+    if (args.reduction == Reduction::kMean) total /= static_cast<double>(std::max<int64_t>(counted, 1));
+    write(loss, args.accumulate, layer, total);
+  }
+}
+
+void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* sums, const void* masses,
+                       void* grad_sums, void* grad_masses) {
+  int64_t first_channel = 0;
+  for (int64_t layer = 0; layer < args.num_layers; ++layer) {
+    const LayerFeatures x(args, layer, first_channel, sums, masses);
+    first_channel += x.channels;
+    const int64_t samples = std::count(x.counts.begin(), x.counts.end(), 1);
+    const bool over_batch = args.norm == Norm::kBatch;
+    const int64_t num_entries = over_batch ? x.channels : args.batch;
+    const int64_t counted = over_batch ? (samples > 0 ? x.channels : 0) : samples;
+    const double share = args.reduction == Reduction::kMean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
+    std::vector<double> upstream(num_entries);
+    for (int64_t e = 0; e < num_entries; ++e) {
+      const int64_t at = args.reduction == Reduction::kNone ? entry_index(x, e) : layer;
+      upstream[e] = share * read(grad_loss, args.accumulate, at);
+    }
+    std::vector<double> grad_f(args.batch * x.channels, 0), grad_b(args.batch * x.channels, 0);
+    over_batch ? add_batch_gradient(x, upstream, grad_f.data(), grad_b.data())
+               : add_sample_gradient(x, upstream, grad_f.data(), grad_b.data());
+    write_through_weights(x, grad_f, grad_b, grad_sums, grad_masses);
+  }
+}
+
+}  // namespace fdk::cpu

@@ -1,0 +1,21 @@
+// Threads on the OpenMP runtime that torch has already loaded.
+#pragma once
+
+#include <cstdint>
+
+namespace fdk::cpu {
+
+// Runs body(context, item) for every item in [0, num_items), on at most num_threads threads, each item once.
+// Items are handed out one by one, so they may differ in length; bodies must not throw.
+void parallel_for(int64_t num_items, int num_threads, void (*body)(void*, int64_t), void* context);
+
+template <class Body>
+void parallel_for(int64_t num_items, int num_threads, const Body& body) {
+  auto call = [](void* context, int64_t item) { (*static_cast<const Body*>(context))(item); };
+  parallel_for(num_items, num_threads, call, const_cast<Body*>(&body));
+}
+
+// "GOMP of libtorch_cpu", or why there is but one thread.
+const char* thread_runtime();
+
+}  // namespace fdk::cpu

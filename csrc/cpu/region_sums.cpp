@@ -1,0 +1,203 @@
+// Stage region_sums on the CPU: cuts the pyramid into tiles, deals them out to threads, adds up partial sums in order.
+#include "../region_sums.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+#include "region_sums_tiles.h"
+
+namespace fdk::cpu {
+namespace {
+
+// Elements of a tile: long enough that dealing it out costs nothing, short enough for an even split over threads.
+constexpr int64_t kTileElements = 1 << 16;
+// Channels of a tile where pixels are inner: one group of the kernel, so that few streams are read at a time.
+constexpr int64_t kTileChannels = 4;
+// Work below this many elements is not worth waking a thread for.
+constexpr int64_t kElementsPerThread = 1 << 14;
+
+struct Isa {
+  const char* name;
+  TileKernels kernels;
+};
+
+Isa best_isa() {
+#if defined(FDK_HAVE_AVX512) || defined(FDK_HAVE_AVX2)
+  __builtin_cpu_init();
+#endif
+#if defined(FDK_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return {"avx512", tile_kernels_avx512()};
+  }
+#endif
+#if defined(FDK_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    return {"avx2", tile_kernels_avx2()};
+  }
+#endif
+  return {"baseline", tile_kernels_baseline()};
+}
+
+const Isa& isa() {
+  static const Isa best = best_isa();
+  return best;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How one layer is cut. It depends on shape and layout alone, never on the number of threads: same input, same bits.
+struct Cut {
+  int64_t tile_channels, tile_pixels;
+  int64_t blocks, tiles;  // channel blocks and pixel tiles of a sample
+  int64_t first_tile;     // of this layer, in the pyramid
+  int64_t first_channel;  // of this layer, in the sums
+
+  Tile tile(const Layer& layer, int64_t index) const {
+    const int64_t block = index % blocks, tile = index / blocks % tiles, n = index / (blocks * tiles);
+    return {n, block * tile_channels, std::min((block + 1) * tile_channels, layer.channels), tile * tile_pixels,
+            std::min((tile + 1) * tile_pixels, layer.pixels())};
+  }
+};
+
+enum class Span { kChannelBlocks, kAllChannels };
+
+// The one place that decides on tiles; forward, its second pass and backward all cut here.
+std::vector<Cut> cut(const Pyramid& pyramid, Span span) {
+  std::vector<Cut> cuts;
+  int64_t first_tile = 0, first_channel = 0;
+  for (int64_t l = 0; l < pyramid.num_layers; ++l) {
+    const Layer& layer = pyramid.layers[l];
+    const int64_t channels = std::max<int64_t>(layer.channels, 1), pixels = std::max<int64_t>(layer.pixels(), 1);
+    Cut c{};
+    if (span == Span::kAllChannels) {
+      c.tile_channels = channels;
+    } else if (channels_are_inner(layer)) {
+      c.tile_channels = std::min(channels, kMaxTileChannels);
+    } else {
+      const int64_t wanted = kTileElements / pixels / kTileChannels * kTileChannels;
+      c.tile_channels = std::min({channels, std::max(kTileChannels, wanted), kMaxTileChannels});
+    }
+    c.tile_pixels = std::min(pixels, std::max<int64_t>(kTileElements / c.tile_channels, 64));
+    c.blocks = ceil_div(channels, c.tile_channels);
+    c.tiles = ceil_div(pixels, c.tile_pixels);
+    c.first_tile = first_tile;
+    c.first_channel = first_channel;
+    first_tile += pyramid.batch * c.blocks * c.tiles;
+    first_channel += layer.channels;
+    cuts.push_back(c);
+  }
+  return cuts;
+}
+
+int64_t count_tiles(const Pyramid& pyramid, const std::vector<Cut>& cuts) {
+  if (cuts.empty()) return 0;
+  return cuts.back().first_tile + pyramid.batch * cuts.back().blocks * cuts.back().tiles;
+}
+
+int64_t layer_of(const std::vector<Cut>& cuts, int64_t tile) {
+  int64_t l = static_cast<int64_t>(cuts.size()) - 1;
+  while (cuts[l].first_tile > tile) --l;
+  return l;
+}
+
+int useful_threads(const Pyramid& pyramid, int num_threads) {
+  int64_t elements = 0;
+  for (int64_t l = 0; l < pyramid.num_layers; ++l) {
+    elements += pyramid.batch * pyramid.layers[l].channels * pyramid.layers[l].pixels();
+  }
+  return static_cast<int>(std::clamp<int64_t>(elements / kElementsPerThread, 1, std::max(num_threads, 1)));
+}
+
+void write(void* out, DType dtype, int64_t index, double value) {
+  if (dtype == DType::kFloat64) {
+    static_cast<double*>(out)[index] = value;
+  } else {
+    static_cast<float*>(out)[index] = static_cast<float>(value);
+  }
+}
+
+const void* row_of(const void* values, DType dtype, int64_t index) {
+  return static_cast<const char*>(values) + index * (dtype == DType::kFloat64 ? 8 : 4);
+}
+
+}  // namespace
+
+void region_sums_forward(const Pyramid& pyramid, void* sums, void* masses, int num_threads) {
+  const std::vector<Cut> cuts = cut(pyramid, Span::kChannelBlocks);
+  const int64_t num_tiles = count_tiles(pyramid, cuts), num_masses = pyramid.num_layers * pyramid.batch;
+  // Partial sums, [tile][channel][2] with room for the widest tile of the layer.
+  std::vector<int64_t> room(cuts.size() + 1, 0);
+  for (size_t l = 0; l < cuts.size(); ++l) {
+    const int64_t tiles = pyramid.batch * cuts[l].blocks * cuts[l].tiles;
+    room[l + 1] = room[l] + tiles * cuts[l].tile_channels * 2;
+  }
+  const std::unique_ptr<double[]> partial(new double[room.back()]);
+
+  parallel_for(num_tiles + num_masses, useful_threads(pyramid, num_threads), [&](int64_t item) {
+    if (item >= num_tiles) {
+      const int64_t l = (item - num_tiles) / pyramid.batch, n = (item - num_tiles) % pyramid.batch;
+      double mass[2];
+      isa().kernels.masses(pyramid.layers[l], n, mass);
+      for (int64_t k = 0; k < 2; ++k) {
+        write(masses, pyramid.accumulate, (k * pyramid.batch + n) * pyramid.num_layers + l, mass[k]);
+      }
+      return;
+    }
+    const int64_t l = layer_of(cuts, item), index = item - cuts[l].first_tile;
+    double* out = partial.get() + room[l] + index * cuts[l].tile_channels * 2;
+    isa().kernels.forward(pyramid.layers[l], cuts[l].tile(pyramid.layers[l], index), pyramid.accumulate, out);
+  });
+
+  for (int64_t l = 0; l < pyramid.num_layers; ++l) {
+    const Cut& c = cuts[l];
+    for (int64_t n = 0; n < pyramid.batch; ++n) {
+      for (int64_t channel = 0; channel < pyramid.layers[l].channels; ++channel) {
+        const int64_t block = channel / c.tile_channels, within = channel % c.tile_channels;
+        double total[2] = {0, 0};
+        for (int64_t tile = 0; tile < c.tiles; ++tile) {
+          const int64_t index = (n * c.tiles + tile) * c.blocks + block;
+          const double* part = partial.get() + room[l] + (index * c.tile_channels + within) * 2;
+          total[0] += part[0];
+          total[1] += part[1];
+        }
+        for (int64_t k = 0; k < 2; ++k) {
+          const int64_t row = (k * pyramid.batch + n) * pyramid.total_channels;
+          write(sums, pyramid.accumulate, row + c.first_channel + channel, total[k]);
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+// Runs a backward kernel over all tiles; each gets the rows g_fg and g_bg [C] of its sample.
+template <class Kernel>
+void for_each_tile(const Pyramid& pyramid, const void* grad_sums, Span span, int num_threads, Kernel kernel) {
+  const std::vector<Cut> cuts = cut(pyramid, span);
+  parallel_for(count_tiles(pyramid, cuts), useful_threads(pyramid, num_threads), [&](int64_t item) {
+    const int64_t l = layer_of(cuts, item);
+    const Tile tile = cuts[l].tile(pyramid.layers[l], item - cuts[l].first_tile);
+    const int64_t fg = tile.n * pyramid.total_channels + cuts[l].first_channel;
+    const int64_t bg = fg + pyramid.batch * pyramid.total_channels;
+    kernel(pyramid.layers[l], tile, pyramid.accumulate, row_of(grad_sums, pyramid.accumulate, fg),
+           row_of(grad_sums, pyramid.accumulate, bg));
+  });
+}
+
+}  // namespace
+
+void region_sums_backward(const Pyramid& pyramid, const void* grad_sums, int num_threads) {
+  for_each_tile(pyramid, grad_sums, Span::kChannelBlocks, num_threads, isa().kernels.backward);
+}
+
+void region_sums_mask_backward(const Pyramid& pyramid, const void* grad_sums, int num_threads) {
+  for_each_tile(pyramid, grad_sums, Span::kAllChannels, num_threads, isa().kernels.mask_backward);
+}
+
+const char* instruction_set() { return isa().name; }
+
+}  // namespace fdk::cpu
