@@ -25,6 +25,8 @@ constexpr int64_t kRun = 1024;
 // Channels that share one pass over the mask, and pixels that share one pass over the accumulators.
 constexpr int64_t kGroup = 4;
 
+static_assert(kRun % 4 == 0, "runs hold whole groups of pixels");
+
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t pixels_of(const Layer& layer) { return layer.size[0] * layer.size[1] * layer.size[2]; }
@@ -36,6 +38,85 @@ inline int64_t size_of(DType dtype) {
     case DType::kUInt8: return 1;
     default: return 2;
   }
+}
+
+// ---------------------------------------------------------------- vectors
+
+#if defined(FDK_ISA_AVX512)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(FDK_ISA_AVX2)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+constexpr int64_t kCacheLine = 64;
+// How far ahead of its reads a kernel asks for memory, for each of several streams along the pixels, and for the one
+// stream of channels_last.
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kPrefetchBytesByChannels = 4096;
+
+#if defined(__GNUC__)
+template <class T, int64_t kCount>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+template <class T>
+using Vector = typename VectorOf<T, kVectorBytes / static_cast<int64_t>(sizeof(T))>::type;
+inline void prefetch(const void* address) { __builtin_prefetch(address); }
+#else
+template <class T>
+using Vector = T;  // one lane: the loops below are then plain scalar code
+inline void prefetch(const void*) {}
+#endif
+
+template <class T>
+constexpr int64_t kLanes = static_cast<int64_t>(sizeof(Vector<T>) / sizeof(T));
+
+template <class T>
+inline Vector<T> load_vector(const T* source) {
+  Vector<T> value;
+  std::memcpy(&value, source, sizeof(value));
+  return value;
+}
+
+// A vector of weights as T, from T or from the uint8 of a binary mask.
+inline Vector<float> load_weights(const float* source, float) { return load_vector(source); }
+inline Vector<double> load_weights(const double* source, double) { return load_vector(source); }
+template <class T>
+inline Vector<T> load_weights(const uint8_t* source, T) {
+  T lanes[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(source[i]);
+  return load_vector(lanes);
+}
+// The binary mask of float features is the common case, and compilers make poor code of it.
+#if defined(FDK_ISA_AVX512)
+inline Vector<float> load_weights(const uint8_t* source, float) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  // Zero-masked with every lane on: the unmasked forms start from an undefined value, of which GCC 12 warns.
+  constexpr __mmask16 kAll = 0xFFFF;
+  return (Vector<float>)_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepu8_epi32(kAll, bytes));
+}
+#elif defined(FDK_ISA_AVX2)
+inline Vector<float> load_weights(const uint8_t* source, float) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
+  return (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+#endif
+
+template <class T>
+inline void store_vector(T* out, Vector<T> value) {
+  std::memcpy(out, &value, sizeof(value));
+}
+
+// The lanes added up, halves onto halves.
+template <class T>
+inline T total(Vector<T> value) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &value, sizeof(value));
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // ---------------------------------------------------------------- numbers of 16 bits
@@ -137,10 +218,17 @@ inline void convert(const S* source, int64_t stride, int64_t count, T* out) {
   }
 }
 
+// Asks for as many bytes as the run has, from its end on: the run that is likely to come next.
+inline void prefetch_after(const void* address, int64_t bytes) {
+  const char* end = static_cast<const char*>(address) + bytes;
+  for (int64_t i = 0; i < bytes; i += kCacheLine) prefetch(end + i);
+}
+
 // `count` elements from `address` on, `stride` apart, as T: in place where they are just that, else in `buffer`.
 template <class T>
 inline const T* load(const void* address, DType dtype, int64_t stride, int64_t count, T* buffer) {
   if (dtype == Is<T>::kDType && stride == 1) return static_cast<const T*>(address);
+  if (stride == 1) prefetch_after(address, count * size_of(dtype));
   const uint16_t* half = static_cast<const uint16_t*>(address);
   switch (dtype) {
     case DType::kFloat32: convert(static_cast<const float*>(address), stride, count, buffer); break;
@@ -234,7 +322,7 @@ struct Rows {
   int64_t rest_of_row(int64_t pixel) const { return length - pixel % length; }
 };
 
-// Weights of a run of pixels; `bg` is 1 - fg where the layer has none of its own.
+// Weights of a run of pixels as T; `bg` is 1 - fg where the layer has none of its own.
 template <class T>
 struct Weights {
   T fg_buffer[kRun], bg_buffer[kRun];
@@ -253,6 +341,42 @@ struct Weights {
   }
 };
 
+// Weights of a sample in the dtype M in which the mask has them, T or uint8: kernels convert them in registers.
+template <class T, class M, bool kHasBg>
+struct RawWeights {
+  const M *fg, *bg;
+
+  RawWeights(const Layer& layer, int64_t n)
+      : fg(static_cast<const M*>(layer.fg) + n * pixels_of(layer)),
+        bg(kHasBg ? static_cast<const M*>(layer.bg) + n * pixels_of(layer) : nullptr) {}
+
+  Vector<T> fg_vector(int64_t i) const { return load_weights(fg + i, T()); }
+  Vector<T> bg_vector(int64_t i, Vector<T> w) const {
+    if constexpr (kHasBg) return load_weights(bg + i, T());
+    return T(1) - w;
+  }
+  T fg_at(int64_t i) const { return static_cast<T>(fg[i]); }
+  T bg_at(int64_t i) const { return kHasBg ? static_cast<T>(bg[i]) : T(1) - static_cast<T>(fg[i]); }
+};
+
+// Calls body with the RawWeights that fit the layer.
+template <class T, class Body>
+inline void with_weights(const Layer& layer, int64_t n, const Body& body) {
+  const bool bytes = layer.mask_dtype == DType::kUInt8;
+  if (layer.bg == nullptr) {
+    bytes ? body(RawWeights<T, uint8_t, false>(layer, n)) : body(RawWeights<T, T, false>(layer, n));
+  } else {
+    bytes ? body(RawWeights<T, uint8_t, true>(layer, n)) : body(RawWeights<T, T, true>(layer, n));
+  }
+}
+
+// Pixels whose weights are both 0 are left out whatever they hold; there are none where the background is implied.
+template <bool kHasBg, class V>
+inline V select_valid(V w, V u, V x) {
+  if constexpr (!kHasBg) return x;
+  return ((w != V{}) | (u != V{})) ? x : V{};
+}
+
 template <class T>
 inline bool is_valid(T fg, T bg) {
   return (fg != T(0)) | (bg != T(0));
@@ -260,71 +384,52 @@ inline bool is_valid(T fg, T bg) {
 
 // ---------------------------------------------------------------- forward
 
-// Pixels along the vector, four channels at a time.
-template <class T, bool kSelect>
-inline void add_group(const T* r0, const T* r1, const T* r2, const T* r3, const T* fg, const T* bg, int64_t count,
-                      double* partial) {
-  T f0 = 0, f1 = 0, f2 = 0, f3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-#pragma omp simd reduction(+ : f0, f1, f2, f3, b0, b1, b2, b3)
-  for (int64_t i = 0; i < count; ++i) {
-    const T w = fg[i], u = bg[i];
-    const bool keep = !kSelect || is_valid(w, u);
-    const T x0 = keep ? r0[i] : T(0), x1 = keep ? r1[i] : T(0), x2 = keep ? r2[i] : T(0), x3 = keep ? r3[i] : T(0);
-    f0 += w * x0;
-    f1 += w * x1;
-    f2 += w * x2;
-    f3 += w * x3;
-    b0 += u * x0;
-    b1 += u * x1;
-    b2 += u * x2;
-    b3 += u * x3;
+// Pixels along the vector, kChannels rows at a time; weights from pixel p of the sample on.
+template <int kChannels, class T, class M, bool kHasBg>
+inline void add_rows(const T* const rows[kChannels], const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count,
+                     double* partial) {
+  using V = Vector<T>;
+  V f[kChannels] = {}, b[kChannels] = {};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    const V w = weights.fg_vector(p + i), u = weights.bg_vector(p + i, w);
+    for (int k = 0; k < kChannels; ++k) {
+      prefetch(reinterpret_cast<const char*>(rows[k] + i) + kPrefetchBytes);
+      const V x = select_valid<kHasBg>(w, u, load_vector(rows[k] + i));
+      f[k] += w * x;
+      b[k] += u * x;
+    }
   }
-  partial[0] += f0;
-  partial[1] += b0;
-  partial[2] += f1;
-  partial[3] += b1;
-  partial[4] += f2;
-  partial[5] += b2;
-  partial[6] += f3;
-  partial[7] += b3;
+  for (int k = 0; k < kChannels; ++k) {
+    T sum_fg = total<T>(f[k]), sum_bg = total<T>(b[k]);
+    for (int64_t j = i; j < count; ++j) {
+      const T w = weights.fg_at(p + j), u = weights.bg_at(p + j);
+      const T x = !kHasBg || is_valid(w, u) ? rows[k][j] : T(0);
+      sum_fg += w * x;
+      sum_bg += u * x;
+    }
+    partial[2 * k] += sum_fg;
+    partial[2 * k + 1] += sum_bg;
+  }
 }
 
-template <class T, bool kSelect>
-inline void add_channel(const T* row, const T* fg, const T* bg, int64_t count, double* partial) {
-  T f = 0, b = 0;
-#pragma omp simd reduction(+ : f, b)
-  for (int64_t i = 0; i < count; ++i) {
-    const T x = !kSelect || is_valid(fg[i], bg[i]) ? row[i] : T(0);
-    f += fg[i] * x;
-    b += bg[i] * x;
-  }
-  partial[0] += f;
-  partial[1] += b;
-}
-
-template <class T, bool kSelect>
-void forward_by_pixels(const Layer& layer, const Tile& tile, double* partial) {
-  Weights<T> weights;
+template <class T, class M, bool kHasBg>
+void forward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M, kHasBg>& weights, double* partial) {
   T buffer[kGroup][kRun];
   const Rows rows(layer.size, layer.stride);
   const int64_t element = size_of(layer.dtype);
   const char* sample = static_cast<const char*>(layer.features) + tile.n * layer.stride_n * element;
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
     count = min(min(kRun, tile.pixel_end - p), rows.rest_of_row(p));
-    weights.load_run(layer, tile.n, p, count);
     const char* start = sample + rows.offset(p) * element;
-    const auto channel = [&](int64_t c, T* room) {
-      return load(start + c * layer.stride_c * element, layer.dtype, rows.stride, count, room);
-    };
-    int64_t c = tile.channel_begin;
-    for (; c + kGroup <= tile.channel_end; c += kGroup) {
-      const T *r0 = channel(c, buffer[0]), *r1 = channel(c + 1, buffer[1]), *r2 = channel(c + 2, buffer[2]),
-              *r3 = channel(c + 3, buffer[3]);
-      add_group<T, kSelect>(r0, r1, r2, r3, weights.fg, weights.bg, count, partial + 2 * (c - tile.channel_begin));
-    }
-    for (; c < tile.channel_end; ++c) {
-      const T* row = channel(c, buffer[0]);
-      add_channel<T, kSelect>(row, weights.fg, weights.bg, count, partial + 2 * (c - tile.channel_begin));
+    for (int64_t c = tile.channel_begin, step; c < tile.channel_end; c += step) {
+      step = c + kGroup <= tile.channel_end ? kGroup : 1;
+      const T* group[kGroup];
+      for (int64_t k = 0; k < step; ++k) {
+        group[k] = load(start + (c + k) * layer.stride_c * element, layer.dtype, rows.stride, count, buffer[k]);
+      }
+      double* sums = partial + 2 * (c - tile.channel_begin);
+      step == kGroup ? add_rows<kGroup>(group, weights, p, count, sums) : add_rows<1>(group, weights, p, count, sums);
     }
   }
 }
@@ -332,21 +437,32 @@ void forward_by_pixels(const Layer& layer, const Tile& tile, double* partial) {
 // Channels along the vector, four pixels at a time.
 template <class T>
 inline void add_pixels(const T* const r[kGroup], const T w[kGroup], const T u[kGroup], int64_t channels, T* fg, T* bg) {
-  const T *r0 = r[0], *r1 = r[1], *r2 = r[2], *r3 = r[3];
-  const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], u0 = u[0], u1 = u[1], u2 = u[2], u3 = u[3];
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    const T x0 = r0[c], x1 = r1[c], x2 = r2[c], x3 = r3[c];
-    fg[c] += (w0 * x0 + w1 * x1) + (w2 * x2 + w3 * x3);
-    bg[c] += (u0 * x0 + u1 * x1) + (u2 * x2 + u3 * x3);
+  int64_t c = 0;
+  for (; c + kLanes<T> <= channels; c += kLanes<T>) {
+    Vector<T> f = load_vector(fg + c), b = load_vector(bg + c);
+    for (int64_t k = 0; k < kGroup; ++k) {
+      prefetch(reinterpret_cast<const char*>(r[k] + c) + kPrefetchBytesByChannels);
+      const Vector<T> x = load_vector(r[k] + c);
+      f += w[k] * x;
+      b += u[k] * x;
+    }
+    store_vector(fg + c, f);
+    store_vector(bg + c, b);
+  }
+  for (; c < channels; ++c) {
+    for (int64_t k = 0; k < kGroup; ++k) {
+      fg[c] += w[k] * r[k][c];
+      bg[c] += u[k] * r[k][c];
+    }
   }
 }
 
-template <class T, bool kSelect>
+template <class T>
 void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) {
   Weights<T> weights;
   T buffer[kGroup][kMaxTileChannels], fg[kMaxTileChannels], bg[kMaxTileChannels];
   static const T zeros[kMaxTileChannels] = {};
+  const bool select = layer.bg != nullptr;
   const Rows rows(layer.size, layer.stride);
   const int64_t element = size_of(layer.dtype), channels = tile.channel_end - tile.channel_begin;
   const char* sample = static_cast<const char*>(layer.features) +
@@ -360,7 +476,7 @@ void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) 
       const T* r[kGroup];
       T w[kGroup], u[kGroup];
       for (int64_t k = 0; k < kGroup; ++k) {
-        const bool there = i + k < count && (!kSelect || is_valid(weights.fg[i + k], weights.bg[i + k]));
+        const bool there = i + k < count && (!select || is_valid(weights.fg[i + k], weights.bg[i + k]));
         w[k] = there ? weights.fg[i + k] : T(0);
         u[k] = there ? weights.bg[i + k] : T(0);
         r[k] = there ? load(start + (i + k) * rows.stride * element, layer.dtype, 1, channels, buffer[k]) : zeros;
@@ -377,11 +493,10 @@ void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) 
 template <class T>
 void forward(const Layer& layer, const Tile& tile, double* partial) {
   std::memset(partial, 0, sizeof(double) * 2 * (tile.channel_end - tile.channel_begin));
-  const bool select = layer.bg != nullptr;
   if (channels_are_inner(layer)) {
-    select ? forward_by_channels<T, true>(layer, tile, partial) : forward_by_channels<T, false>(layer, tile, partial);
+    forward_by_channels<T>(layer, tile, partial);
   } else {
-    select ? forward_by_pixels<T, true>(layer, tile, partial) : forward_by_pixels<T, false>(layer, tile, partial);
+    with_weights<T>(layer, tile.n, [&](const auto& weights) { forward_by_pixels(layer, tile, weights, partial); });
   }
 }
 
@@ -412,38 +527,47 @@ void mass_of_sample(const Layer& layer, int64_t n, double* mass) {
 
 // ---------------------------------------------------------------- backward
 
-template <class T>
-void backward_by_pixels(const Layer& layer, const Tile& tile, const T* g_fg, const T* g_bg) {
-  Weights<T> weights;
+// One run of one channel; `added` may be null.
+template <class T, class M, bool kHasBg>
+inline void write_row(const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count, T g_fg, T g_bg, const T* added,
+                      T* out) {
+  using V = Vector<T>;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    const V w = weights.fg_vector(p + i), u = weights.bg_vector(p + i, w);
+    V value = select_valid<kHasBg>(w, u, g_fg * w + g_bg * u);
+    if (added != nullptr) value += load_vector(added + i);
+    store_vector(out + i, value);
+  }
+  for (; i < count; ++i) {
+    const T w = weights.fg_at(p + i), u = weights.bg_at(p + i);
+    const T value = !kHasBg || is_valid(w, u) ? g_fg * w + g_bg * u : T(0);
+    out[i] = added != nullptr ? value + added[i] : value;
+  }
+}
+
+template <class T, class M, bool kHasBg>
+void backward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M, kHasBg>& weights, const T* g_fg,
+                        const T* g_bg) {
   T out_buffer[kRun], upstream_buffer[kRun];
   const Rows rows(layer.size, layer.stride), upstream_rows(layer.size, layer.upstream_stride);
   const int64_t element = size_of(layer.dtype);
-  const bool select = layer.bg != nullptr;
-  for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
-    count = min(min(kRun, tile.pixel_end - p), rows.rest_of_row(p));
-    if (layer.upstream != nullptr) count = min(count, upstream_rows.rest_of_row(p));
-    weights.load_run(layer, tile.n, p, count);
-    const T *w = weights.fg, *u = weights.bg;
-    for (int64_t c = tile.channel_begin; c < tile.channel_end; ++c) {
-      char* address = static_cast<char*>(layer.features) +
-                      (tile.n * layer.stride_n + c * layer.stride_c + rows.offset(p)) * element;
-      T* out = target(address, layer.dtype, rows.stride, out_buffer);
-      const T gw = g_fg[c], gu = g_bg[c];
-      if (select) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) out[i] = is_valid(w[i], u[i]) ? gw * w[i] + gu * u[i] : T(0);
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) out[i] = gw * w[i] + gu * u[i];
-      }
+  // Channel by channel, so that what is written is one stream.
+  for (int64_t c = tile.channel_begin; c < tile.channel_end; ++c) {
+    char* channel = static_cast<char*>(layer.features) + (tile.n * layer.stride_n + c * layer.stride_c) * element;
+    const char* upstream = static_cast<const char*>(layer.upstream) +
+                           (tile.n * layer.upstream_stride_n + c * layer.upstream_stride_c) * element;
+    for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
+      count = min(min(kRun, tile.pixel_end - p), rows.rest_of_row(p));
+      const T* added = nullptr;
       if (layer.upstream != nullptr) {
-        const char* source = static_cast<const char*>(layer.upstream) +
-                             (tile.n * layer.upstream_stride_n + c * layer.upstream_stride_c + upstream_rows.offset(p)) *
-                                 element;
-        const T* added = load(source, layer.dtype, upstream_rows.stride, count, upstream_buffer);
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) out[i] += added[i];
+        count = min(count, upstream_rows.rest_of_row(p));
+        const char* source = upstream + upstream_rows.offset(p) * element;
+        added = load(source, layer.dtype, upstream_rows.stride, count, upstream_buffer);
       }
+      char* address = channel + rows.offset(p) * element;
+      T* out = target(address, layer.dtype, rows.stride, out_buffer);
+      write_row(weights, p, count, g_fg[c], g_bg[c], added, out);
       store(out, address, layer.dtype, rows.stride, count);
     }
   }
@@ -490,8 +614,11 @@ void backward_by_channels(const Layer& layer, const Tile& tile, const T* g_fg, c
 template <class T>
 void backward(const Layer& layer, const Tile& tile, const void* g_fg, const void* g_bg) {
   const T *fg = static_cast<const T*>(g_fg), *bg = static_cast<const T*>(g_bg);
-  channels_are_inner(layer) ? backward_by_channels<T>(layer, tile, fg, bg)
-                            : backward_by_pixels<T>(layer, tile, fg, bg);
+  if (channels_are_inner(layer)) {
+    backward_by_channels<T>(layer, tile, fg, bg);
+  } else {
+    with_weights<T>(layer, tile.n, [&](const auto& weights) { backward_by_pixels(layer, tile, weights, fg, bg); });
+  }
 }
 
 void backward_tile(const Layer& layer, const Tile& tile, DType accumulate, const void* g_fg, const void* g_bg) {
