@@ -1,0 +1,93 @@
+# Everything runs in an own virtual environment, on fdkernels installed from this source tree. Needs Python 3.10 or
+# later and, for the C++ kernels, a C++ compiler.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
+
+# `build-system.requires` of pyproject.toml: without build isolation pip does not install it. Isolation would download
+# it for each build, unpinned, and recompile what is unchanged.
+BUILD_TOOLS := cmake ninja pybind11 setuptools
+
+# Folders too, as theirs is the time at which a file was removed.
+SOURCES := pyproject.toml setup.py CMakeLists.txt LICENSE $(wildcard README.md) \
+	$(shell find csrc fdkernels -name '__pycache__' -prune -o \( -type d -o -name '*.py' -o -name '*.md' \
+	-o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name 'py.typed' \) -print)
+CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# PYTHONPATH could put this source tree, which has no compiled module, before the installed package; so would
+# `python -m pytest`, which is why the recipes call the scripts in $(BIN).
+unexport PYTHONPATH
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(VENV)/.demo ## Train a small UNet without and with the loss; the results lie in demo_output/
+	$(BIN)/fdkernels demo --output demo_output
+
+# Triton's interpreter stands in for a GPU; it must be chosen before triton is imported.
+.PHONY: test test-slow
+test: lint ## Run the linters and the tests
+	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(int(not torch.cuda.is_available()))") \
+		$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.dev ## Run the tests that take minutes
+	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(int(not torch.cuda.is_available()))") \
+		$(BIN)/pytest -m slow
+
+.PHONY: bench bench-report
+bench: $(VENV)/.bench ## Measure the op beside its floors and its peers
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+	$(MAKE) bench-report
+
+bench-report: $(VENV)/.bench ## Make the table in benchmarks/README.md from the measured results
+	$(BIN)/python benchmarks/report.py
+
+.PHONY: lint format
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(VENV)/.dev ## Format the sources
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+.PHONY: wheel sdist
+wheel: $(VENV)/.dev ## Build a wheel into dist/
+	$(BIN)/python -m build --wheel
+
+sdist: $(VENV)/.dev ## Build a source distribution into dist/
+	$(BIN)/python -m build --sdist
+
+.PHONY: clean
+clean: ## Remove what was built or cached, but not the virtual environment
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fdkernels/_C*.so fdkernels/_build_report.json $(VENV)/.package
+
+$(VENV)/.tools: constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'fdkernels needs Python 3.10 or later; \
+	set PYTHON, as in make PYTHON=python3.12')"
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) --quiet --upgrade pip $(BUILD_TOOLS)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.tools $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --quiet --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+# What the installed package needs under the extra of that name.
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.package
+	$(PIP) "fdkernels[$*]"
+	@touch $@

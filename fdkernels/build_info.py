@@ -1,0 +1,51 @@
+"""What was built into this installation, and why the rest was not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from importlib import resources
+from typing import Any
+
+from fdkernels._version import __version__
+
+__all__ = ["build_info"]
+
+_NOT_BUILT: dict[str, Any] = {
+    "version": __version__,
+    "cpp": False,
+    "cpp_compiler": None,
+    "cuda": False,
+    "cuda_version": None,
+    "cuda_archs": [],
+    "isa": [],
+    "messages": [
+        "This is a source tree that was not built; `pip install .` builds the C++ kernels."
+    ],
+}
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote down about itself, and whether the compiled module loads here.
+
+    Returns:
+        A new dict with the keys
+        `version`: of the package, as a string;
+        `cpp`, `cuda`: whether the C++ and the CUDA kernels were built;
+        `cpp_compiler`: name and version of the C++ compiler, or None;
+        `cuda_version`: version of nvcc, or None;
+        `cuda_archs`: GPU architectures, "sm_90" for machine code and "compute_90" for PTX;
+        `isa`: instruction sets of the CPU kernels, of which one is chosen at run time;
+        `messages`: sentences that say why something was not built;
+        `extension`: the path of the compiled module, or None where it does not load;
+        `extension_error`: why it does not load, or None.
+    """
+    report = resources.files("fdkernels").joinpath("_build_report.json")
+    info = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else _NOT_BUILT
+    info = {key: list(value) if isinstance(value, list) else value for key, value in info.items()}
+    info["extension"] = info["extension_error"] = None
+    try:
+        info["extension"] = importlib.import_module("fdkernels._C").__file__
+    except ImportError as error:
+        info["extension_error"] = str(error)
+    return info
