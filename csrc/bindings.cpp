@@ -30,7 +30,8 @@ fdk::LogNorm as_log_norm(const LogNormWords& words) {
   fdk::require(batch >= 0, "the batch must not be negative");
   fdk::require(channels.size() == pixels.size(), "channels and pixels must have one entry for each layer");
   int64_t total = 0;
-  for (const int64_t count : channels) total += count;
+  for (const int64_t count : channels)
+    total += count;
   return {batch,
           static_cast<int64_t>(channels.size()),
           total,
@@ -92,31 +93,30 @@ void bind_cuda(py::module_& m) {
     fdk::cuda::region_sums_forward(fdk::as_pyramid(words, batch, accumulate), pointer(sums), pointer(masses),
                                    pointer(workspace), device, pointer(stream));
   });
-  m.def("cuda_region_sums_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums,
-                                        int device, uintptr_t stream) {
-    fdk::cuda::region_sums_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
-                                    pointer(stream));
-  });
-  m.def("cuda_region_sums_mask_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums,
-                                             int device, uintptr_t stream) {
-    fdk::cuda::region_sums_mask_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
-                                         pointer(stream));
-  });
-  m.def("cuda_log_norm_forward", [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss,
-                                    int device, uintptr_t stream) {
-    fdk::cuda::log_norm_forward(as_log_norm(words), pointer(sums), pointer(masses), pointer(loss), device,
-                                pointer(stream));
-  });
-  m.def("cuda_log_norm_backward",
-        [](const LogNormWords& words, uintptr_t grad_loss, uintptr_t sums, uintptr_t masses, uintptr_t grad_sums,
-           uintptr_t grad_masses, int device, uintptr_t stream) {
-          fdk::cuda::log_norm_backward(as_log_norm(words), pointer(grad_loss), pointer(sums), pointer(masses),
-                                       pointer(grad_sums), pointer(grad_masses), device, pointer(stream));
+  m.def("cuda_region_sums_backward",
+        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int device, uintptr_t stream) {
+          fdk::cuda::region_sums_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
+                                          pointer(stream));
         });
+  m.def("cuda_region_sums_mask_backward",
+        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int device, uintptr_t stream) {
+          fdk::cuda::region_sums_mask_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
+                                               pointer(stream));
+        });
+  m.def("cuda_log_norm_forward",
+        [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss, int device, uintptr_t stream) {
+          fdk::cuda::log_norm_forward(as_log_norm(words), pointer(sums), pointer(masses), pointer(loss), device,
+                                      pointer(stream));
+        });
+  m.def("cuda_log_norm_backward", [](const LogNormWords& words, uintptr_t grad_loss, uintptr_t sums, uintptr_t masses,
+                                     uintptr_t grad_sums, uintptr_t grad_masses, int device, uintptr_t stream) {
+    fdk::cuda::log_norm_backward(as_log_norm(words), pointer(grad_loss), pointer(sums), pointer(masses),
+                                 pointer(grad_sums), pointer(grad_masses), device, pointer(stream));
+  });
 }
 #endif
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fdkernels over raw pointers; not a public interface.";

@@ -37,4 +37,4 @@ inline Pyramid as_pyramid(const std::vector<int64_t>& words, int64_t batch, int6
   return pyramid;
 }
 
-}  // namespace fdk
+} // namespace fdk

@@ -21,7 +21,7 @@ struct LogNorm {
   const int64_t* pairing;  // shuffle: [N], the sample whose foreground meets background n; pooled: [K, 2]; else null
   int64_t num_pairs;       // N or K; pooled pairs with a negative entry do not count
   RegionWeight region_weight;
-  bool masked_background;  // the background sum is M_fg - S_fg, as in the authors' code
+  bool masked_background; // the background sum is M_fg - S_fg, as in the authors' code
   Norm norm;
   Exchange exchange;
   Reduction reduction;
@@ -32,7 +32,7 @@ struct LogNorm {
 
 // Loss: [N, L] for Reduction::kNone ([total_channels] under Norm::kBatch), else [L].
 
-}  // namespace fdk
+} // namespace fdk
 
 namespace fdk::cpu {
 
@@ -40,7 +40,7 @@ void log_norm_forward(const LogNorm& args, const void* sums, const void* masses,
 void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* sums, const void* masses,
                        void* grad_sums, void* grad_masses);
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu
 
 namespace fdk::cuda {
 
@@ -49,4 +49,4 @@ void log_norm_forward(const LogNorm& args, const void* sums, const void* masses,
 void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* sums, const void* masses,
                        void* grad_sums, void* grad_masses, int device, void* stream);
 
-}  // namespace fdk::cuda
+} // namespace fdk::cuda

@@ -11,18 +11,18 @@ enum class DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16
 // One layer of a pyramid. All strides count elements and may be 0; masks are contiguous [N, P] with P = d0*d1*d2.
 // The field order is that of `_layer_words` in fdkernels/region_sums/impl/native.py: 64-bit words, no padding.
 struct Layer {
-  void* features;       // [N, C, d0, d1, d2], read by forward and mask_backward, written by backward
-  DType dtype;          // of features and upstream: float32, float64, bfloat16 or float16
-  int64_t channels;     // C
-  int64_t size[3];      // d0, d1, d2; missing spatial dimensions are 1 and come first
+  void* features;   // [N, C, d0, d1, d2], read by forward and mask_backward, written by backward
+  DType dtype;      // of features and upstream: float32, float64, bfloat16 or float16
+  int64_t channels; // C
+  int64_t size[3];  // d0, d1, d2; missing spatial dimensions are 1 and come first
   int64_t stride_n, stride_c, stride[3];
   const void* fg;       // [N, P] weight of the foreground
   const void* bg;       // [N, P] weight of the background, or null: 1 - fg
   DType mask_dtype;     // of fg and bg: uint8 (0 or 1), float32 or float64
   const void* upstream; // backward only: the gradient to which this one is added, or null
   int64_t upstream_stride_n, upstream_stride_c, upstream_stride[3];
-  void* grad_fg;        // mask_backward only: [N, P], of the accumulation dtype
-  void* grad_bg;        // mask_backward only: [N, P], or null where bg is null
+  void* grad_fg; // mask_backward only: [N, P], of the accumulation dtype
+  void* grad_bg; // mask_backward only: [N, P], or null where bg is null
 
   int64_t pixels() const { return size[0] * size[1] * size[2]; }
 };
@@ -38,7 +38,7 @@ struct Pyramid {
   DType accumulate;
 };
 
-}  // namespace fdk
+} // namespace fdk
 
 namespace fdk::cpu {
 
@@ -47,7 +47,7 @@ void region_sums_backward(const Pyramid& pyramid, const void* grad_sums, int num
 void region_sums_mask_backward(const Pyramid& pyramid, const void* grad_sums, int num_threads);
 const char* instruction_set();
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu
 
 namespace fdk::cuda {
 
@@ -57,4 +57,4 @@ void region_sums_forward(const Pyramid& pyramid, void* sums, void* masses, void*
 void region_sums_backward(const Pyramid& pyramid, const void* grad_sums, int device, void* stream);
 void region_sums_mask_backward(const Pyramid& pyramid, const void* grad_sums, int device, void* stream);
 
-}  // namespace fdk::cuda
+} // namespace fdk::cuda

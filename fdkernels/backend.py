@@ -13,8 +13,8 @@ from fdkernels.checks import one_of
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 STAGES = ("region_sums", "log_norm")
 
-# Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context variable
-# would not reach, and torch.compile guards on a global.
+# Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context
+# variable would not reach, and torch.compile guards on a global.
 _selected = "auto"
 _reasons: dict[str, str | None] = {}
 _implementations: dict[tuple[str, str], ModuleType] = {}
@@ -83,9 +83,7 @@ def resolve(backend: str, device: torch.device) -> str:
     _require(backend)
     wanted = _device_type(backend)
     if wanted is not None and device.type != wanted:
-        raise RuntimeError(
-            f"backend={backend!r} computes on {wanted} tensors here, got features on {device}"
-        )
+        raise RuntimeError(f"backend={backend!r} computes on {wanted} tensors here, got features on {device}")
     return backend
 
 

@@ -44,7 +44,7 @@ class debug:
 
 
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` may be looked at here: on the CPU or under `debug()`, and not while compiling."""
+    """Whether the values of `tensor` may be looked at: on the CPU or under `debug()`, not while compiling."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or _debug_depth > 0
@@ -106,13 +106,10 @@ def _check_layer(name: str, layer: object) -> None:
     if layer.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {layer.layout}")
     if layer.dtype not in _FEATURE_DTYPES:
-        raise TypeError(
-            f"{name} must be float32, float64, bfloat16 or float16, got {_short(layer.dtype)}"
-        )
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_short(layer.dtype)}")
     if not 3 <= layer.dim() <= 5:
         raise ValueError(
-            f"{name} must have shape [N, C, *S] with 1 to 3 spatial dimensions, "
-            f"got {list(layer.shape)}"
+            f"{name} must have shape [N, C, *S] with 1 to 3 spatial dimensions, got {list(layer.shape)}"
         )
 
 
@@ -143,9 +140,7 @@ def check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | Non
     if 0 in mask.shape[2:]:
         raise ValueError(f"mask must have at least one pixel, got shape {list(mask.shape)}")
     if mask.device != features.device:
-        raise ValueError(
-            f"mask must be on the device of the features, {features.device}, got {mask.device}"
-        )
+        raise ValueError(f"mask must be on the device of the features, {features.device}, got {mask.device}")
     if ignore_index is not None:
         _check_ignore_index(ignore_index, mask.dtype)
     if mask.dtype != torch.bool and mask.numel() and values_are_readable(mask):
@@ -214,21 +209,16 @@ def check_pairing(pairing: object, exchange: str, batch: int, device: torch.devi
     if isinstance(pairing, (list, tuple)):
         pairing = torch.tensor(pairing, dtype=torch.int64)
     if not isinstance(pairing, Tensor):
-        raise TypeError(
-            f"pairing must be a tensor or a list of sample numbers, got {type(pairing).__name__}"
-        )
+        raise TypeError(f"pairing must be a tensor or a list of sample numbers, got {type(pairing).__name__}")
     if pairing.dtype.is_floating_point or pairing.dtype.is_complex or pairing.dtype == torch.bool:
         raise TypeError(f"pairing must hold integers, got {_short(pairing.dtype)}")
     if exchange == "shuffle" and pairing.shape != (batch,):
         raise ValueError(
             f"pairing must have shape [{batch}], one partner for each sample, got {list(pairing.shape)}"
         )
-    if exchange == "pooled" and (
-        pairing.dim() != 2 or pairing.shape[1] != 2 or not pairing.shape[0]
-    ):
+    if exchange == "pooled" and (pairing.dim() != 2 or pairing.shape[1] != 2 or not pairing.shape[0]):
         raise ValueError(
-            "pairing must have shape [K, 2], pairs of a base and a novel sample, "
-            f"got {list(pairing.shape)}"
+            f"pairing must have shape [K, 2], pairs of a base and a novel sample, got {list(pairing.shape)}"
         )
     if pairing.numel() and values_are_readable(pairing):
         low, high = (int(bound.item()) for bound in pairing.aminmax())
@@ -271,9 +261,7 @@ def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
 def check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
     """Raise ValueError where a pair [K, 2] joins two samples of one domain."""
     if values_are_readable(pairing) and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any():
-        raise ValueError(
-            "pairing must join samples of different domains, got a pair whose domains are equal"
-        )
+        raise ValueError("pairing must join samples of different domains, got a pair whose domains are equal")
 
 
 def check_exchange_batch(exchange: str, batch: int) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fdkernels.log_norm.options import NORMS, REGION_WEIGHTS
 from fdkernels.checks import one_of
+from fdkernels.log_norm.options import NORMS, REGION_WEIGHTS
 
 MASK_RESIZES = ("area", "max", "nearest")
 
@@ -79,8 +79,7 @@ def get_convention(convention: str | Convention) -> Convention:
         return convention
     if not isinstance(convention, str):
         raise TypeError(
-            "convention must be a name or a fdkernels.Convention, "
-            f"got {type(convention).__name__}"
+            f"convention must be a name or a fdkernels.Convention, got {type(convention).__name__}"
         )
     one_of("convention", convention, CONVENTIONS)
     return CONVENTIONS[convention]

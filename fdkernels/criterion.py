@@ -150,7 +150,7 @@ class FeatureDiscrepancyLoss(nn.Module):
             self.alpha.requires_grad_(True)
 
     def project_(self) -> None:
-        """Bring α back into its bounds. Every training pass begins with this; call it to read α after a step."""
+        """Bring α back into its bounds, as every training pass does first; call it to read α after a step."""
         with torch.no_grad():
             self.alpha.clamp_(*self.bounds)
 
@@ -243,8 +243,8 @@ def _bounds(alpha_rule: str, alpha_max: float) -> tuple[float, float]:
 class _StuckWatch:
     """Notice that no α has moved from a bound between two looks.
 
-    On a GPU a look leaves its verdict in pinned memory and the next look reads it, so that nothing waits for the
-    device.
+    On a GPU a look leaves its verdict in pinned memory and the next look reads it, so that nothing waits
+    for the device.
     """
 
     def __init__(self) -> None:
@@ -268,15 +268,13 @@ class _StuckWatch:
                 self._warn_if(bool(stuck), bounds, rule, patience)
         self._last = alpha.clone()
 
-    def _warn_if(
-        self, stuck: bool, bounds: tuple[float, float], rule: str, patience: int
-    ) -> None:
+    def _warn_if(self, stuck: bool, bounds: tuple[float, float], rule: str, patience: int) -> None:
         if not stuck:
             return
         self._warned = True
         warnings.warn(
-            f"every alpha has stayed at a bound of {list(bounds)} or at 0 for {patience} training passes under "
-            f"alpha_rule={rule!r}, so the weights of the feature discrepancy loss do not train. Is "
+            f"every alpha has stayed at a bound of {list(bounds)} or at 0 for {patience} training passes "
+            f"under alpha_rule={rule!r}, so the weights of the feature discrepancy loss do not train. Is "
             "crit.alpha in the optimizer? Where L > 0, 'clipped' never leaves 0: 'ascent' does.",
             stacklevel=4,
         )

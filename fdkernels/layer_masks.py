@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,8 @@ def layer_masks(
 ) -> LayerMasks:
     """Bring a checked mask to the size of every layer.
 
-    With y the mask and v its validity (0 where it equals `ignore_index`, else 1) at full size, a cell of a layer has
+    With y the mask and v its validity (0 where it equals `ignore_index`, else 1) at full size, a cell of a
+    layer has
 
     - `"area"`: v·y = mean of the pixels' v·y, v = mean of v (adaptive average pooling)
     - `"max"`: y = max over the valid pixels, v = 1 if any is valid (adaptive max pooling)
@@ -108,9 +109,8 @@ def _resize_all(
 def _resize(mask: Tensor, size: tuple[int, ...], mask_resize: str) -> Tensor:
     if mask_resize == "nearest":
         return functional.interpolate(mask, size=size, mode="nearest-exact")
-    pool = (_AVG_POOL if mask_resize == "area" else _MAX_POOL)[len(size) - 1]
-    pooled: Tensor = pool(mask, size)
-    return pooled
+    pools: tuple[Callable[..., Tensor], ...] = _AVG_POOL if mask_resize == "area" else _MAX_POOL
+    return pools[len(size) - 1](mask, size)
 
 
 def _divides(size: tuple[int, ...], source: tuple[int, ...]) -> bool:

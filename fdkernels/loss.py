@@ -159,7 +159,7 @@ def tap(
     partners = Partners(pairing, domains, generator)
     per_layer, tapped = layer_losses(layers, mask, settings, partners, tapped=True)
     loss = _combine(per_layer, layers, layer_weights, reduction)
-    return (tapped[0] if isinstance(features, Tensor) else tapped), loss  # type: ignore[return-value]
+    return (tapped[0] if isinstance(features, Tensor) else tapped), loss
 
 
 class Settings(NamedTuple):
@@ -210,8 +210,8 @@ def layer_losses(
     """The stages in order: layer_masks, region_sums, discrepancy, log_norm.
 
     Returns:
-        The loss of each layer as `log_norm` gives it ([L], [N, L] or [ΣC]; over a group without reduction this
-        rank's rows), and under `tapped` an alias of each layer, else an empty list.
+        The loss of each layer as `log_norm` gives it ([L], [N, L] or [ΣC]; over a group without reduction
+        this rank's rows), and under `tapped` an alias of each layer, else an empty list.
     """
     convention, group = settings.convention, settings.group
     device, batch = layers[0].device, layers[0].shape[0]

@@ -12,9 +12,7 @@ from fdkernels.region_sums.geometry import DTYPE_CODES, Geometry
 _NO_UPSTREAM = [0] * 6
 
 
-def forward_words(
-    features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]
-) -> list[int]:
+def forward_words(features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]) -> list[int]:
     """Describe layers that are read: `Layer` of csrc/region_sums.h for each, as one flat list."""
     words: list[int] = []
     for index, layer in enumerate(features):
@@ -62,9 +60,7 @@ def mask_backward_words(
     return words
 
 
-def same_dtype(
-    upstream: Sequence[Tensor | None], geometry: Sequence[Geometry]
-) -> list[Tensor | None]:
+def same_dtype(upstream: Sequence[Tensor | None], geometry: Sequence[Geometry]) -> list[Tensor | None]:
     """The upstream gradients in the dtype of the layer to which they belong, which the kernels read."""
     return [
         None if added is None else added.to(layer.dtype)

@@ -61,9 +61,7 @@ class FeatureTaps:
         Raises:
             RuntimeError: a submodule has not run since the taps were set or cleared.
         """
-        missing = [
-            name for name, output in zip(self.names, self._outputs, strict=True) if output is None
-        ]
+        missing = [name for name, output in zip(self.names, self._outputs, strict=True) if output is None]
         if missing:
             raise RuntimeError(f"features are there after a forward pass; not run yet: {missing}")
         return [output for output in self._outputs if output is not None]

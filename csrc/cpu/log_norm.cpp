@@ -48,13 +48,18 @@ struct LayerFeatures {
       counts[n] = by_region ? m_fg > 0 && m_bg > 0 : m_fg + m_bg > 0;
       if (!counts[n]) continue;
       switch (args.region_weight) {
-        case RegionWeight::kValid: w_fg[n] = w_bg[n] = m_fg + m_bg; break;
-        case RegionWeight::kNone: break;
+        case RegionWeight::kValid:
+          w_fg[n] = w_bg[n] = m_fg + m_bg;
+          break;
+        case RegionWeight::kNone:
+          break;
         case RegionWeight::kRegion:
           w_fg[n] = m_fg;
           w_bg[n] = m_bg;
           break;
-        case RegionWeight::kPixels: w_fg[n] = w_bg[n] = static_cast<double>(args.pixels[layer]); break;
+        case RegionWeight::kPixels:
+          w_fg[n] = w_bg[n] = static_cast<double>(args.pixels[layer]);
+          break;
       }
       for (int64_t c = 0; c < channels; ++c) {
         const double s_fg = read(sums, args.accumulate, sum_index(0, n, c));
@@ -119,7 +124,8 @@ double distance(const LayerFeatures& x, Pair pair) {
 
 double term_distance(const LayerFeatures& x, const Term& term) {
   double total = 0;
-  for (int p = 0; p < term.num_pairs; ++p) total += distance(x, term.pairs[p]);
+  for (int p = 0; p < term.num_pairs; ++p)
+    total += distance(x, term.pairs[p]);
   return total;
 }
 
@@ -131,11 +137,14 @@ double term_loss(const LayerFeatures& x, const Term& term) {
 std::vector<Term> batch_terms(const LayerFeatures& x, bool exchanged) {
   std::vector<Term> terms;
   if (!exchanged) {
-    for (int64_t n = 0; n < x.args.batch; ++n) terms.push_back(own_term(x, n));
+    for (int64_t n = 0; n < x.args.batch; ++n)
+      terms.push_back(own_term(x, n));
   } else if (x.args.exchange == Exchange::kShuffle) {
-    for (int64_t n = 0; n < x.args.num_pairs; ++n) terms.push_back(shuffled_term(x, n));
+    for (int64_t n = 0; n < x.args.num_pairs; ++n)
+      terms.push_back(shuffled_term(x, n));
   } else if (x.args.exchange == Exchange::kPooled) {
-    for (int64_t k = 0; k < x.args.num_pairs; ++k) terms.push_back(pooled_term(x, k));
+    for (int64_t k = 0; k < x.args.num_pairs; ++k)
+      terms.push_back(pooled_term(x, k));
   }
   terms.erase(std::remove_if(terms.begin(), terms.end(), [](const Term& term) { return !term.met; }), terms.end());
   return terms;
@@ -214,7 +223,8 @@ void add_pair_gradient(const LayerFeatures& x, Pair pair, double q, double* grad
 void add_term_gradient(const LayerFeatures& x, const Term& term, double upstream, double* grad_f, double* grad_b) {
   if (!term.met) return;
   const double q = -x.args.log_scale * upstream / (term_distance(x, term) + x.args.eps);
-  for (int p = 0; p < term.num_pairs; ++p) add_pair_gradient(x, term.pairs[p], q, grad_f, grad_b);
+  for (int p = 0; p < term.num_pairs; ++p)
+    add_pair_gradient(x, term.pairs[p], q, grad_f, grad_b);
 }
 
 void add_batch_gradient(const LayerFeatures& x, const std::vector<double>& upstream, double* grad_f, double* grad_b) {
@@ -247,9 +257,11 @@ void add_sample_gradient(const LayerFeatures& x, const std::vector<double>& upst
   }
   if (args.exchange != Exchange::kPooled) return;
   int64_t met = 0;
-  for (int64_t k = 0; k < args.num_pairs; ++k) met += pooled_term(x, k).met;
+  for (int64_t k = 0; k < args.num_pairs; ++k)
+    met += pooled_term(x, k).met;
   shared /= static_cast<double>(std::max<int64_t>(met, 1));
-  for (int64_t k = 0; k < args.num_pairs; ++k) add_term_gradient(x, pooled_term(x, k), shared, grad_f, grad_b);
+  for (int64_t k = 0; k < args.num_pairs; ++k)
+    add_term_gradient(x, pooled_term(x, k), shared, grad_f, grad_b);
 }
 
 // (L7)
@@ -282,7 +294,7 @@ void write_through_weights(const LayerFeatures& x, const std::vector<double>& gr
   }
 }
 
-}  // namespace
+} // namespace
 
 void log_norm_forward(const LogNorm& args, const void* sums, const void* masses, void* loss) {
   int64_t first_channel = 0;
@@ -298,7 +310,8 @@ void log_norm_forward(const LogNorm& args, const void* sums, const void* masses,
       continue;
     }
     double total = 0;
-    for (const double entry : entries) total += entry;
+    for (const double entry : entries)
+      total += entry;
     if (args.reduction == Reduction::kMean) total /= static_cast<double>(std::max<int64_t>(counted, 1));
     write(loss, args.accumulate, layer, total);
   }
@@ -327,4 +340,4 @@ void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* s
   }
 }
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu

@@ -44,7 +44,7 @@ void run(void* data) {
   }
 }
 
-}  // namespace
+} // namespace
 
 void parallel_for(int64_t num_items, int num_threads, void (*body)(void*, int64_t), void* context) {
   Work work{{0}, num_items, body, context};
@@ -61,4 +61,4 @@ const char* thread_runtime() {
                                     : "one thread: torch's OpenMP runtime was not found";
 }
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu

@@ -18,4 +18,4 @@ void parallel_for(int64_t num_items, int num_threads, const Body& body) {
 // "GOMP of libtorch_cpu", or why there is but one thread.
 const char* thread_runtime();
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu

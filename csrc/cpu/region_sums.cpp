@@ -73,9 +73,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // How one layer is cut. It depends on shape and layout alone, never on the number of threads: same input, same bits.
 struct Cut {
   int64_t tile_channels, tile_pixels;
-  int64_t blocks, tiles;  // channel blocks and pixel tiles of a sample
-  int64_t first_tile;     // of this layer, in the pyramid
-  int64_t first_channel;  // of this layer, in the sums
+  int64_t blocks, tiles; // channel blocks and pixel tiles of a sample
+  int64_t first_tile;    // of this layer, in the pyramid
+  int64_t first_channel; // of this layer, in the sums
 
   Tile tile(const Layer& layer, int64_t index) const {
     const int64_t block = index % blocks, tile = index / blocks % tiles, n = index / (blocks * tiles);
@@ -121,7 +121,8 @@ int64_t count_tiles(const Pyramid& pyramid, const std::vector<Cut>& cuts) {
 
 int64_t layer_of(const std::vector<Cut>& cuts, int64_t tile) {
   int64_t l = static_cast<int64_t>(cuts.size()) - 1;
-  while (cuts[l].first_tile > tile) --l;
+  while (cuts[l].first_tile > tile)
+    --l;
   return l;
 }
 
@@ -145,7 +146,7 @@ const void* row_of(const void* values, DType dtype, int64_t index) {
   return static_cast<const char*>(values) + index * (dtype == DType::kFloat64 ? 8 : 4);
 }
 
-}  // namespace
+} // namespace
 
 void region_sums_forward(const Pyramid& pyramid, void* sums, void* masses, int num_threads) {
   const std::vector<Cut> cuts = cut(pyramid, Span::kChannelBlocks);
@@ -225,10 +226,11 @@ void for_each_tile(const Pyramid& pyramid, const void* grad_sums, Span span, int
   });
 }
 
-}  // namespace
+} // namespace
 
 void region_sums_backward(const Pyramid& pyramid, const void* grad_sums, int num_threads) {
-  for (int64_t l = 0; l < pyramid.num_layers; ++l) advise_huge_pages(pyramid.layers[l], pyramid.batch);
+  for (int64_t l = 0; l < pyramid.num_layers; ++l)
+    advise_huge_pages(pyramid.layers[l], pyramid.batch);
   for_each_tile(pyramid, grad_sums, Span::kChannelBlocks, num_threads, isa().kernels.backward);
 }
 
@@ -238,4 +240,4 @@ void region_sums_mask_backward(const Pyramid& pyramid, const void* grad_sums, in
 
 const char* instruction_set() { return isa().name; }
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu

@@ -33,10 +33,14 @@ inline int64_t pixels_of(const Layer& layer) { return layer.size[0] * layer.size
 
 inline int64_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return 8;
-    case DType::kFloat32: return 4;
-    case DType::kUInt8: return 1;
-    default: return 2;
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kUInt8:
+      return 1;
+    default:
+      return 2;
   }
 }
 
@@ -65,7 +69,7 @@ using Vector = typename VectorOf<T, kVectorBytes / static_cast<int64_t>(sizeof(T
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
 #else
 template <class T>
-using Vector = T;  // one lane: the loops below are then plain scalar code
+using Vector = T; // one lane: the loops below are then plain scalar code
 inline void prefetch(const void*) {}
 #endif
 
@@ -85,7 +89,8 @@ inline Vector<double> load_weights(const double* source, double) { return load_v
 template <class T>
 inline Vector<T> load_weights(const uint8_t* source, T) {
   T lanes[kLanes<T>];
-  for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(source[i]);
+  for (int64_t i = 0; i < kLanes<T>; ++i)
+    lanes[i] = static_cast<T>(source[i]);
   return load_vector(lanes);
 }
 // The binary mask of float features is the common case, and compilers make poor code of it.
@@ -114,7 +119,8 @@ inline T total(Vector<T> value) {
   T lanes[kLanes<T>];
   std::memcpy(lanes, &value, sizeof(value));
   for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    for (int64_t i = 0; i < half; ++i)
+      lanes[i] += lanes[i + half];
   }
   return lanes[0];
 }
@@ -141,11 +147,11 @@ inline float float16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7FFFu;
   uint32_t bits;
-  if (magnitude >= 0x7C00u) {  // Inf and NaN
+  if (magnitude >= 0x7C00u) { // Inf and NaN
     bits = 0x7F800000u | ((magnitude & 0x3FFu) << 13);
-  } else if (magnitude >= 0x0400u) {  // normal
+  } else if (magnitude >= 0x0400u) { // normal
     bits = (magnitude << 13) + 0x38000000u;
-  } else {  // subnormal: an integer times 2^-24
+  } else { // subnormal: an integer times 2^-24
     const float value = static_cast<float>(magnitude) * 0x1p-24f;
     std::memcpy(&bits, &value, 4);
   }
@@ -161,8 +167,8 @@ inline uint16_t float_to_float16(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   bits &= 0x7FFFFFFFu;
   if (bits > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
-  if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds beyond 65504
-  if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
+  if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u); // rounds beyond 65504
+  if (bits < 0x38800000u) { // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;
@@ -181,7 +187,8 @@ inline void load_float16(const uint16_t* source, int64_t count, float* out) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
   }
 #endif
-  for (; i < count; ++i) out[i] = float16_to_float(source[i]);
+  for (; i < count; ++i)
+    out[i] = float16_to_float(source[i]);
 }
 
 inline void store_float16(const float* source, int64_t count, uint16_t* out) {
@@ -192,7 +199,8 @@ inline void store_float16(const float* source, int64_t count, uint16_t* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
   }
 #endif
-  for (; i < count; ++i) out[i] = float_to_float16(source[i]);
+  for (; i < count; ++i)
+    out[i] = float_to_float16(source[i]);
 }
 
 // ---------------------------------------------------------------- runs of elements
@@ -212,16 +220,19 @@ template <class S, class T>
 inline void convert(const S* source, int64_t stride, int64_t count, T* out) {
   if (stride == 1) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(source[i]);
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = static_cast<T>(source[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(source[i * stride]);
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = static_cast<T>(source[i * stride]);
   }
 }
 
 // Asks for as many bytes as the run has, from its end on: the run that is likely to come next.
 inline void prefetch_after(const void* address, int64_t bytes) {
   const char* end = static_cast<const char*>(address) + bytes;
-  for (int64_t i = 0; i < bytes; i += kCacheLine) prefetch(end + i);
+  for (int64_t i = 0; i < bytes; i += kCacheLine)
+    prefetch(end + i);
 }
 
 // `count` elements from `address` on, `stride` apart, as T: in place where they are just that, else in `buffer`.
@@ -231,22 +242,31 @@ inline const T* load(const void* address, DType dtype, int64_t stride, int64_t c
   if (stride == 1) prefetch_after(address, count * size_of(dtype));
   const uint16_t* half = static_cast<const uint16_t*>(address);
   switch (dtype) {
-    case DType::kFloat32: convert(static_cast<const float*>(address), stride, count, buffer); break;
-    case DType::kFloat64: convert(static_cast<const double*>(address), stride, count, buffer); break;
-    case DType::kUInt8: convert(static_cast<const uint8_t*>(address), stride, count, buffer); break;
+    case DType::kFloat32:
+      convert(static_cast<const float*>(address), stride, count, buffer);
+      break;
+    case DType::kFloat64:
+      convert(static_cast<const double*>(address), stride, count, buffer);
+      break;
+    case DType::kUInt8:
+      convert(static_cast<const uint8_t*>(address), stride, count, buffer);
+      break;
     case DType::kBFloat16:
       if (stride == 1) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<T>(bfloat16_to_float(half[i]));
+        for (int64_t i = 0; i < count; ++i)
+          buffer[i] = static_cast<T>(bfloat16_to_float(half[i]));
       } else {
-        for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<T>(bfloat16_to_float(half[i * stride]));
+        for (int64_t i = 0; i < count; ++i)
+          buffer[i] = static_cast<T>(bfloat16_to_float(half[i * stride]));
       }
       break;
     case DType::kFloat16:
       if (stride == 1 && sizeof(T) == sizeof(float)) {
         load_float16(half, count, reinterpret_cast<float*>(buffer));
       } else {
-        for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<T>(float16_to_float(half[i * stride]));
+        for (int64_t i = 0; i < count; ++i)
+          buffer[i] = static_cast<T>(float16_to_float(half[i * stride]));
       }
       break;
   }
@@ -255,7 +275,8 @@ inline const T* load(const void* address, DType dtype, int64_t stride, int64_t c
 
 template <class S, class T>
 inline void scatter(const T* values, int64_t stride, int64_t count, S* out) {
-  for (int64_t i = 0; i < count; ++i) out[i * stride] = static_cast<S>(values[i]);
+  for (int64_t i = 0; i < count; ++i)
+    out[i * stride] = static_cast<S>(values[i]);
 }
 
 // Where a run of results is to be computed: in place where the output is T and contiguous, else in `buffer`.
@@ -270,22 +291,30 @@ inline void store(const T* values, void* address, DType dtype, int64_t stride, i
   if (values == address) return;
   uint16_t* half = static_cast<uint16_t*>(address);
   switch (dtype) {
-    case DType::kFloat32: scatter(values, stride, count, static_cast<float*>(address)); break;
-    case DType::kFloat64: scatter(values, stride, count, static_cast<double*>(address)); break;
-    case DType::kUInt8: break;
+    case DType::kFloat32:
+      scatter(values, stride, count, static_cast<float*>(address));
+      break;
+    case DType::kFloat64:
+      scatter(values, stride, count, static_cast<double*>(address));
+      break;
+    case DType::kUInt8:
+      break;
     case DType::kBFloat16:
       if (stride == 1) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) half[i] = float_to_bfloat16(static_cast<float>(values[i]));
+        for (int64_t i = 0; i < count; ++i)
+          half[i] = float_to_bfloat16(static_cast<float>(values[i]));
       } else {
-        for (int64_t i = 0; i < count; ++i) half[i * stride] = float_to_bfloat16(static_cast<float>(values[i]));
+        for (int64_t i = 0; i < count; ++i)
+          half[i * stride] = float_to_bfloat16(static_cast<float>(values[i]));
       }
       break;
     case DType::kFloat16:
       if (stride == 1 && sizeof(T) == sizeof(float)) {
         store_float16(reinterpret_cast<const float*>(values), count, half);
       } else {
-        for (int64_t i = 0; i < count; ++i) half[i * stride] = float_to_float16(static_cast<float>(values[i]));
+        for (int64_t i = 0; i < count; ++i)
+          half[i * stride] = float_to_float16(static_cast<float>(values[i]));
       }
       break;
   }
@@ -293,7 +322,7 @@ inline void store(const T* values, void* address, DType dtype, int64_t stride, i
 
 // The pixels of a view with dimensions merged as far as its strides allow: rows of equally spaced pixels.
 struct Rows {
-  int64_t length, stride;  // pixels of a row, and the step from one to the next
+  int64_t length, stride; // pixels of a row, and the step from one to the next
   int64_t size1, stride1, stride0;
 
   Rows(const int64_t size[3], const int64_t strides[3]) {
@@ -335,7 +364,8 @@ struct Weights {
       bg = load(static_cast<const char*>(layer.bg) + start, layer.mask_dtype, 1, count, bg_buffer);
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) bg_buffer[i] = T(1) - fg[i];
+      for (int64_t i = 0; i < count; ++i)
+        bg_buffer[i] = T(1) - fg[i];
       bg = bg_buffer;
     }
   }
@@ -470,7 +500,8 @@ void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) 
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
     count = min(min(kRun, tile.pixel_end - p), rows.rest_of_row(p));
     weights.load_run(layer, tile.n, p, count);
-    for (int64_t c = 0; c < channels; ++c) fg[c] = bg[c] = T(0);
+    for (int64_t c = 0; c < channels; ++c)
+      fg[c] = bg[c] = T(0);
     const char* start = sample + rows.offset(p) * element;
     for (int64_t i = 0; i < count; i += kGroup) {
       const T* r[kGroup];
@@ -593,9 +624,11 @@ void backward_by_channels(const Layer& layer, const Tile& tile, const T* g_fg, c
       const T w = weights.fg[i], u = weights.bg[i];
       if (there) {
 #pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) out[c] = g_fg[c] * w + g_bg[c] * u;
+        for (int64_t c = 0; c < channels; ++c)
+          out[c] = g_fg[c] * w + g_bg[c] * u;
       } else {
-        for (int64_t c = 0; c < channels; ++c) out[c] = T(0);
+        for (int64_t c = 0; c < channels; ++c)
+          out[c] = T(0);
       }
       if (layer.upstream != nullptr) {
         const char* source = static_cast<const char*>(layer.upstream) +
@@ -604,7 +637,8 @@ void backward_by_channels(const Layer& layer, const Tile& tile, const T* g_fg, c
                                  element;
         const T* added = load(source, layer.dtype, layer.upstream_stride_c, channels, upstream_buffer);
 #pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) out[c] += added[c];
+        for (int64_t c = 0; c < channels; ++c)
+          out[c] += added[c];
       }
       store(out, address, layer.dtype, 1, channels);
     }
@@ -639,7 +673,8 @@ void mask_backward(const Layer& layer, const Tile& tile, const T* g_fg, const T*
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
     count = min(min(kRun, tile.pixel_end - p), rows.rest_of_row(p));
     weights.load_run(layer, tile.n, p, count);
-    for (int64_t i = 0; i < count; ++i) fg[i] = bg[i] = 0;
+    for (int64_t i = 0; i < count; ++i)
+      fg[i] = bg[i] = 0;
     for (int64_t c = tile.channel_begin; c < tile.channel_end; ++c) {
       const char* address = static_cast<const char*>(layer.features) +
                             (tile.n * layer.stride_n + c * layer.stride_c + rows.offset(p)) * element;
@@ -669,8 +704,8 @@ void mask_backward_tile(const Layer& layer, const Tile& tile, DType accumulate, 
   }
 }
 
-}  // namespace
+} // namespace
 
 TileKernels FDK_TILE_KERNELS() { return {forward_tile, backward_tile, mask_backward_tile, mass_of_sample}; }
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu

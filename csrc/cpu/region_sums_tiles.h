@@ -33,4 +33,4 @@ TileKernels tile_kernels_baseline();
 TileKernels tile_kernels_avx2();
 TileKernels tile_kernels_avx512();
 
-}  // namespace fdk::cpu
+} // namespace fdk::cpu

@@ -15,8 +15,8 @@ from fdkernels.log_norm.options import Options
 __all__ = ["log_norm"]
 
 _OPTIONS = (
-    "SymInt[] channels, SymInt[] pixels, str region_weight, bool masked_background, str norm, float log_scale, "
-    "float eps, str exchange, str reduction, str backend"
+    "SymInt[] channels, SymInt[] pixels, str region_weight, bool masked_background, str norm, "
+    "float log_scale, float eps, str exchange, str reduction, str backend"
 )
 torch.library.define(
     "fdkernels::log_norm_forward",
@@ -79,9 +79,7 @@ def _backward(
 
 
 @torch.library.register_fake("fdkernels::log_norm_backward")
-def _backward_fake(
-    grad_loss: Tensor, sums: Tensor, masses: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad_loss: Tensor, sums: Tensor, masses: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(sums), torch.empty_like(masses)
 
 
@@ -113,7 +111,12 @@ def _backward_backward(
             for grad, cotangent in zip(first, (grad_grad_sums, grad_grad_masses), strict=True)
         ]
         second = torch.autograd.grad(
-            first, (g, s, m), cotangents, create_graph=True, allow_unused=True, materialize_grads=True
+            first,
+            (g, s, m),
+            cotangents,
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
     return *second, None, *([None] * 10)
 
@@ -125,9 +128,7 @@ torch.library.register_autograd(
 
 class _LogNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, sums: Tensor, masses: Tensor, pairing: Tensor | None, *arguments: Any
-    ) -> Tensor:
+    def forward(ctx: Any, sums: Tensor, masses: Tensor, pairing: Tensor | None, *arguments: Any) -> Tensor:
         ctx.save_for_backward(sums, masses, pairing)
         ctx.arguments = arguments
         loss: Tensor = torch.ops.fdkernels.log_norm_forward(sums, masses, pairing, *arguments)
@@ -165,7 +166,5 @@ def log_norm(
     Returns:
         [L]; without reduction [N, L], or [ΣC] where the norm runs over the batch. Entries left out are 0.
     """
-    loss: Tensor = _LogNorm.apply(
-        sums, masses, pairing, list(channels), list(pixels), *options, backend
-    )
+    loss: Tensor = _LogNorm.apply(sums, masses, pairing, list(channels), list(pixels), *options, backend)
     return loss

@@ -22,9 +22,15 @@ torch.library.define(
 )
 torch.library.define(
     "fdkernels::region_sums_backward",
-    "(Tensor grad_sums, Tensor[] fg, Tensor[] bg, Tensor?[] upstream, Tensor[] features, SymInt[] geometry, "
-    "str backend) -> (Tensor[], Tensor[], Tensor[])",
+    # upstream holds the gradients that are added, upstream_layers the layers to which they belong.
+    "(Tensor grad_sums, Tensor[] fg, Tensor[] bg, Tensor[] upstream, int[] upstream_layers, "
+    "Tensor[] features, SymInt[] geometry, str backend) -> (Tensor[], Tensor[], Tensor[])",
 )
+
+
+def _contiguous(weights: list[Tensor]) -> list[Tensor]:
+    # Masks come so from layer_masks; in second derivatives their place is taken by cotangents of any strides.
+    return [weight.contiguous() for weight in weights]
 
 
 @torch.library.impl("fdkernels::region_sums_forward", "CompositeExplicitAutograd")
@@ -32,7 +38,7 @@ def _forward(
     features: list[Tensor], fg: list[Tensor], bg: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
     stage = backends.implementation("region_sums", backend)
-    sums: tuple[Tensor, Tensor] = stage.forward(features, fg, bg)
+    sums: tuple[Tensor, Tensor] = stage.forward(features, _contiguous(fg), _contiguous(bg))
     return sums
 
 
@@ -52,14 +58,18 @@ def _backward(
     grad_sums: Tensor,
     fg: list[Tensor],
     bg: list[Tensor],
-    upstream: list[Tensor | None],
+    upstream: list[Tensor],
+    upstream_layers: list[int],
     features: list[Tensor],
     geometry: list[int],
     backend: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     stage = backends.implementation("region_sums", backend)
+    added: list[Tensor | None] = [None] * len(fg) if upstream else []
+    for layer, grad in zip(upstream_layers, upstream, strict=True):
+        added[layer] = grad
     grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = stage.backward(
-        grad_sums, fg, bg, upstream, features, geo.unpack(geometry)
+        grad_sums, _contiguous(fg), _contiguous(bg), added, features, geo.unpack(geometry)
     )
     return grads
 
@@ -69,7 +79,8 @@ def _backward_fake(
     grad_sums: Tensor,
     fg: list[Tensor],
     bg: list[Tensor],
-    upstream: list[Tensor | None],
+    upstream: list[Tensor],
+    upstream_layers: list[int],
     features: list[Tensor],
     geometry: list[int],
     backend: str,
@@ -83,12 +94,14 @@ def _backward_fake(
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad_sums, fg, bg, upstream, features, geometry, backend = inputs
+    grad_sums, fg, bg, _, upstream_layers, features, geometry, backend = inputs
     ctx.save_for_backward(grad_sums, *fg, *bg, *features)
     ctx.sizes = (len(fg), len(bg), len(features))
-    ctx.has_upstream = [tensor is not None for tensor in upstream]
+    ctx.upstream_layers = list(upstream_layers)
     # torch takes an empty list of integers for an empty list of tensors and wants its kind of gradient back.
+    ctx.grad_upstream_layers = None if len(upstream_layers) else []
     ctx.grad_geometry = None if len(geometry) else []
+    ctx.geometry = geo.unpack(geometry)
     ctx.backend = backend
 
 
@@ -106,11 +119,14 @@ def _backward_backward(
     zero = torch.zeros_like(grad_sums)
     grad_g, grad_fg, grad_bg, grad_features = zero, [None] * num_layers, [None] * num_bg, []
     if any(u is not None for u in grad_grad_features):
-        u = list(grad_grad_features)
+        u = [
+            torch.zeros(shape, dtype=dtype, device=grad_sums.device) if cotangent is None else cotangent
+            for cotangent, (shape, _, dtype) in zip(grad_grad_features, ctx.geometry, strict=True)
+        ]
         grad_g = grad_g + _apply(u, fg, bg, ctx.backend)[0]
         if any(weight.requires_grad for weight in fg):
             _, grad_fg, grad_bg = torch.ops.fdkernels.region_sums_backward(
-                grad_sums, fg, bg, [], u, [], ctx.backend
+                grad_sums, fg, bg, [], [], u, [], ctx.backend
             )
     if num_features:
         r_fg = _materialized(grad_grad_fg, fg, grad_sums.dtype)
@@ -123,14 +139,21 @@ def _backward_backward(
             r_bg,
             [],
             [],
+            [],
             geo.pack([geo.geometry_of(layer) for layer in features]),
             ctx.backend,
         )[0]
-    grad_upstream = [
-        u if has else None
-        for u, has in zip(grad_grad_features, ctx.has_upstream, strict=False)
-    ]
-    return grad_g, grad_fg, grad_bg, grad_upstream, grad_features, ctx.grad_geometry, None
+    grad_upstream = [grad_grad_features[layer] for layer in ctx.upstream_layers]
+    return (
+        grad_g,
+        grad_fg,
+        grad_bg,
+        grad_upstream,
+        ctx.grad_upstream_layers,
+        grad_features,
+        ctx.grad_geometry,
+        None,
+    )
 
 
 torch.library.register_autograd(
@@ -138,9 +161,7 @@ torch.library.register_autograd(
 )
 
 
-def _materialized(
-    grads: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
+def _materialized(grads: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if not grads:
         return [torch.zeros_like(weight, dtype=dtype) for weight in like]
     return [
@@ -153,9 +174,7 @@ class _RegionSums(torch.autograd.Function):
     """Features and weights to sums and masses, and under `tap` also the features themselves."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: str, tap: bool, num_layers: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, backend: str, tap: bool, num_layers: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         features = tensors[:num_layers]
         fg, bg = tensors[num_layers : 2 * num_layers], tensors[2 * num_layers :]
         sums, masses = torch.ops.fdkernels.region_sums_forward(features, fg, bg, backend)
@@ -186,12 +205,14 @@ class _RegionSums(torch.autograd.Function):
             grad_features = list(upstream) or grad_features
         else:
             wanted = [index for index in range(num_layers) if needs[index]]
+            tapped = [layer for layer, index in enumerate(wanted) if upstream and upstream[index] is not None]
             if wanted:
                 grads = torch.ops.fdkernels.region_sums_backward(
                     _select_layers(grad_sums, ctx.geometry, wanted),
                     [fg[index] for index in wanted],
                     [bg[index] for index in wanted] if bg else [],
-                    [upstream[index] for index in wanted] if upstream else [],
+                    [upstream[wanted[layer]] for layer in tapped],
+                    tapped,
                     [],
                     geo.pack([ctx.geometry[index] for index in wanted]),
                     ctx.backend,
@@ -200,20 +221,21 @@ class _RegionSums(torch.autograd.Function):
                     grad_features[index] = grad
             if ctx.mask_gradient:
                 _, grad_fg, grad_bg = torch.ops.fdkernels.region_sums_backward(
-                    grad_sums, fg, bg, [], features, [], ctx.backend
+                    grad_sums, fg, bg, [], [], features, [], ctx.backend
                 )
         if ctx.mask_gradient and grad_masses is not None:
             grad_fg = _add_mass_gradient(grad_fg, grad_masses[0], fg)
             grad_bg = _add_mass_gradient(grad_bg, grad_masses[1], fg)
         grads_in = (*grad_features, *grad_fg, *grad_bg)
-        return None, None, None, *(
-            grad if need else None for grad, need in zip(grads_in, needs, strict=True)
+        return (
+            None,
+            None,
+            None,
+            *(grad if need else None for grad, need in zip(grads_in, needs, strict=True)),
         )
 
 
-def _select_layers(
-    grad_sums: Tensor, geometry: Sequence[geo.Geometry], wanted: Sequence[int]
-) -> Tensor:
+def _select_layers(grad_sums: Tensor, geometry: Sequence[geo.Geometry], wanted: Sequence[int]) -> Tensor:
     if len(wanted) == len(geometry):
         return grad_sums
     parts = grad_sums.split([layer.shape[1] for layer in geometry], dim=-1)
@@ -283,8 +305,8 @@ def region_sums(
 ) -> RegionSums | list[RegionSums]:
     """Sum features over the foreground and over the background, in one read of them.
 
-    S_fg[n,c] = Σ_p v·y·F, S_bg[n,c] = Σ_p v·(1-y)·F, M_fg[n] = Σ_p v·y, M_bg[n] = Σ_p v·(1-y), with the mask y
-    and the validity v at the layer's size. Differentiable with respect to features and soft masks. For one
+    S_fg[n,c] = Σ_p v·y·F, S_bg[n,c] = Σ_p v·(1-y)·F, M_fg[n] = Σ_p v·y, M_bg[n] = Σ_p v·(1-y), with the mask
+    y and the validity v at the layer's size. Differentiable with respect to features and soft masks. For one
     layer of the mask's size, it replaces::
 
         fg = (features * mask).flatten(2).sum(-1)

@@ -1,4 +1,4 @@
-"""What the backends `cpu` and `cuda` of log_norm share: the arguments of fdkernels._C, and the shape of a loss."""
+"""What the backends `cpu` and `cuda` of log_norm share: the arguments of fdkernels._C and a loss's shape."""
 
 from __future__ import annotations
 

@@ -13,9 +13,7 @@ from fdkernels.region_sums.geometry import DTYPE_CODES, Geometry, accumulate_dty
 __all__ = ["backward", "forward"]
 
 
-def forward(
-    features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def forward(features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sums [2, N, ΣC] and masses [2, N, L] by (R2)."""
     batch = features[0].shape[0]
     channels = sum(layer.shape[1] for layer in features)
@@ -44,9 +42,7 @@ def backward(
     """The gradients (R3) for the layers of `geometry` and (R4) for the masks of `features`."""
     grad_sums = grad_sums.contiguous()
     code, threads = DTYPE_CODES[grad_sums.dtype], torch.get_num_threads()
-    grads = [
-        torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in geometry
-    ]
+    grads = [torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in geometry]
     if grads:
         added = native.same_dtype(upstream, geometry)
         words = native.backward_words(grads, fg, bg, added)

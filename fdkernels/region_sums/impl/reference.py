@@ -12,9 +12,7 @@ from fdkernels.region_sums.geometry import Geometry, accumulate_dtype
 __all__ = ["backward", "forward"]
 
 
-def forward(
-    features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def forward(features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sums [2, N, ΣC] and masses [2, N, L] by (R2)."""
     dtype = accumulate_dtype(features)
     sums, masses = [], []
@@ -48,8 +46,9 @@ def backward(
         if bg:
             grad = torch.where(_valid(w).unsqueeze(1), grad, 0)
         grad = grad.reshape(shape)
-        if upstream and upstream[index] is not None:
-            grad = grad + upstream[index]
+        added = upstream[index] if upstream else None
+        if added is not None:
+            grad = grad + added
         out = torch.empty_strided(shape, stride, dtype=feature_dtype, device=grad.device)
         grad_features.append(out.copy_(grad))
     start = 0
@@ -66,9 +65,7 @@ def backward(
     return grad_features, grad_fg, grad_bg
 
 
-def _weights(
-    fg: Sequence[Tensor], bg: Sequence[Tensor], index: int, dtype: torch.dtype
-) -> Tensor:
+def _weights(fg: Sequence[Tensor], bg: Sequence[Tensor], index: int, dtype: torch.dtype) -> Tensor:
     w_fg = fg[index].to(dtype)
     w_bg = bg[index].to(dtype) if bg else 1 - w_fg
     return torch.stack([w_fg, w_bg])

@@ -1,0 +1,56 @@
+# The types of csrc/bindings.cpp.
+
+from typing import TypeAlias
+
+_LogNorm: TypeAlias = tuple[int, list[int], list[int], int, int, int, bool, int, int, int, float, float, int]
+
+__version__: str
+with_cuda: bool
+cuda_version: str
+cuda_archs: str
+cpu_instruction_set: str
+
+def cpu_thread_runtime() -> str: ...
+def cpu_region_sums_forward(
+    words: list[int], batch: int, accumulate: int, sums: int, masses: int, num_threads: int
+) -> None: ...
+def cpu_region_sums_backward(
+    words: list[int], batch: int, accumulate: int, grad_sums: int, num_threads: int
+) -> None: ...
+def cpu_region_sums_mask_backward(
+    words: list[int], batch: int, accumulate: int, grad_sums: int, num_threads: int
+) -> None: ...
+def cpu_log_norm_forward(args: _LogNorm, sums: int, masses: int, loss: int) -> None: ...
+def cpu_log_norm_backward(
+    args: _LogNorm, grad_loss: int, sums: int, masses: int, grad_sums: int, grad_masses: int
+) -> None: ...
+def cuda_region_sums_workspace(words: list[int], batch: int, accumulate: int) -> int: ...
+def cuda_region_sums_forward(
+    words: list[int],
+    batch: int,
+    accumulate: int,
+    sums: int,
+    masses: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_region_sums_backward(
+    words: list[int], batch: int, accumulate: int, grad_sums: int, device: int, stream: int
+) -> None: ...
+def cuda_region_sums_mask_backward(
+    words: list[int], batch: int, accumulate: int, grad_sums: int, device: int, stream: int
+) -> None: ...
+def cuda_log_norm_forward(
+    args: _LogNorm, sums: int, masses: int, loss: int, device: int, stream: int
+) -> None: ...
+def cuda_log_norm_backward(
+    args: _LogNorm,
+    grad_loss: int,
+    sums: int,
+    masses: int,
+    grad_sums: int,
+    grad_masses: int,
+    device: int,
+    stream: int,
+) -> None: ...
