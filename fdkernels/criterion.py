@@ -178,6 +178,11 @@ class FeatureDiscrepancyLoss(nn.Module):
             raise ValueError(
                 f"features must have {self.alpha.shape[0]} layers, one for each alpha, got {len(layers)}"
             )
+        if self.alpha.device != layers[0].device:
+            raise ValueError(
+                f"features must be on the device of alpha, {self.alpha.device}, got {layers[0].device}; "
+                "move the module with crit.to(device)"
+            )
         partners = Partners(pairing, domains, generator)
         if not self._active:
             with torch.no_grad():
