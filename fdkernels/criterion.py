@@ -27,7 +27,8 @@ class FeatureDiscrepancyLoss(nn.Module):
 
     - `"ascent"`: dual ascent, α ← α + lr·(L - target) within [0, alpha_max]; the layer's weight grows while
       its loss is above the target. The sign is turned inside the module, so that any optimizer that
-      descends does the right thing.
+      descends does the right thing. A network with batch norm soon has L < 0: give it a target below the
+      `layer_losses` that it starts with.
     - `"descent"`: α ← α - lr·L, to the letter and without bounds.
     - `"clipped"`: descent clipped to [0, 1], as the authors' code has it.
     - `"ramp"`: α rises linearly from 0 to alpha_max over `ramp_steps` training passes; it is not trained.
@@ -280,6 +281,7 @@ class _StuckWatch:
         warnings.warn(
             f"every alpha has stayed at a bound of {list(bounds)} or at 0 for {patience} training passes "
             f"under alpha_rule={rule!r}, so the weights of the feature discrepancy loss do not train. Is "
-            "crit.alpha in the optimizer? Where L > 0, 'clipped' never leaves 0: 'ascent' does.",
+            "crit.alpha in the optimizer? 'clipped' never leaves 0 where a layer's loss is positive; 'ascent' "
+            "raises alpha only where it is above `target` (crit.layer_losses shows the losses).",
             stacklevel=4,
         )
