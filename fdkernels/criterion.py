@@ -281,7 +281,7 @@ class _StuckWatch:
         warnings.warn(
             f"every alpha has stayed at a bound of {list(bounds)} or at 0 for {patience} training passes "
             f"under alpha_rule={rule!r}, so the weights of the feature discrepancy loss do not train. Is "
-            "crit.alpha in the optimizer? 'clipped' never leaves 0 where a layer's loss is positive; 'ascent' "
-            "raises alpha only where it is above `target` (crit.layer_losses shows the losses).",
+            "crit.alpha in the optimizer? 'clipped' never leaves 0 where a layer's loss is positive; "
+            "'ascent' raises alpha only where it is above `target` (see crit.layer_losses).",
             stacklevel=4,
         )
