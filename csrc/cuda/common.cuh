@@ -1,0 +1,203 @@
+// What both stages need on a GPU: launching a kernel, elements that move together, and sums over a warp or a block.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "region_sums.h"
+
+namespace fdk::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+inline void check(cudaError_t status, const char* action) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError(); // so that the error is not reported once more by somebody else's next call
+  throw std::runtime_error(std::string(action) + " failed: " + cudaGetErrorString(status) + ".");
+}
+
+// Makes `device` current for the calling thread and the previous one again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device == previous_) return;
+    check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = true;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Puts `kernel` on the stream; nothing at all where there are no blocks.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+            Arguments&&... arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(std::string(name) + " would need " + std::to_string(blocks) +
+                             " blocks, more than a launch can have; split the batch.");
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+}
+
+template <typename T>
+constexpr __host__ __device__ T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+template <typename Acc, typename T>
+__device__ Acc widen(T value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(value);
+  } else {
+    return static_cast<Acc>(value);
+  }
+}
+
+template <typename T, typename Acc>
+__device__ T narrow(Acc value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <typename To, typename From>
+__device__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the bits of one are those of the other");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// kCount adjacent elements, which one instruction loads or stores where they fill 16 bytes or less. Small elements stay
+// in words of 32 bits until they are used: taking them apart any earlier would wait for the load.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+  static constexpr int kPerWord = sizeof(T) < 4 && kCount > 1 ? 4 / sizeof(T) : 1;
+  static constexpr int kBits = 8 * sizeof(T);
+  static_assert(kCount % kPerWord == 0, "elements fill their words");
+  using Word = std::conditional_t<kPerWord == 1, T, uint32_t>;
+  Word words[kCount / kPerWord];
+
+  template <typename Acc>
+  __device__ Acc get(int i) const {
+    if constexpr (kPerWord == 1) {
+      return widen<Acc>(words[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) { // the upper half of a float32
+      return bits_as<float>(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+    } else {
+      using Bits = std::conditional_t<kBits == 8, uint8_t, uint16_t>;
+      return widen<Acc>(bits_as<T>(static_cast<Bits>(words[i / kPerWord] >> (i % kPerWord * kBits))));
+    }
+  }
+
+  template <typename Acc>
+  __device__ void set(int i, Acc value) {
+    if constexpr (kPerWord == 1) {
+      words[i] = narrow<T>(value);
+    } else {
+      static_assert(kPerWord == 2, "only elements of 16 bits are written in packs");
+      const uint32_t bits = bits_as<uint16_t>(narrow<T>(value));
+      words[i / 2] = i % 2 ? (words[i / 2] & 0xffffu) | bits << 16 : (words[i / 2] & 0xffff0000u) | bits;
+    }
+  }
+};
+
+template <typename T>
+constexpr int kVector = 16 / sizeof(T); // elements of a 16-byte access
+
+// Reads features, which a block reads once: they pass by the L1 cache and leave it to the masks.
+template <int kCount, typename T>
+__device__ Pack<T, kCount> load(const T* address) {
+  if constexpr (sizeof(T) * kCount == 16) {
+    return bits_as<Pack<T, kCount>>(__ldcg(reinterpret_cast<const uint4*>(address)));
+  } else {
+    return *reinterpret_cast<const Pack<T, kCount>*>(address);
+  }
+}
+
+// The same for elements `stride` apart where they are not adjacent.
+template <int kCount, typename T>
+__device__ Pack<T, kCount> load(const T* address, int64_t stride, bool adjacent) {
+  if constexpr (kCount > 1) {
+    if (!adjacent) {
+      Pack<T, kCount> pack = {};
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        pack.set(i, widen<float>(address[i * stride]));
+      return pack;
+    }
+  }
+  return load<kCount>(address);
+}
+
+// Writes what nothing here reads again: it may leave the caches first.
+template <typename T, int kCount>
+__device__ void store(T* address, const Pack<T, kCount>& pack) {
+  if constexpr (sizeof(T) * kCount == 16) {
+    __stcs(reinterpret_cast<uint4*>(address), bits_as<uint4>(pack));
+  } else {
+    *reinterpret_cast<Pack<T, kCount>*>(address) = pack;
+  }
+}
+
+// Sums each of kCount values over the warp, exchanging halves of them as long as there is more than one: lane l
+// returns the sum of value l / (kWarp / kCount).
+template <int kCount, typename T>
+__device__ T warp_sums(T (&values)[kCount]) {
+  static_assert((kCount & (kCount - 1)) == 0 && kCount <= kWarp, "kCount is a power of two");
+  const int lane = threadIdx.x % kWarp;
+  int distance = kWarp / 2;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, distance /= 2) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const T kept = upper ? values[i + half] : values[i];
+      const T given = upper ? values[i] : values[i + half];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, given, distance);
+    }
+  }
+  for (; distance > 0; distance /= 2) {
+    values[0] += __shfl_xor_sync(kAllLanes, values[0], distance);
+  }
+  return values[0];
+}
+
+// The sum over groups of `lanes` adjacent lanes, a power of two, in every lane.
+template <typename T>
+__device__ T lane_sum(T value, int lanes = kWarp) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+} // namespace fdk::cuda

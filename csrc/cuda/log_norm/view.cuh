@@ -1,0 +1,148 @@
+// How the kernels of log_norm see a layer: which samples count, their region features (L1), their pairs and distances.
+#pragma once
+
+#include "../common.cuh"
+#include "log_norm.h"
+
+namespace fdk::cuda {
+
+constexpr int kMaxLayers = 64; // of a launch, which carries their shapes by value
+
+struct LayerShape {
+  int64_t channels, pixels, channel_start;
+};
+
+struct Arguments {
+  LayerShape layers[kMaxLayers];
+  int64_t first_layer;
+  LogNorm options; // without its pointers to host memory
+};
+
+// One sample of a layer and its region features (L1).
+template <typename T>
+struct Sample {
+  const T* S_fg;                   // [C]
+  const T* S_bg;                   // [C]
+  double M_fg, scale_fg, scale_bg; // 1 / w
+  bool masked_background, counts;
+
+  __device__ double f(int64_t c) const { return S_fg[c] * scale_fg; }
+  __device__ double b(int64_t c) const { return (masked_background ? M_fg - S_fg[c] : double(S_bg[c])) * scale_bg; }
+};
+
+// The foreground of sample i against the background of sample j, if both count.
+struct Pair {
+  int64_t i, j;
+  bool met;
+};
+
+// A layer; `exchanged` chooses between the samples' own pairs and the exchanged ones.
+template <typename T>
+struct View {
+  const Arguments& arguments;
+  const LogNorm& options;
+  const LayerShape& shape;
+  const T* sums;   // [2, N, total_channels]
+  const T* masses; // [2, N, L]
+  int64_t index;   // among all layers
+
+  __device__ View(const Arguments& arguments, int64_t layer, const T* sums, const T* masses)
+      : arguments(arguments),
+        options(arguments.options),
+        shape(arguments.layers[layer]),
+        sums(sums),
+        masses(masses),
+        index(arguments.first_layer + layer) {}
+
+  __device__ int64_t sum_at(int region, int64_t n) const {
+    return (region * options.batch + n) * options.total_channels + shape.channel_start;
+  }
+  __device__ int64_t mass_at(int region, int64_t n) const {
+    return (region * options.batch + n) * options.num_layers + index;
+  }
+
+  // A sample that does not exist counts and is NaN, so that a wrong pairing shows.
+  __device__ bool exists(int64_t n) const { return 0 <= n && n < options.batch; }
+  __device__ bool counts(int64_t n) const {
+    if (!exists(n)) return true;
+    const double M_fg = masses[mass_at(0, n)], M_bg = masses[mass_at(1, n)];
+    return options.region_weight == RegionWeight::kRegion ? M_fg > 0 && M_bg > 0 : M_fg + M_bg > 0;
+  }
+
+  __device__ Sample<T> sample(int64_t n) const {
+    const int64_t row = exists(n) ? n : 0;
+    const double M_fg = masses[mass_at(0, row)], M_bg = masses[mass_at(1, row)];
+    double w_fg = 1, w_bg = 1;
+    if (options.region_weight == RegionWeight::kValid) w_fg = w_bg = M_fg + M_bg;
+    if (options.region_weight == RegionWeight::kPixels) w_fg = w_bg = static_cast<double>(shape.pixels);
+    if (options.region_weight == RegionWeight::kRegion) w_fg = M_fg, w_bg = M_bg;
+    if (!exists(n)) w_fg = w_bg = nan("");
+    return {
+        sums + sum_at(0, row), sums + sum_at(1, row), M_fg, 1 / w_fg, 1 / w_bg, options.masked_background, counts(n)};
+  }
+
+  __device__ int terms() const { return options.exchange == Exchange::kNone ? 1 : 2; }
+  __device__ int64_t pairs(bool exchanged) const { return exchanged ? options.num_pairs : options.batch; }
+
+  // The argument of the logarithm is D_ij + D_ji, and its term is the mean over the pairs (not over the batch).
+  __device__ bool crossed(bool exchanged) const { return exchanged && options.exchange == Exchange::kPooled; }
+
+  __device__ Pair pair(bool exchanged, int64_t k) const {
+    Pair pair = {k, k, true};
+    if (crossed(exchanged)) {
+      pair = {options.pairing[2 * k], options.pairing[2 * k + 1], true};
+      pair.met = pair.i >= 0 && pair.j >= 0;
+    } else if (exchanged) {
+      pair.i = options.pairing[k];
+    }
+    pair.met = pair.met && counts(pair.i) && counts(pair.j);
+    return pair;
+  }
+
+  __device__ double loss(double D) const { return -options.log_scale * log(D + options.eps); }
+};
+
+// Sums of each value over the block, in every thread and always in the same order.
+template <int kThreads, int kCount>
+__device__ void block_sums(double (&values)[kCount]) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ double parts[kCount][kWarps];
+  for (double& value : values)
+    value = lane_sum(value);
+  __syncthreads(); // the last sums have been read
+  if (threadIdx.x % kWarp == 0) {
+    for (int i = 0; i < kCount; ++i)
+      parts[i][threadIdx.x / kWarp] = values[i];
+  }
+  __syncthreads();
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = 0;
+    for (int warp = 0; warp < kWarps; ++warp)
+      values[i] += parts[i][warp];
+  }
+}
+
+// What a distance (L2) is made of: Σ (f-b)² for the vector norm, else x = Σ (f-b) and z = Σ (f+b).
+struct Moments {
+  double sums[2] = {0, 0};
+
+  // Over the channels first, first + step, ...
+  template <typename T>
+  __device__ Moments(const View<T>& view, const Sample<T>& i, const Sample<T>& j, int first, int step) {
+    const bool vector = view.options.norm == Norm::kVector;
+#pragma unroll 4
+    for (int64_t c = first; c < view.shape.channels; c += step) {
+      const double f = i.f(c), b = j.b(c);
+      sums[0] += vector ? (f - b) * (f - b) : f - b;
+      sums[1] += f + b;
+    }
+  }
+
+  __device__ double distance(const LogNorm& options) const {
+    if (options.norm == Norm::kVector) return sums[0];
+    const double square = sums[0] * sums[0];
+    return options.norm == Norm::kRelative ? square / (sums[1] * sums[1] + options.eps) : square;
+  }
+};
+
+} // namespace fdk::cuda

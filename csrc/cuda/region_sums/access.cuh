@@ -1,0 +1,137 @@
+// How the kernels of region_sums find their item of the work, its elements and its weights, and where results go.
+#pragma once
+
+#include "work.cuh"
+
+namespace fdk::cuda {
+
+// The layer that a block works for, by the first blocks of the layers.
+__device__ inline int layer_of(const Work& work, uint32_t block, uint32_t LayerWork::* first_block) {
+  int index = work.count - 1;
+  while (block < work.layers[index].*first_block)
+    --index;
+  return index;
+}
+
+struct Item {
+  int64_t n;
+  uint32_t tile, group;
+};
+
+// The item of this block or warp; the groups, or else the tiles, of a sample follow each other.
+__device__ inline Item item_of(const LayerWork& layer, uint32_t index, bool groups_adjacent) {
+  const uint32_t inner_count = groups_adjacent ? layer.groups : layer.tiles;
+  const uint32_t outer_count = groups_adjacent ? layer.tiles : layer.groups;
+  const uint32_t outer = index / inner_count;
+  const uint32_t inner = index - outer * inner_count;
+  const uint32_t n = outer / outer_count;
+  const uint32_t middle = outer - n * outer_count;
+  return {n, groups_adjacent ? middle : inner, groups_adjacent ? inner : middle};
+}
+
+// Where a pixel lies from the first one of its channel; `adjacent` says that the innermost stride is 1.
+__device__ inline int64_t pixel_offset(const LayerWork& layer, const int64_t (&stride)[3], int64_t pixel,
+                                       bool adjacent = false) {
+  const int64_t stride2 = adjacent ? 1 : stride[2];
+  if (layer.size2 == layer.pixels) return pixel * stride2;
+  const int64_t row = pixel / layer.size2; // takes the short way where both fit 32 bits
+  const int64_t slice = row / layer.size1;
+  return slice * stride[0] + (row - slice * layer.size1) * stride[1] + (pixel - row * layer.size2) * stride2;
+}
+
+// Calls body(element) with an element of the mask's type.
+template <typename Body>
+__device__ void with_mask_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kUInt8:
+      return body(uint8_t());
+    case DType::kFloat32:
+      return body(float());
+    default:
+      return body(double());
+  }
+}
+
+// Calls body(pack) with a pack of the elements of the layer that move together.
+template <typename Acc, typename Body>
+__device__ void with_pack(const LayerWork& layer, Body body) {
+  auto with_type = [&](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_same_v<Acc, float>) {
+      if (layer.vector) return body(Pack<T, kVector<T>>());
+    }
+    body(Pack<T, 1>());
+  };
+  switch (layer.dtype) {
+    case DType::kBFloat16:
+      return with_type(__nv_bfloat16());
+    case DType::kFloat16:
+      return with_type(__half());
+    case DType::kFloat64:
+      if constexpr (std::is_same_v<Acc, double>) with_type(double());
+      return;
+    default:
+      return with_type(float());
+  }
+}
+
+// The weights of one pixel; both are 0 exactly where it is left out, unless the background is implied.
+template <typename Acc>
+__device__ Weights<Acc> weights_at(const LayerWork& layer, int64_t pixel) {
+  Weights<Acc> weights;
+  with_mask_type(layer.mask_dtype, [&](auto element) {
+    using M = decltype(element);
+    weights.fg = static_cast<Acc>(static_cast<const M*>(layer.fg)[pixel]);
+    weights.bg = layer.bg ? static_cast<Acc>(static_cast<const M*>(layer.bg)[pixel]) : 1 - weights.fg;
+  });
+  return weights;
+}
+
+template <typename Acc>
+struct Outputs {
+  Acc* sums;     // [2, N, total_channels]
+  Acc* masses;   // [2, N, L]
+  Acc* partials; // layer by layer [N, C + 1, 2, tiles]
+};
+
+// A final sum or mass; `slot` counts the channels and, after them, the mass.
+template <typename Acc>
+__device__ void put_total(const Work& work, int index, int64_t n, int slot, int region, Acc total,
+                          const Outputs<Acc>& out) {
+  const LayerWork& layer = work.layers[index];
+  const int64_t row = region * work.batch + n;
+  if (slot < layer.channels) {
+    out.sums[row * work.total_channels + layer.channel_start + slot] = total;
+  } else {
+    out.masses[row * work.num_layers + work.first_layer + index] = total;
+  }
+}
+
+template <typename Acc>
+__device__ void put_partial(const Work& work, int index, const Item& item, int slot, int region, Acc partial,
+                            const Outputs<Acc>& out) {
+  const LayerWork& layer = work.layers[index];
+  if (layer.tiles == 1) return put_total(work, index, item.n, slot, region, partial, out);
+  const int64_t output = (item.n * (layer.channels + 1) + slot) * 2 + region;
+  out.partials[layer.partial_start + output * layer.tiles + item.tile] = partial;
+}
+
+// Writes (R4) of one pixel.
+template <typename Acc>
+__device__ void put_mask_gradient(const LayerWork& layer, int64_t pixel, Acc fg, Acc bg) {
+  const Weights<Acc> weights = layer.bg ? weights_at<Acc>(layer, pixel) : Weights<Acc>{1, 1};
+  const bool left_out = weights.fg == 0 && weights.bg == 0;
+  static_cast<Acc*>(layer.grad_fg)[pixel] = left_out ? Acc(0) : fg;
+  if (layer.grad_bg) static_cast<Acc*>(layer.grad_bg)[pixel] = left_out ? Acc(0) : bg;
+}
+
+// The coefficients of channel c in (R4); with an implied background a change of the weight moves both sums.
+template <typename Acc>
+__device__ Weights<Acc> mask_coefficients(const Work& work, const LayerWork& layer, int64_t n, int c,
+                                          const Acc* grad_sums) {
+  const Acc* g = grad_sums + n * work.total_channels + layer.channel_start + c;
+  const Acc bg = g[work.batch * work.total_channels];
+  return layer.bg ? Weights<Acc>{*g, bg} : Weights<Acc>{*g - bg, 0};
+}
+
+} // namespace fdk::cuda
