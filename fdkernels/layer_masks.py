@@ -91,16 +91,18 @@ def _resize_all(
     mask: Tensor, sizes: Sequence[torch.Size], mask_resize: str, dtype: torch.dtype
 ) -> list[Tensor]:
     """[N, K, *S0] at every size. Each size is made once, from the smallest map that it divides exactly."""
-    made: dict[tuple[int, ...], Tensor] = {tuple(mask.shape[2:]): mask}
+    full = tuple(mask.shape[2:])
+    made: dict[tuple[int, ...], Tensor] = {full: mask}
     for size in sorted({tuple(size) for size in sizes}, reverse=True):
         if size in made:
             continue
         source = mask
         if mask_resize != "nearest":
-            # Means of means and maxima of maxima over equal cells are those of the whole cell.
+            # Means of means and maxima of maxima over equal cells are those of the whole cell; cells that do not
+            # divide the mask overlap.
             # Sizes are made from large to small, so the last one that fits is the smallest.
             for larger, candidate in made.items():
-                if _divides(size, larger):
+                if _divides(size, larger) and _divides(larger, full):
                     source = candidate
         made[size] = _resize(source.to(dtype), size, mask_resize)
     return [made[tuple(size)] for size in sizes]
