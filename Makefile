@@ -46,11 +46,12 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes
 
 .PHONY: bench bench-report
 bench: $(VENV)/.bench ## Measure the op beside its floors and its peers
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json \
+		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH_FLAGS)
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.bench ## Make the table in benchmarks/README.md from the measured results
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report
 
 .PHONY: lint format
 lint: $(VENV)/.dev ## Check style and types
