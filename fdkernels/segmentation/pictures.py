@@ -1,0 +1,187 @@
+"""The demonstration's picture: patches, truth, predictions with their errors, and alpha."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from fdkernels import models
+from fdkernels.models.blocks import TAP_NAMES
+from fdkernels.segmentation.config import PHASES, TrainingConfig
+from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
+from fdkernels.segmentation.runfiles import read_json, read_weights, replacing
+
+_FALSE_POSITIVE = (1.0, 0.16, 0.16)
+_FALSE_NEGATIVE = (0.55, 0.0, 0.10)
+_CORRECT = (0.55, 0.70, 0.86)
+_COLUMNS = 6
+
+
+def load_network(run: Path, phase: str = "active") -> torch.nn.Module:
+    """The network of a run with the best weights of a phase, in evaluation mode, on the CPU."""
+    config = TrainingConfig.from_json(read_json(run / "config.json"))
+    model = models.create(config.model, base_channels=config.base_channels)
+    model.load_state_dict(read_weights(run / phase / "best.safetensors"))
+    return model.eval()
+
+
+def alpha_history(run: Path) -> dict[str, dict[str, list[float]]]:
+    """Alpha of each layer at the end of each epoch, by phase and layer.
+
+    An epoch that was trained again after an interruption counts as it was trained last.
+    """
+    history: dict[str, dict[str, list[float]]] = {}
+    for phase in PHASES:
+        epochs: dict[int, dict[str, float]] = {}
+        logs = (run / phase / "logs").glob("version_*/metrics.csv")
+        for log in sorted(logs, key=lambda log: int(log.parent.name.partition("_")[2])):
+            with log.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    alphas = {
+                        name.removeprefix("alpha/"): float(value)
+                        for name, value in row.items()
+                        if name.startswith("alpha/") and value
+                    }
+                    if alphas:
+                        epochs[int(row["epoch"])] = alphas
+        layers: dict[str, list[float]] = {}
+        for _, alphas in sorted(epochs.items()):
+            for name, value in alphas.items():
+                layers.setdefault(name, []).append(value)
+        history[phase] = layers
+    return history
+
+
+def _dice(predicted: np.ndarray, truth: np.ndarray) -> float:
+    total = predicted.sum() + truth.sum()
+    return float(2 * (predicted & truth).sum() / total) if total else 1.0
+
+
+def _with_errors(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The image in pale grey, correct foreground in blue, errors in two reds, [H, W, 3]."""
+    grey: np.ndarray = 0.45 + 0.55 * image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)  # [H, W, 3]
+    correct = predicted & truth
+    grey[correct] = 0.45 * grey[correct] + 0.55 * np.array(_CORRECT)
+    grey[predicted & ~truth] = _FALSE_POSITIVE
+    grey[~predicted & truth] = _FALSE_NEGATIVE
+    return grey
+
+
+def _spread(scores: Sequence[float], count: int) -> list[int]:
+    """Indices of `count` of the scores at even ranks, the lowest and the highest among them."""
+    order = np.argsort(scores, kind="stable")
+    ranks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+    return [int(index) for index in order[ranks]]
+
+
+def draw_comparison(path: Path, samples: Sequence[SegmentationSample], runs: Mapping[str, Path]) -> None:
+    """Writes a PNG: some samples with truth and each run's prediction, and alpha over time.
+
+    The columns are test patches at even ranks of the first run's Dice, from its worst to its best.
+    Errors of a prediction are red, and alpha is that of the last run.
+
+    Args:
+        path: of the PNG.
+        samples: test samples of one size.
+        runs: title and folder of each run; its best model of phase two predicts.
+    """
+    data = SegmentationDataset(samples)
+    items = [data[index] for index in range(len(data))]
+    images = torch.stack([item["image"] for item in items])  # [N, 3, H, W]
+    truths = [item["mask"][0].bool().numpy() for item in items]
+    predictions = {}
+    for title, run in runs.items():
+        with torch.inference_mode():
+            logits = load_network(run)(images)  # [N, 1, H, W]
+        predictions[title] = [mask[0].numpy() for mask in logits > 0]
+    first = next(iter(runs))
+    scores = [_dice(*pair) for pair in zip(predictions[first], truths, strict=True)]
+    chosen = _spread(scores, _COLUMNS)
+
+    with matplotlib.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(2 * len(chosen) + 0.6, 2.1 * (2 + len(runs)) + 3.2))
+        parts: Any = figure.subfigures(2, 1, height_ratios=[2.1 * (2 + len(runs)), 3.2])
+        _draw_patches(parts[0], images, truths, predictions, chosen)
+        _draw_alpha(parts[1], alpha_history(runs[list(runs)[-1]]))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _draw_patches(
+    figure: Any,
+    images: torch.Tensor,
+    truths: Sequence[np.ndarray],
+    predictions: Mapping[str, Sequence[np.ndarray]],
+    chosen: Sequence[int],
+) -> None:
+    pixels = images.permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
+    rows = ["image", "truth", *predictions]
+    axes = figure.subplots(len(rows), len(chosen), squeeze=False)
+    for column, index in enumerate(chosen):
+        axes[0, column].imshow(pixels[index])
+        axes[1, column].imshow(_with_errors(pixels[index], truths[index], truths[index]))
+        for row, masks in enumerate(predictions.values(), start=2):
+            axes[row, column].imshow(_with_errors(pixels[index], masks[index], truths[index]))
+            axes[row, column].set_xlabel(f"Dice {_dice(masks[index], truths[index]):.3f}")
+    for row, title in enumerate(rows):
+        axes[row, 0].set_ylabel(title)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.legend(
+        handles=[
+            Patch(color=_CORRECT, label="stain"),
+            Patch(color=_FALSE_POSITIVE, label="error: stain where there is none"),
+            Patch(color=_FALSE_NEGATIVE, label="error: stain missed"),
+        ],
+        loc="upper center",
+        ncols=3,
+        frameon=False,
+    )
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.03, top=0.95, wspace=0.05, hspace=0.16)
+
+
+def _draw_alpha(figure: Any, history: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    axis = figure.subplots()
+    warm, active = (history[phase] for phase in PHASES)
+    begin = max((len(values) for values in warm.values()), default=0)
+    colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, max(len(active), 1)))
+    for colour, name in zip(colours, sorted(active, key=_depth), strict=True):
+        values = [*warm.get(name, []), *active[name]]
+        axis.plot(range(1, len(values) + 1), values, color=colour, label=name, linewidth=1.8)
+    axis.axvline(begin + 0.5, color="0.6", linestyle="--", linewidth=1)
+    for place, title in (
+        (begin + 0.5, "phase 1: alpha = 0  "),
+        (begin + 0.5, "  phase 2: alpha active"),
+    ):
+        axis.text(
+            place,
+            1.0,
+            title,
+            transform=axis.get_xaxis_transform(),
+            horizontalalignment="left" if title.startswith(" ") else "right",
+            verticalalignment="top",
+            color="0.35",
+        )
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("alpha")
+    axis.set_xlim(0, None)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.subplots_adjust(left=0.07, right=0.87, bottom=0.18, top=0.94)
+
+
+def _depth(name: str) -> int:
+    """Place of a layer in the network, from input to output."""
+    return TAP_NAMES.index(name)
+
+
+__all__ = ["alpha_history", "draw_comparison", "load_network"]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fdkernels.segmentation.config import TrainingConfig
+
+CONFIG = TrainingConfig("tnbc", "data", "out")
+
+
+def test_the_defaults_are_those_of_the_paper():
+    config = CONFIG.resolved()
+    assert (config.epochs_warm, config.epochs_active) == (100, 75)
+    assert config.lr == 1e-4
+    assert config.size == 512
+
+
+def test_what_is_given_goes_before_the_preset():
+    config = dataclasses.replace(CONFIG, size=64, lr=0.5).resolved()
+    assert (config.size, config.lr) == (64, 0.5)
+
+
+def test_json_gives_the_same_configuration():
+    assert TrainingConfig.from_json(CONFIG.as_json()) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"alpha_lr": float("nan")}, "alpha_lr must be positive, got nan"),
+        ({"epochs_warm": 0, "epochs_active": 0}, "must not both be 0"),
+        ({"epochs_warm": 0}, "alpha_target must be given where epochs_warm is 0"),
+        ({"model": "vnet"}, "model must be one of unet, .*, got vnet"),
+        ({"exchange": "pooled"}, 'exchange must be "none" or "shuffle"'),
+        ({"exchange": "shuffle", "batch_size": 1}, "batch_size must be at least 2"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_an_unknown_data_set_is_refused():
+    with pytest.raises(ValueError, match="dataset must be one of tnbc, got cats"):
+        dataclasses.replace(CONFIG, dataset="cats").resolved()
+
+
+def test_a_file_with_other_fields_is_refused():
+    with pytest.raises(ValueError, match="unknown fields: colour"):
+        TrainingConfig.from_json({**CONFIG.as_json(), "colour": 1})
+    with pytest.raises(ValueError, match=r"incomplete: .*output"):
+        TrainingConfig.from_json({"dataset": "tnbc", "data": "x"})

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
+from fdkernels.segmentation.data.dataset import load_pair, read_image, read_mask
+
+
+def _save(path, values):
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def sample(tmp_path):
+    pixels = np.arange(4 * 6 * 3).reshape(4, 6, 3)
+    left, right = np.zeros((4, 6)), np.zeros((4, 6))
+    left[:, 0], right[:, 5] = 255, 1
+    masks = (_save(tmp_path / "left.png", left), _save(tmp_path / "right.png", right))
+    return SegmentationSample(_save(tmp_path / "image.png", pixels), masks, "p")
+
+
+def test_several_masks_are_united(sample):
+    item = SegmentationDataset([sample])[0]
+    expected = torch.zeros(1, 4, 6)
+    expected[..., [0, 5]] = 1
+    assert torch.equal(item["mask"], expected)
+
+
+def test_pixels_are_scaled_to_one(sample):
+    item = SegmentationDataset([sample])[0]
+    expected = torch.arange(72.0).reshape(4, 6, 3).permute(2, 0, 1) / 255
+    assert torch.equal(item["image"], expected)
+
+
+def test_resizing_gives_the_size_and_keeps_the_mask_binary(sample):
+    item = SegmentationDataset([sample], size=9)[0]
+    assert item["image"].shape == (3, 9, 9)
+    assert item["mask"].shape == (1, 9, 9)
+    assert item["mask"].unique().tolist() == [0, 1]
+
+
+def test_an_image_is_interpolated_and_a_mask_is_not(tmp_path):
+    ramp = np.zeros((2, 2, 3))
+    ramp[:, 1] = 200
+    image = _save(tmp_path / "image.png", ramp)
+    mask = _save(tmp_path / "mask.png", ramp[..., 0])
+    item = SegmentationDataset([SegmentationSample(image, (mask,), "p")], size=8)[0]
+    assert item["image"].unique().numel() > 2
+    assert torch.equal(item["mask"][0, 0], torch.tensor([0.0] * 4 + [1.0] * 4))
+
+
+def test_palette_and_one_bit_files_are_read(tmp_path):
+    colours = Image.fromarray(np.array([[[10, 20, 30], [40, 50, 60]]], np.uint8))
+    colours.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "p.png")
+    assert read_image(tmp_path / "p.png").mode == "RGB"
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "bits.png")
+    assert read_mask(tmp_path / "bits.png").tolist() == [[False, True]]
+
+
+def test_an_opaque_mask_does_not_count_its_alpha_channel(tmp_path):
+    Image.new("RGBA", (3, 2), (0, 0, 0, 255)).save(tmp_path / "mask.png")
+    assert not read_mask(tmp_path / "mask.png").any()
+
+
+def test_a_mask_of_another_size_is_named(sample, tmp_path):
+    other = _save(tmp_path / "other.png", np.zeros((5, 6)))
+    with pytest.raises(ValueError, match=r"other.png must have the size .* 6x4, got 6x5"):
+        load_pair(SegmentationSample(sample.image, (other,), "p"))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"gone.png cannot be read"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_no_samples_and_no_size_are_refused(sample):
+    with pytest.raises(ValueError, match="samples must hold at least one"):
+        SegmentationDataset([])
+    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+        SegmentationDataset([sample], size=0)
+
+
+def test_only_an_augmented_data_set_moves_pixels(sample):
+    plain, augmented = SegmentationDataset([sample]), SegmentationDataset([sample], augment=True)
+    torch.manual_seed(0)
+    assert all(torch.equal(plain[0]["image"], plain[0]["image"]) for _ in range(20))
+    assert len({augmented[0]["image"].numpy().tobytes() for _ in range(40)}) == 4

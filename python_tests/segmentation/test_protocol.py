@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from fdkernels import models
+from fdkernels.segmentation.config import TrainingConfig
+from fdkernels.segmentation.protocol import alpha_target, build_module, train
+from fdkernels.segmentation.runfiles import read_json, read_weights
+from tiny_tnbc import write_tiny_tnbc
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tiny_tnbc(tmp_path_factory.mktemp("tnbc"))
+
+
+@pytest.fixture(scope="module")
+def config(data):
+    return TrainingConfig(
+        dataset="tnbc",
+        data=str(data),
+        output="",
+        base_channels=2,
+        size=32,
+        batch_size=2,
+        epochs_warm=1,
+        epochs_active=1,
+        lr=1e-2,
+        alpha_lr=1e-2,
+        accelerator="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """A run with the loss: its folder and its metrics."""
+    folder = tmp_path_factory.mktemp("runs") / "with"
+    return folder, train(dataclasses.replace(config, output=str(folder)), progress=False)
+
+
+def _logged(folder, phase, column):
+    (log,) = (folder / phase / "logs").glob("version_*/metrics.csv")
+    with log.open(newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+
+
+def _same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_alpha_is_zero_in_phase_one_and_moves_in_phase_two(run):
+    folder, metrics = run
+    names = models.create("unet", base_channels=2).tap_names
+    for name in names:
+        assert _logged(folder, "warm", f"alpha/{name}") == [0]
+        assert _logged(folder, "active", f"alpha/{name}")[0] > 0
+    assert list(metrics["phases"]["active"]["final_alpha"]) == names
+    assert all(value == 0 for value in metrics["phases"]["warm"]["final_alpha"].values())
+    assert all(value > 0 for value in metrics["phases"]["active"]["final_alpha"].values())
+
+
+def test_metrics_json_holds_both_phases(run):
+    folder, metrics = run
+    assert read_json(folder / "metrics.json") == metrics
+    assert list(metrics["phases"]) == ["warm", "active"]
+    for phase, result in metrics["phases"].items():
+        assert set(result["test"]) == {"dice", "iou", "dice_pooled", "iou_pooled", "images"}
+        assert 0 <= result["test"]["iou"] <= result["test"]["dice"] <= 1
+        assert result["validation_dice"] == pytest.approx(_logged(folder, phase, "val/dice")[0])
+        assert result["best_epoch"] == result["epochs"] == 1
+        assert result["test"]["images"] == len(read_json(folder / "split.json")["test"])
+
+
+def test_configuration_and_split_lie_beside_the_run(run, config):
+    folder, _ = run
+    saved = TrainingConfig.from_json(read_json(folder / "config.json"))
+    assert saved == dataclasses.replace(config, output=str(folder))
+    split = read_json(folder / "split.json")
+    parts = [split[part] for part in ("train", "test", "validation")]
+    patients = [{entry["patient"] for entry in part} for part in parts]
+    assert split["seed"] == 0
+    assert len(set.union(*patients)) == sum(map(len, patients)) == 5
+
+
+@pytest.mark.parametrize("phase", ["warm", "active"])
+def test_the_best_weights_load_into_a_fresh_network(run, phase):
+    folder, metrics = run
+    model = models.create("unet", base_channels=2)
+    weights = read_weights(folder / metrics["phases"][phase]["weights"])
+    model.load_state_dict(weights)
+    checkpoint = torch.load(folder / metrics["phases"][phase]["checkpoint"], weights_only=True)
+    saved = {
+        name.removeprefix("model."): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith("model.")
+    }
+    assert _same(saved, weights)
+
+
+def test_the_target_of_alpha_lies_below_every_layer_of_phase_one(run):
+    _, metrics = run
+    layers = metrics["phases"]["warm"]["final_layer_losses"]
+    assert metrics["phases"]["active"]["alpha_target"] == min(layers.values()) - 1
+
+
+def test_a_target_that_is_given_goes_first(config):
+    warm = {"final_layer_losses": {"enc1": -2.0, "enc2": 1.0}}
+    assert alpha_target(config, warm) == -3
+    assert alpha_target(dataclasses.replace(config, alpha_target=0.5), warm) == 0.5
+    with pytest.raises(ValueError, match="alpha_target must be given"):
+        alpha_target(config, None)
+
+
+def test_the_same_seed_gives_the_same_weights(run, config, tmp_path):
+    folder, metrics = run
+    again = train(dataclasses.replace(config, output=str(tmp_path)), progress=False)
+    assert again == metrics
+    weights = "active/best.safetensors"
+    assert _same(read_weights(folder / weights), read_weights(tmp_path / weights))
+
+
+def test_without_the_loss_phase_one_is_the_same_and_phase_two_is_not(run, config, tmp_path):
+    folder, _ = run
+    metrics = train(dataclasses.replace(config, output=str(tmp_path), fd_loss=False), progress=False)
+    for phase, same in (("warm", True), ("active", False)):
+        weights = f"{phase}/best.safetensors"
+        assert _same(read_weights(folder / weights), read_weights(tmp_path / weights)) == same
+    assert "final_alpha" not in metrics["phases"]["active"]
+    assert len(_logged(tmp_path, "active", "train/loss")) == 1
+
+
+class _Stop(Callback):
+    """Breaks a run off in the middle of an epoch of phase two."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.criterion.is_active and trainer.current_epoch == 1 and batch_idx == 1:
+            raise InterruptedError("stopped")
+
+
+def test_a_resumed_run_ends_like_an_unbroken_one(config, tmp_path):
+    config = dataclasses.replace(config, epochs_active=3, exchange="shuffle")
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    broken = dataclasses.replace(config, output=str(tmp_path / "broken"))
+    expected = train(whole, progress=False)
+    with pytest.raises(InterruptedError):
+        train(broken, callbacks=[_Stop()], progress=False)
+    assert not (tmp_path / "broken" / "metrics.json").exists()
+    warm = (tmp_path / "broken" / "warm" / "result.json").stat().st_mtime_ns
+    resumed = train(broken, resume=True, progress=False)
+    assert (tmp_path / "broken" / "warm" / "result.json").stat().st_mtime_ns == warm
+    assert resumed == expected
+    states = [
+        torch.load(tmp_path / name / "active" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "broken")
+    ]
+    states = [
+        {name: value for name, value in state.items() if isinstance(value, torch.Tensor)} for state in states
+    ]
+    assert _same(*states)
+
+
+def test_a_run_that_is_complete_is_not_trained_again(run, config):
+    folder, metrics = run
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.ckpt")}
+    assert train(dataclasses.replace(config, output=str(folder)), resume=True) == metrics
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.ckpt")}
+
+
+def test_a_folder_with_a_run_is_not_overwritten(run, config):
+    folder, _ = run
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(dataclasses.replace(config, output=str(folder)))
+
+
+def test_resuming_with_other_data_is_refused(run, config, tmp_path):
+    folder, _ = run
+    other = write_tiny_tnbc(tmp_path, {"01": [1], "02": [1], "03": [1], "05": [1]})
+    with pytest.raises(ValueError, match="no longer splits as"):
+        train(dataclasses.replace(config, output=str(folder), data=str(other)), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"convention": "none"}, "convention"),
+        ({"alpha_rule": "up"}, "alpha_rule"),
+        ({"backend": "fpga"}, "backend"),
+        ({"size": 40}, "multiples of 16"),
+    ],
+)
+def test_a_wrong_choice_can_be_corrected_in_the_same_folder(config, tmp_path, changes, message):
+    config = dataclasses.replace(config, output=str(tmp_path / "run"), epochs_active=0)
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(config, **changes), progress=False)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    train(config, progress=False)
+
+
+def test_one_phase_can_be_left_out(config, tmp_path):
+    config = dataclasses.replace(
+        config, output=str(tmp_path), epochs_warm=0, alpha_target=-9.0, limit_batches=1
+    )
+    metrics = train(config, progress=False)
+    assert list(metrics["phases"]) == ["active"]
+    assert metrics["phases"]["active"]["alpha_target"] == -9
+
+
+def test_exchange_drops_a_last_batch_of_one(config, tmp_path):
+    sizes = []
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            sizes.append(len(batch["image"]))
+
+    config = dataclasses.replace(config, output=str(tmp_path), batch_size=2, exchange="shuffle")
+    train(config, callbacks=[Record()], progress=False)
+    images = len(read_json(tmp_path / "split.json")["train"])
+    assert sizes == [2] * (images // 2) * 2
+
+
+def test_a_module_needs_a_learning_rate(config):
+    with pytest.raises(ValueError, match="lr must be given"):
+        build_module(dataclasses.replace(config, lr=None))

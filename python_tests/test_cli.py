@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fdkernels as fdk
+from fdkernels import __main__ as program
+from fdkernels.cli import app
+from fdkernels.info import info_text
+from fdkernels.segmentation.runfiles import read_json
+from tiny_tnbc import write_tiny_tnbc
+
+SHORT = [
+    "--base-channels=2",
+    "--size=32",
+    "--batch-size=2",
+    "--epochs-warm=1",
+    "--epochs-active=1",
+    "--limit-batches=2",
+    "--accelerator=cpu",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tiny_tnbc(tmp_path_factory.mktemp("tnbc"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A short run by the command line: its folder and what was printed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = _invoke("train", "--data", data, "--output", folder, *SHORT)
+    assert result.exit_code == 0
+    return folder, result.output
+
+
+def _invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+
+def _main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["fdkernels", *map(str, arguments)])
+    return program.main()
+
+
+def test_info_names_versions_backends_and_the_choice_of_auto():
+    text = info_text()
+    assert f"fdkernels {fdk.__version__}" in text
+    assert f"Python {platform.python_version()}, torch {torch.__version__}" in text
+    assert f"CPU threads: {torch.get_num_threads()}" in text
+    for name, reason in fdk.backends().items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
+        assert line.endswith(reason or "available")
+    assert 'backend="auto" takes ' in text
+
+
+def test_info_command_prints_the_text():
+    assert _invoke("info").output.strip() == info_text()
+
+
+def test_only_commands_that_exist_are_listed():
+    listed = _invoke("--help").output
+    for name in ("train", "demo", "info"):
+        assert f"{name} " in listed
+    for name in ("evaluate", "experiment", "report", "bench"):
+        assert name not in listed
+
+
+def test_train_trains_and_prints_a_table(run):
+    folder, output = run
+    metrics = read_json(folder / "metrics.json")
+    for result in metrics["phases"].values():
+        assert f"{result['test']['dice']:.4f}" in output
+    assert "phase 2, alpha active" in output
+
+
+def test_train_takes_every_option(data, tmp_path):
+    options = [
+        *SHORT,
+        "--dataset=tnbc",
+        "--model=unet",
+        "--lr=0.01",
+        "--alpha-lr=0.02",
+        "--alpha-target=-7",
+        "--alpha-rule=ascent",
+        "--convention=region_mean",
+        "--exchange=shuffle",
+        "--backend=reference",
+        "--no-fd-loss",
+        "--seed=3",
+        "--workers=0",
+        "--precision=bf16-mixed",
+    ]
+    assert _invoke("train", "--data", data, "--output", tmp_path, *options).exit_code == 0
+    saved = read_json(tmp_path / "config.json")
+    assert saved["lr"] == 0.01
+    assert saved["alpha_target"] == -7
+    assert saved["convention"] == "region_mean"
+    assert saved["fd_loss"] is False
+    assert saved["precision"] == "bf16-mixed"
+
+
+def test_resume_takes_the_options_of_the_run(run):
+    folder, _ = run
+    before = (folder / "metrics.json").read_bytes()
+    assert _invoke("train", "--output", folder, "--resume").exit_code == 0
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_resume_with_another_option_is_refused(run):
+    folder, _ = run
+    with pytest.raises(ValueError, match=r"--batch-size is 4, but the run in .* began with 2"):
+        _invoke("train", "--output", folder, "--resume", "--batch-size=4")
+
+
+def test_resume_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        _invoke("train", "--output", tmp_path, "--resume")
+
+
+def test_a_users_error_is_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("FDKERNELS_TRACEBACK", raising=False)
+    assert _main(monkeypatch, "train", "--output", tmp_path, "--data", tmp_path) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("fdkernels: data must be a folder in the TNBC layout")
+    assert "Traceback" not in printed.err + printed.out
+
+
+def test_a_wrong_accelerator_is_one_sentence(monkeypatch, capsys, data, tmp_path):
+    arguments = ["train", "--output", tmp_path, "--data", data, "--size=32", "--accelerator=abacus"]
+    assert _main(monkeypatch, *arguments) == 1
+    assert "abacus" in capsys.readouterr().err
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("FDKERNELS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="TNBC layout"):
+        _main(monkeypatch, "train", "--output", tmp_path, "--data", tmp_path)
+
+
+def test_missing_data_is_named(monkeypatch, capsys, tmp_path):
+    assert _main(monkeypatch, "train", "--output", tmp_path) == 1
+    assert "--data must name the folder" in capsys.readouterr().err
+
+
+def _without(monkeypatch, *missing):
+    """Makes the import of these packages fail as if they were not installed."""
+    for name in (*missing, *sys.modules):
+        if name.partition(".")[0] in missing:
+            monkeypatch.setitem(sys.modules, name, None)
+    for name in list(sys.modules):
+        if name == "fdkernels.cli" or name.startswith("fdkernels.segmentation"):
+            monkeypatch.delitem(sys.modules, name)
+
+
+def test_info_works_without_typer(monkeypatch, capsys):
+    _without(monkeypatch, "typer", "rich")
+    assert _main(monkeypatch, "info") == 0
+    assert capsys.readouterr().out.strip() == info_text()
+
+
+@pytest.mark.parametrize("arguments", [["train", "--output", "x"], ["demo"], []])
+def test_other_commands_without_typer_say_what_to_install(monkeypatch, capsys, arguments):
+    _without(monkeypatch, "typer")
+    assert _main(monkeypatch, *arguments) == 1
+    assert "pip install 'fdkernels[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "extra"), [("lightning", "train"), ("skimage", "demo")])
+def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, module, extra):
+    _without(monkeypatch, module)
+    command = ["demo"] if extra == "demo" else ["train", "--data", tmp_path]
+    assert _main(monkeypatch, *command, "--output", tmp_path / "x") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"fdkernels: {module}")
+    assert f"is not installed: pip install 'fdkernels[{extra}]'" in said
+
+
+def test_python_m_fdkernels_info_runs(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-m", "fdkernels", "info"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"fdkernels {fdk.__version__}\n")
+    assert done.stderr == ""
