@@ -69,14 +69,18 @@ void bind_cpu(py::module_& m) {
           fdk::cpu::region_sums_mask_backward(pyramid, pointer(grad_sums), num_threads);
         });
   m.def("cpu_log_norm_forward", [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss) {
+    const fdk::LogNorm args = as_log_norm(words);
+    fdk::check_pairing(args);
     const py::gil_scoped_release release;
-    fdk::cpu::log_norm_forward(as_log_norm(words), pointer(sums), pointer(masses), pointer(loss));
+    fdk::cpu::log_norm_forward(args, pointer(sums), pointer(masses), pointer(loss));
   });
   m.def("cpu_log_norm_backward", [](const LogNormWords& words, uintptr_t grad_loss, uintptr_t sums, uintptr_t masses,
                                     uintptr_t grad_sums, uintptr_t grad_masses) {
+    const fdk::LogNorm args = as_log_norm(words);
+    fdk::check_pairing(args);
     const py::gil_scoped_release release;
-    fdk::cpu::log_norm_backward(as_log_norm(words), pointer(grad_loss), pointer(sums), pointer(masses),
-                                pointer(grad_sums), pointer(grad_masses));
+    fdk::cpu::log_norm_backward(args, pointer(grad_loss), pointer(sums), pointer(masses), pointer(grad_sums),
+                                pointer(grad_masses));
   });
   m.attr("cpu_instruction_set") = fdk::cpu::instruction_set();
   // Asked for at call time: torch may be imported after this module.

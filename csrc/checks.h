@@ -37,4 +37,14 @@ inline Pyramid as_pyramid(const std::vector<int64_t>& words, int64_t batch, int6
   return pyramid;
 }
 
+// For a pairing in host memory; a compiled graph has not checked it. Negative entries of pairs mean "does not count".
+inline void check_pairing(const LogNorm& args) {
+  const bool pairs = args.exchange == Exchange::kPooled;
+  const int64_t entries = args.pairing == nullptr ? 0 : args.num_pairs * (pairs ? 2 : 1);
+  for (int64_t k = 0; k < entries; ++k) {
+    require(args.pairing[k] < args.batch && (pairs || args.pairing[k] >= 0),
+            "pairing must hold sample numbers from 0 to the batch size less 1");
+  }
+}
+
 } // namespace fdk

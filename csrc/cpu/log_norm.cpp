@@ -45,7 +45,7 @@ struct LayerFeatures {
       const double m_fg = read(masses, args.accumulate, mass_index(0, n));
       const double m_bg = read(masses, args.accumulate, mass_index(1, n));
       const bool by_region = args.region_weight == RegionWeight::kRegion;
-      counts[n] = by_region ? m_fg > 0 && m_bg > 0 : m_fg + m_bg > 0;
+      counts[n] = by_region ? m_fg != 0 && m_bg != 0 : m_fg + m_bg != 0;
       if (!counts[n]) continue;
       switch (args.region_weight) {
         case RegionWeight::kValid:
@@ -92,18 +92,15 @@ struct Term {
 
 Term own_term(const LayerFeatures& x, int64_t n) { return {{{n, n}, {0, 0}}, 1, x.counts[n] != 0}; }
 
-// Indices were checked in Python where they are readable; here they must not lead out of memory.
-bool in_range(const LayerFeatures& x, int64_t n) { return n >= 0 && n < x.args.batch; }
-
 Term shuffled_term(const LayerFeatures& x, int64_t n) {
   const int64_t partner = x.args.pairing[n];
-  const bool met = in_range(x, partner) && x.counts[n] && x.counts[partner];
+  const bool met = x.counts[n] && x.counts[partner];
   return {{{partner, n}, {0, 0}}, 1, met};
 }
 
 Term pooled_term(const LayerFeatures& x, int64_t k) {
   const int64_t i = x.args.pairing[2 * k], j = x.args.pairing[2 * k + 1];
-  const bool met = in_range(x, i) && in_range(x, j) && x.counts[i] && x.counts[j];
+  const bool met = i >= 0 && j >= 0 && x.counts[i] && x.counts[j];
   return {{{i, j}, {j, i}}, 2, met};
 }
 

@@ -66,7 +66,7 @@ struct View {
   __device__ bool counts(int64_t n) const {
     if (!exists(n)) return true;
     const double M_fg = masses[mass_at(0, n)], M_bg = masses[mass_at(1, n)];
-    return options.region_weight == RegionWeight::kRegion ? M_fg > 0 && M_bg > 0 : M_fg + M_bg > 0;
+    return options.region_weight == RegionWeight::kRegion ? M_fg != 0 && M_bg != 0 : M_fg + M_bg != 0;
   }
 
   __device__ Sample<T> sample(int64_t n) const {

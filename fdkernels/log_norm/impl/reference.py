@@ -89,7 +89,7 @@ def _region_features(S: Tensor, M: Tensor, pixels: int, options: Options) -> _La
     S_fg, S_bg = S
     M_fg, M_bg = M
     V = M_fg + M_bg
-    counts = V > 0
+    counts = V != 0  # true for NaN: a NaN mask reaches the loss
     if options.masked_background:
         S_bg = M_fg.unsqueeze(-1) - S_fg
     if options.region_weight == "none":
@@ -100,7 +100,7 @@ def _region_features(S: Tensor, M: Tensor, pixels: int, options: Options) -> _La
         w_fg = w_bg = V
     else:
         w_fg, w_bg = M_fg, M_bg
-        counts = (M_fg > 0) & (M_bg > 0)
+        counts = (M_fg != 0) & (M_bg != 0)
     keep = counts.unsqueeze(-1)
     w_fg, w_bg = torch.where(counts, w_fg, 1), torch.where(counts, w_bg, 1)
     f = torch.where(keep, S_fg / w_fg.unsqueeze(-1), 0)

@@ -30,9 +30,9 @@ def sample_weights(masses_ptr, n, N, L, pixels, REGION_WEIGHT: tl.constexpr):
     inside = (n >= 0) & (n < N)
     M_fg = tl.load(masses_ptr + n * L, mask=inside, other=0).to(tl.float64)
     M_bg = tl.load(masses_ptr + (N + n) * L, mask=inside, other=0).to(tl.float64)
-    counts = M_fg + M_bg > 0
+    counts = M_fg + M_bg != 0
     if REGION_WEIGHT == "region":
-        counts = (M_fg > 0) & (M_bg > 0)
+        counts = (M_fg != 0) & (M_bg != 0)
         w_fg = M_fg
         w_bg = M_bg
     elif REGION_WEIGHT == "valid":
