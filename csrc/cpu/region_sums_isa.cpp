@@ -22,10 +22,11 @@ namespace {
 
 // Pixels that are added in the accumulation dtype before they go into a double.
 constexpr int64_t kRun = 1024;
-// Channels that share one pass over the mask, and pixels that share one pass over the accumulators.
+// Channels that share one pass over the mask, where pixels are along the vector.
 constexpr int64_t kGroup = 4;
-
-static_assert(kRun % 4 == 0, "runs hold whole groups of pixels");
+// Elements of some pixels with all their channels, where channels are: a part of the L1 cache.
+constexpr int64_t kWindow = 4096;
+static_assert(kWindow >= kMaxTileChannels, "a window holds a pixel");
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -448,9 +449,11 @@ void forward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T,
   T buffer[kGroup][kRun];
   const Rows rows(layer.size, layer.stride);
   const int64_t element = size_of(layer.dtype);
+  // What needs no buffer can run on for longer.
+  const int64_t run = layer.dtype == Is<T>::kDType && rows.stride == 1 ? 2 * kRun : kRun;
   const char* sample = static_cast<const char*>(layer.features) + tile.n * layer.stride_n * element;
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
-    count = min(min(kRun, tile.pixel_end - p), rows.rest_of_row(p));
+    count = min(min(run, tile.pixel_end - p), rows.rest_of_row(p));
     const char* start = sample + rows.offset(p) * element;
     for (int64_t c = tile.channel_begin, step; c < tile.channel_end; c += step) {
       step = c + kGroup <= tile.channel_end ? kGroup : 1;
@@ -464,25 +467,48 @@ void forward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T,
   }
 }
 
-// Channels along the vector, four pixels at a time.
-template <class T>
-inline void add_pixels(const T* const r[kGroup], const T w[kGroup], const T u[kGroup], int64_t channels, T* fg, T* bg) {
-  int64_t c = 0;
-  for (; c + kLanes<T> <= channels; c += kLanes<T>) {
-    Vector<T> f = load_vector(fg + c), b = load_vector(bg + c);
-    for (int64_t k = 0; k < kGroup; ++k) {
-      prefetch(reinterpret_cast<const char*>(r[k] + c) + kPrefetchBytesByChannels);
-      const Vector<T> x = load_vector(r[k] + c);
-      f += w[k] * x;
-      b += u[k] * x;
+// Channels along the vector: kVectors of them in registers while the pixels of a window pass by.
+template <class T, int kVectors>
+inline void add_pixels(const T* first, int64_t stride, const T* w, const T* u, bool select, int64_t count, T* fg,
+                       T* bg) {
+  using V = Vector<T>;
+  V f[kVectors], b[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    f[v] = load_vector(fg + v * kLanes<T>);
+    b[v] = load_vector(bg + v * kLanes<T>);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (select && !is_valid(w[i], u[i])) continue;
+    const T* pixel = first + i * stride;
+    for (int v = 0; v < kVectors; ++v) {
+      prefetch(reinterpret_cast<const char*>(pixel + v * kLanes<T>) + kPrefetchBytesByChannels);
+      const V x = load_vector(pixel + v * kLanes<T>);
+      f[v] += w[i] * x;
+      b[v] += u[i] * x;
     }
-    store_vector(fg + c, f);
-    store_vector(bg + c, b);
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store_vector(fg + v * kLanes<T>, f[v]);
+    store_vector(bg + v * kLanes<T>, b[v]);
+  }
+}
+
+template <class T>
+inline void add_window(const T* first, int64_t stride, const T* w, const T* u, bool select, int64_t count,
+                       int64_t channels, T* fg, T* bg) {
+  constexpr int64_t kBlock = 4 * kLanes<T>;
+  int64_t c = 0;
+  for (; c + kBlock <= channels; c += kBlock) {
+    add_pixels<T, 4>(first + c, stride, w, u, select, count, fg + c, bg + c);
+  }
+  for (; c + kLanes<T> <= channels; c += kLanes<T>) {
+    add_pixels<T, 1>(first + c, stride, w, u, select, count, fg + c, bg + c);
   }
   for (; c < channels; ++c) {
-    for (int64_t k = 0; k < kGroup; ++k) {
-      fg[c] += w[k] * r[k][c];
-      bg[c] += u[k] * r[k][c];
+    for (int64_t i = 0; i < count; ++i) {
+      if (select && !is_valid(w[i], u[i])) continue;
+      fg[c] += w[i] * first[i * stride + c];
+      bg[c] += u[i] * first[i * stride + c];
     }
   }
 }
@@ -490,29 +516,36 @@ inline void add_pixels(const T* const r[kGroup], const T w[kGroup], const T u[kG
 template <class T>
 void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) {
   Weights<T> weights;
-  T buffer[kGroup][kMaxTileChannels], fg[kMaxTileChannels], bg[kMaxTileChannels];
-  static const T zeros[kMaxTileChannels] = {};
-  const bool select = layer.bg != nullptr;
+  T buffer[kWindow], fg[kMaxTileChannels], bg[kMaxTileChannels];
+  const bool select = layer.bg != nullptr, in_place = layer.dtype == Is<T>::kDType;
   const Rows rows(layer.size, layer.stride);
   const int64_t element = size_of(layer.dtype), channels = tile.channel_end - tile.channel_begin;
+  const int64_t window = min(kRun, kWindow / channels);
   const char* sample = static_cast<const char*>(layer.features) +
                        (tile.n * layer.stride_n + tile.channel_begin * layer.stride_c) * element;
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
-    count = min(min(kRun, tile.pixel_end - p), rows.rest_of_row(p));
+    // Here one accumulator takes every pixel of a run, so runs are shorter.
+    count = min(min(kRun / 4, tile.pixel_end - p), rows.rest_of_row(p));
     weights.load_run(layer, tile.n, p, count);
     for (int64_t c = 0; c < channels; ++c)
       fg[c] = bg[c] = T(0);
     const char* start = sample + rows.offset(p) * element;
-    for (int64_t i = 0; i < count; i += kGroup) {
-      const T* r[kGroup];
-      T w[kGroup], u[kGroup];
-      for (int64_t k = 0; k < kGroup; ++k) {
-        const bool there = i + k < count && (!select || is_valid(weights.fg[i + k], weights.bg[i + k]));
-        w[k] = there ? weights.fg[i + k] : T(0);
-        u[k] = there ? weights.bg[i + k] : T(0);
-        r[k] = there ? load(start + (i + k) * rows.stride * element, layer.dtype, 1, channels, buffer[k]) : zeros;
+    for (int64_t i = 0, pixels; i < count; i += pixels) {
+      pixels = min(window, count - i);
+      const char* address = start + i * rows.stride * element;
+      const T *first = reinterpret_cast<const T*>(address), *w = weights.fg + i, *u = weights.bg + i;
+      if (in_place) {
+        add_window(first, rows.stride, w, u, select, pixels, channels, fg, bg);
+        continue;
       }
-      add_pixels(r, w, u, channels, fg, bg);
+      if (rows.stride == channels) {
+        load(address, layer.dtype, 1, pixels * channels, buffer);
+      } else {
+        for (int64_t k = 0; k < pixels; ++k) {
+          load(address + k * rows.stride * element, layer.dtype, 1, channels, buffer + k * channels);
+        }
+      }
+      add_window<T>(buffer, channels, w, u, select, pixels, channels, fg, bg);
     }
     for (int64_t c = 0; c < channels; ++c) {
       partial[2 * c] += fg[c];
