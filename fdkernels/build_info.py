@@ -19,9 +19,7 @@ _NOT_BUILT: dict[str, Any] = {
     "cuda_version": None,
     "cuda_archs": [],
     "isa": [],
-    "messages": [
-        "This is a source tree that was not built; `pip install .` builds the C++ kernels."
-    ],
+    "messages": ["This is a source tree that was not built; `pip install .` builds the C++ kernels."],
 }
 
 

@@ -98,9 +98,8 @@ def _resize_all(
             continue
         source = mask
         if mask_resize != "nearest":
-            # Means of means and maxima of maxima over equal cells are those of the whole cell; cells that do not
-            # divide the mask overlap.
-            # Sizes are made from large to small, so the last one that fits is the smallest.
+            # Means of means and maxima of maxima over equal cells are those of the whole cell; cells that do
+            # not divide the mask overlap. Sizes come from large to small: the last that fits is the smallest.
             for larger, candidate in made.items():
                 if _divides(size, larger) and _divides(larger, full):
                     source = candidate

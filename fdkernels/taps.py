@@ -30,7 +30,7 @@ class FeatureTaps:
 
     Args:
         model: any network.
-        names: submodule names as `model.named_modules()` has them, in the order in which `features` lists them.
+        names: submodule names as `model.named_modules()` has them, in the order that `features` keeps.
 
     Attributes:
         names: the names, as a tuple.

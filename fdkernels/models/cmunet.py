@@ -35,9 +35,7 @@ class MixerLayer(nn.Module):
             nn.GELU(),
             nn.BatchNorm2d(channels),
         )
-        self.pointwise = nn.Sequential(
-            nn.Conv2d(channels, channels, 1), nn.GELU(), nn.BatchNorm2d(channels)
-        )
+        self.pointwise = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU(), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """The mixed map [N, C, H, W] of `x` [N, C, H, W]."""
@@ -55,9 +53,7 @@ class MultiScaleGate(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.point = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
-        self.near = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
-        )
+        self.near = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels))
         self.wide = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=2, dilation=2), nn.BatchNorm2d(channels)
         )

@@ -176,13 +176,9 @@ def run(name: str, dtype: torch.dtype, training: bool) -> tuple[Outputs, Outputs
     model.to(dtype).train(training)
     outputs: Outputs = []
     for tap in model.tap_names:
-        model.get_submodule(tap).register_forward_hook(
-            lambda _module, _args, output: outputs.append(output)
-        )
+        model.get_submodule(tap).register_forward_hook(lambda _module, _args, output: outputs.append(output))
     image = torch.randn(2, 2, 48, 32)
-    weights = Weights(
-        {key: value.double() for key, value in state.items()}, training, EPS.get(name, 1e-5)
-    )
+    weights = Weights({key: value.double() for key, value in state.items()}, training, EPS.get(name, 1e-5))
     with torch.no_grad():
         expected = ORACLES[name](weights, image.double())
         outputs.append(model(image.to(dtype)))

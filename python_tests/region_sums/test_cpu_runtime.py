@@ -27,7 +27,8 @@ shapes = [(2, 5, 24, 20), (2, 70, 12, 10), (2, 3, 1, 1)]
 total = 0
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for layout in (torch.contiguous_format, torch.channels_last):
-        features = [(torch.randn(s) + 0.3).to(dtype).to(memory_format=layout).requires_grad_() for s in shapes]
+        maps = [(torch.randn(shape) + 0.3).to(dtype) for shape in shapes]
+        features = [x.to(memory_format=layout).requires_grad_() for x in maps]
         loss = fdk.feature_discrepancy_loss(features, mask, backend="cpu")
         loss.backward()
         total += loss.item() + sum(f.grad.double().abs().sum().item() for f in features)

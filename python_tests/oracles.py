@@ -1,0 +1,324 @@
+"""Truth for the tests: the formulas in float64, sample by sample and cell by cell.
+
+Nothing here calls the package. Loops stand where the package has pooling, broadcasting or index arithmetic,
+so that no mistake can be in both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CONVENTIONS = ("paper", "definition4", "algorithm1", "lemma7", "region_mean", "released")
+EXCHANGES = ("none", "shuffle", "pooled")
+RESIZES = ("area", "max", "nearest")
+_LOG_SCALE = {"algorithm1": 0.5, "lemma7": 0.5, "released": 0.5}
+
+
+def resize_mask(
+    mask: Tensor, size: Sequence[int], how: str, ignore_index: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """y and v, [N, P] of float64, of a mask [N, *S0] at `size`; differentiable with respect to the mask."""
+    y = mask.double()
+    v = torch.ones_like(y)
+    if ignore_index is not None:
+        v = (mask.detach().double() != ignore_index).double()
+        y = torch.where(v > 0, y, 0.0)
+    cells_y, cells_v = [], []
+    for cell in itertools.product(*(range(s) for s in size)):
+        where = [slice(None)]
+        for i, out, total in zip(cell, size, mask.shape[1:], strict=True):
+            if how == "nearest":
+                nearest = ((2 * i + 1) * total) // (2 * out)  # the pixel that holds the cell's centre
+                where.append(slice(nearest, nearest + 1))
+            else:
+                where.append(slice(i * total // out, -((i + 1) * total // -out)))
+        cell_y, cell_v = y[tuple(where)].flatten(1), v[tuple(where)].flatten(1)
+        valid = cell_v.sum(1)
+        if how == "max":
+            best = torch.where(cell_v > 0, cell_y, -1.0).amax(1)
+            cells_y.append(torch.where(valid > 0, best, 0.0))
+            cells_v.append((valid > 0).double())
+        else:
+            mean = (cell_v * cell_y).sum(1) / valid.clamp(min=1)
+            cells_y.append(mean)
+            cells_v.append(valid / cell_v.shape[1])
+    return torch.stack(cells_y, 1), torch.stack(cells_v, 1)
+
+
+class Regions(NamedTuple):
+    """Sums [N, C], masses [N] and the sums of the absolute values of what was added up, of one layer."""
+
+    fg: Tensor
+    bg: Tensor
+    fg_mass: Tensor
+    bg_mass: Tensor
+    abs_fg: Tensor
+    abs_bg: Tensor
+    pixels: int
+
+
+def region_sums(
+    features: Tensor, mask: Tensor, how: str = "area", ignore_index: float | None = None
+) -> Regions:
+    """S, M and Σ|w·F| of features [N, C, *S] under a mask [N, 1, *S0] or [N, *S0]."""
+    mask = mask.squeeze(1) if mask.dim() == features.dim() else mask
+    y, v = resize_mask(mask, features.shape[2:], how, ignore_index)
+    F = torch.where(v.unsqueeze(1) > 0, features.double().flatten(2), 0.0)  # [N, C, P]
+    w_fg, w_bg = v * y, v * (1 - y)
+    fg = torch.stack([(F[:, c] * w_fg).sum(1) for c in range(F.shape[1])], 1)
+    bg = torch.stack([(F[:, c] * w_bg).sum(1) for c in range(F.shape[1])], 1)
+    with torch.no_grad():
+        # A mask that is averaged or narrowed is rounded, by an error that does not shrink with the weight.
+        averaged = how == "area" and tuple(mask.shape[1:]) != tuple(features.shape[2:])
+        exact = not averaged and mask.dtype != torch.float64
+        a_fg, a_bg = (w_fg, w_bg) if exact else (v, v)
+        abs_fg = (F.abs() * a_fg.unsqueeze(1)).sum(2)
+        abs_bg = (F.abs() * a_bg.unsqueeze(1)).sum(2)
+    return Regions(fg, bg, w_fg.sum(1), w_bg.sum(1), abs_fg, abs_bg, F.shape[2])
+
+
+def region_features(convention: str, sums: Regions, n: int) -> tuple[Tensor, Tensor] | None:
+    """f and b [C] of sample n, or None where the sample is left out."""
+    M_fg, M_bg = sums.fg_mass[n], sums.bg_mass[n]
+    V = M_fg + M_bg
+    if V <= 0:  # and not where it is NaN, which must reach the loss
+        return None
+    if convention in ("paper", "algorithm1"):
+        return sums.fg[n] / V, sums.bg[n] / V
+    if convention in ("definition4", "lemma7"):
+        return sums.fg[n], sums.bg[n]
+    if convention == "region_mean":
+        return None if M_fg <= 0 or M_bg <= 0 else (sums.fg[n] / M_fg, sums.bg[n] / M_bg)
+    f = sums.fg[n] / sums.pixels
+    return f, M_fg / sums.pixels - f
+
+
+def discrepancy(convention: str, f: Tensor, b: Tensor, eps: float) -> Tensor:
+    """D of one pair of region features [C]; [C] under "released"."""
+    if convention == "released":
+        return (f - b) ** 2
+    if convention == "definition4":
+        return (f - b).sum() ** 2
+    if convention == "lemma7":
+        return (f - b).sum() ** 2 / ((f + b).sum() ** 2 + eps)
+    return ((f - b) ** 2).sum()
+
+
+def layer_entries(
+    sums: Regions,
+    convention: str,
+    exchange: str = "none",
+    pairing: Tensor | None = None,
+    eps: float = 1e-12,
+) -> tuple[Tensor, Tensor]:
+    """The entries of a layer, [N] or [C], and which of them count."""
+    N, C = sums.fg.shape
+    known = [region_features(convention, sums, n) for n in range(N)]
+    partners = [] if pairing is None else pairing.tolist()
+    scale = _LOG_SCALE.get(convention, 1.0)
+
+    def D(i: int, j: int) -> Tensor:
+        return discrepancy(convention, known[i][0], known[j][1], eps)
+
+    def met(*samples: int) -> bool:
+        return all(n >= 0 and known[n] is not None for n in samples)
+
+    if exchange == "shuffle":
+        crossed = [D(i, n) for n, i in enumerate(partners) if met(i, n)]
+    elif exchange == "pooled":
+        crossed = [D(i, j) + D(j, i) for i, j in partners if met(i, j)]
+    else:
+        crossed = []
+    if convention == "released":
+        own = [D(n, n) for n in range(N) if met(n)]
+        entries = torch.zeros(C, dtype=torch.float64)
+        for terms in (own, crossed):
+            if terms:
+                entries = entries - scale * torch.log(sum(terms) + eps)
+        return entries, torch.full((C,), bool(own))
+    zero = torch.zeros((), dtype=torch.float64)
+    entries = [-scale * torch.log(D(n, n) + eps) if met(n) else zero for n in range(N)]
+    if exchange == "shuffle":
+        for n, i in enumerate(partners):
+            if met(i, n):
+                entries[n] = entries[n] - scale * torch.log(D(i, n) + eps)
+    if exchange == "pooled" and crossed:
+        shared = sum(-scale * torch.log(D_ij + eps) for D_ij in crossed) / len(crossed)
+        entries = [e + shared if met(n) else e for n, e in enumerate(entries)]
+    counts = torch.tensor([met(n) for n in range(N)], dtype=torch.bool)
+    return torch.stack(entries) if entries else torch.zeros(0, dtype=torch.float64), counts
+
+
+def combine(
+    layers: Sequence[tuple[Tensor, Tensor]],
+    reduction: str,
+    layer_weights: Tensor | None,
+    over_batch: bool,
+) -> Tensor:
+    """The entries of all layers as the result of one call."""
+    weights = [1.0] * len(layers) if layer_weights is None else list(layer_weights.double())
+    if reduction == "none":
+        weighted = [w * entries for w, (entries, _) in zip(weights, layers, strict=True)]
+        if over_batch:
+            return torch.cat(weighted)
+        return weighted[0] if len(weighted) == 1 else torch.stack(weighted, 1)
+    total = torch.zeros((), dtype=torch.float64)
+    for w, (entries, counts) in zip(weights, layers, strict=True):
+        share = max(int(counts.sum()), 1) if reduction == "mean" else 1
+        total = total + w * entries.sum() / share
+    return total / len(layers) if reduction == "mean" and layer_weights is None else total
+
+
+def loss(
+    features: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    convention: str = "paper",
+    exchange: str = "none",
+    pairing: Tensor | None = None,
+    layer_weights: Tensor | None = None,
+    mask_resize: str | None = None,
+    ignore_index: float | None = None,
+    eps: float = 1e-12,
+    reduction: str = "mean",
+    disturb: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The feature discrepancy loss in float64; `disturb(value, scale)` shakes every sum by a rounding."""
+    how = mask_resize or ("max" if convention == "released" else "area")
+    layers = []
+    for layer in features:
+        sums = region_sums(layer, mask, how, ignore_index)
+        if disturb is not None:
+            # Both by the same scale: a loss compares them, and rounds where they are added and subtracted.
+            scale = sums.abs_fg + sums.abs_bg
+            sums = sums._replace(
+                fg=disturb(sums.fg, scale),
+                bg=disturb(sums.bg, scale),
+                fg_mass=disturb(sums.fg_mass, sums.fg_mass),
+                bg_mass=disturb(sums.bg_mass, sums.bg_mass),
+            )
+        layers.append(layer_entries(sums, convention, exchange, pairing, eps))
+    return combine(layers, reduction, layer_weights, convention == "released")
+
+
+class Truth(NamedTuple):
+    """What an op must give, each with the error that rounding its inputs' sums explains."""
+
+    loss: Tensor
+    loss_band: Tensor
+    grads: list[Tensor]
+    bands: list[Tensor]
+
+
+def unit(*dtypes: torch.dtype) -> float:
+    """The allowed relative error of a sum: 1e-6 of float32 and narrower, as many ulps of float64."""
+    return 1e-6 if torch.float64 not in dtypes else 1e-6 * 2.0 ** (23 - 52)
+
+
+def truth(
+    features: Sequence[Tensor],
+    mask: Tensor,
+    upstream: Callable[[Tensor], Tensor] = torch.ones_like,
+    **options: Any,
+) -> Truth:
+    """The loss, its gradients (features, then mask and layer weights where they ask for one), and bands.
+
+    The loss is a logarithm of a difference: how far it moves when each sum moves by `unit` of what was added
+    up is what its conditioning allows. The bands are that, found by moving the sums.
+    """
+    weights = options.pop("layer_weights", None)
+    u = unit(*(layer.dtype for layer in features))
+    generator = torch.Generator().manual_seed(7)
+
+    def run(shake: bool) -> tuple[Tensor, list[Tensor]]:
+        def sign(like: Tensor) -> Tensor:
+            return torch.randint(0, 2, like.shape, generator=generator).double() * 2 - 1
+
+        def disturb(value: Tensor, scale: Tensor) -> Tensor:
+            return value + u * scale.detach() * sign(value)
+
+        leaves = [layer.detach().cpu().double().requires_grad_() for layer in features]
+        inputs = list(leaves)
+        m = mask.detach().cpu()
+        if mask.requires_grad:
+            m = m.double().requires_grad_()
+            inputs.append(m)
+        w = None if weights is None else weights.detach().cpu().double().requires_grad_()
+        if weights is not None and weights.requires_grad:
+            inputs.append(w)
+        layers = [F * (1 + u * sign(F)) for F in leaves] if shake else leaves
+        value = loss(layers, m, layer_weights=w, disturb=disturb if shake else None, **options)
+        if not value.requires_grad:
+            return value, [torch.zeros_like(leaf) for leaf in inputs]
+        grads = torch.autograd.grad(
+            value, inputs, upstream(value.detach()).double(), allow_unused=True, materialize_grads=True
+        )
+        return value.detach(), [grad.detach() for grad in grads]
+
+    value, grads = run(shake=False)
+    loss_band = 2 * u * value.abs()
+    bands = [2 * u * _row_max(grad) for grad in grads]
+    for _ in range(3):
+        shaken, shaken_grads = run(shake=True)
+        loss_band = torch.maximum(loss_band, 2 * (shaken - value).abs())
+        bands = [
+            torch.maximum(band, 2 * _row_max(moved - grad))
+            for band, moved, grad in zip(bands, shaken_grads, grads, strict=True)
+        ]
+    return Truth(value, loss_band, grads, bands)
+
+
+def log_norm(
+    sums: Tensor,
+    masses: Tensor,
+    channels: Sequence[int],
+    pixels: Sequence[int],
+    reduction: str,
+    **options: Any,
+) -> Tensor:
+    """What stage log_norm makes of sums [2, N, ΣC] and masses [2, N, L]: [L], [N, L] or [ΣC]."""
+    losses, start = [], 0
+    for index, C in enumerate(channels):
+        S, M = sums[:, :, start : start + C].double(), masses[:, :, index].double()
+        start += C
+        regions = Regions(S[0], S[1], M[0], M[1], S[0].abs(), S[1].abs(), pixels[index])
+        layer = layer_entries(regions, **options)
+        over_batch = options["convention"] == "released"
+        losses.append(combine([layer], reduction, None, over_batch))
+    if reduction != "none":
+        return torch.stack(losses)
+    return torch.cat(losses) if options["convention"] == "released" else torch.stack(losses, 1)
+
+
+def _row_max(values: Tensor) -> Tensor:
+    """The largest magnitude of every sample, shaped so that it broadcasts."""
+    if values.dim() < 2 or not values.numel():
+        return values.abs()
+    return values.abs().flatten(1).amax(1).view(-1, *[1] * (values.dim() - 1))
+
+
+def assert_within(
+    actual: Tensor, wanted: Tensor, band: Tensor | float, what: str = "value", ulps: float = 0.51
+) -> None:
+    """|actual - wanted| ≤ band and one rounding to the dtype of `actual`; NaN and Inf in the same places."""
+    kind = torch.finfo(actual.dtype)
+    assert actual.shape == wanted.shape, f"{what}: {list(actual.shape)} for {list(wanted.shape)}"
+    got = actual.detach().cpu().double()
+    wanted = wanted.detach().cpu()
+    finite = wanted.isfinite()
+    assert torch.equal(got.isnan(), wanted.isnan()), f"{what}: NaN where {wanted} is wanted: {got}"
+    # Beyond the range of a half the gradient is Inf, which is right.
+    got, wanted = (x.nan_to_num(0.0).clamp(-kind.max, kind.max) for x in (got, wanted))
+    allowed = band + ulps * kind.eps * wanted.abs() + kind.smallest_normal * kind.eps
+    error = torch.where(finite, (got - wanted).abs(), 0.0)
+    if (error > allowed).any():
+        worst = int((error - allowed).argmax())
+        got, wanted, error, allowed = (
+            x.broadcast_to(finite.shape).flatten()[worst].item() for x in (got, wanted, error, allowed)
+        )
+        raise AssertionError(f"{what}: got {got}, wanted {wanted}, error {error:.3g}, allowed {allowed:.3g}")

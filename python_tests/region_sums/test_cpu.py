@@ -1,0 +1,143 @@
+"""The C++ CPU kernels where their own structure decides: tiles, vector tails, threads, strides."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fdkernels as fdk
+from cases import FEATURE_DTYPES, lay_out
+from oracles import unit
+
+pytestmark = [
+    pytest.mark.skipif(fdk.backends()["cpu"] is not None, reason=f"backend 'cpu': {fdk.backends()['cpu']}"),
+    pytest.mark.usefixtures("nan_filled"),
+]
+
+
+def check(features: Tensor, mask: Tensor, upstream: bool = False) -> None:
+    """Sums and gradients against float64, for a mask of the features' size."""
+    features = features.detach().requires_grad_()
+    F = features.detach().double().flatten(2)
+    w = mask.double().flatten(1).unsqueeze(1)
+    u = unit(features.dtype)
+    accumulate = torch.float64 if features.dtype == torch.float64 else torch.float32
+
+    sums = fdk.region_sums(features, mask, backend="cpu")
+    for got, weight in ((sums.fg, w), (sums.bg, 1 - w)):
+        error = (got.detach().double() - (weight * F).sum(-1)).abs()
+        assert (error <= u * (weight * F).abs().sum(-1)).all()
+    g = torch.randn(2, *sums.fg.shape, dtype=accumulate)
+    (grad,) = torch.autograd.grad((sums.fg, sums.bg), features, (g[0], g[1]))
+    wanted = g[0].double().unsqueeze(-1) * w + g[1].double().unsqueeze(-1) * (1 - w)
+    kind = torch.finfo(features.dtype)
+    assert (grad.flatten(2).double() - wanted).abs().max() <= (4 * u + kind.eps / 2) * wanted.abs().max()
+    assert grad.dtype == features.dtype
+
+
+# Each side of the limits at which the kernels start a new tile, run or vector: 64 pixels, 256 elements of a
+# run, 65536 elements of a tile, 1024 channels of a tile.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 65537),
+        (2, 3, 257, 255),
+        (1, 5, 1, 16385),
+        (1, 1025, 65),
+        (1, 2049, 3, 3),
+        (3, 17, 31, 33),
+        (1, 4, 128, 129),
+        (2, 1, 1, 1),
+        (1, 6, 11, 13, 17),
+    ],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_sizes_around_tiles_and_vectors(shape, layout):
+    features = lay_out(torch.randn(shape), layout)
+    check(features, torch.rand(shape[0], *shape[2:]) > 0.3)
+
+
+@pytest.mark.parametrize("dtype", FEATURE_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_every_dtype_over_several_tiles(dtype, layout, soft):
+    features = lay_out(torch.randn(2, 37, 61, 67).to(dtype), layout)
+    mask = torch.rand(2, 61, 67)
+    check(features, mask if soft else mask > 0.5)
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 300),
+    st.sampled_from(("contiguous", "channels_last")),
+    st.sampled_from(FEATURE_DTYPES),
+    st.integers(0, 3),
+)
+def test_any_number_of_channels_and_pixels_at_any_address(C, P, layout, dtype, offset):
+    values = lay_out(torch.randn(2, C, P).to(dtype), layout)
+    room = torch.empty(values.numel() + offset, dtype=dtype)[offset:]
+    features = room.as_strided(values.shape, values.stride(), offset).copy_(values)
+    check(features, torch.rand(2, P))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_the_number_of_threads_does_not_change_a_bit(layout):
+    layers = [lay_out(torch.randn(2, c, s, s), layout) for c, s in ((8, 130), (300, 17), (3, 5))]
+    layers = [layer.detach().requires_grad_() for layer in layers]
+    mask = torch.rand(2, 130, 130, requires_grad=True)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            sums = fdk.region_sums(layers, mask, mask_resize="nearest", backend="cpu")
+            loss = sum((part.fg * part.bg).sum() for part in sums)
+            values = [value for part in sums for value in part]
+            results.append([*values, *torch.autograd.grad(loss, (*layers, mask))])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+def test_cancelling_regions_keep_their_digits():
+    # 2^20 pixels of ±1000 that cancel but for one of 1: a float32 sum in one chain would lose it.
+    values = torch.full((1, 1, 2**20), 1000.0)
+    values[..., 1::2] = -1000.0
+    values[..., 12345] += 1.0
+    sums = fdk.region_sums(values, torch.ones(1, 2**20, dtype=torch.uint8), backend="cpu")
+    assert math.isclose(sums.fg.item(), 1.0, abs_tol=2**20 * 1000 * 1e-9)
+    assert sums.bg.item() == 0.0
+
+
+def test_upstream_of_zero_stride_is_added():
+    features = torch.randn(2, 5, 9, 7, requires_grad=True)
+    mask = torch.rand(2, 9, 7) > 0.5
+    out, loss = fdk.tap(features, mask, backend="cpu")
+    (alone,) = torch.autograd.grad(loss, features, retain_graph=True)
+    (both,) = torch.autograd.grad((loss, out), features, (torch.ones(()), torch.ones(1).expand(out.shape)))
+    torch.testing.assert_close(both, alone + 1)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_offsets_beyond_32_bits_lead_to_the_right_elements(channels_last):
+    # The second sample lies 2^31 elements behind the first, in memory of which only what is used exists.
+    reach = 2**31 + 8
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, 4 * (reach + 64), flags=flags)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"the system does not lend {4 * reach} bytes: {error}")
+    flat = torch.frombuffer(memory, dtype=torch.float32)
+    features = flat.as_strided((2, 2, 3), (reach, 1, 2) if channels_last else (reach, 3, 1))
+    features.copy_(torch.arange(12.0).reshape(2, 2, 3))
+    sums = fdk.region_sums(features, torch.ones(2, 3), backend="cpu")
+    assert sums.fg.tolist() == [[0 + 1 + 2, 3 + 4 + 5], [6 + 7 + 8, 9 + 10 + 11]]

@@ -1,0 +1,134 @@
+"""Which backend computes: what is available, what "auto" takes, and that a named one is never replaced."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import fdkernels as fdk
+from fdkernels import backend as backend_module
+from fdkernels.backend import auto_backend, resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def unavailable(monkeypatch):
+    """`unavailable("cpu")` makes a backend report a reason, until the test ends."""
+
+    def hide(name: str, reason: str = "it was taken away") -> None:
+        reasons = {**fdk.backends(), name: reason}
+        monkeypatch.setattr(backend_module, "_reasons", reasons)
+
+    return hide
+
+
+def test_backends_names_all_four_and_the_reference_is_always_there():
+    found = fdk.backends()
+    assert set(found) == {"cuda", "triton", "cpu", "reference"}
+    assert found["reference"] is None
+    assert all(reason is None or isinstance(reason, str) for reason in found.values())
+
+
+def test_backends_hands_out_a_copy():
+    fdk.backends()["reference"] = "changed"
+    assert fdk.backends()["reference"] is None
+
+
+def test_every_available_backend_implements_both_stages(backend):
+    for stage in backend_module.STAGES:
+        module = importlib.import_module(f"fdkernels.{stage}.impl.{backend}")
+        assert callable(module.forward)
+        assert callable(module.backward)
+
+
+def test_auto_takes_the_cpu_kernels_for_cpu_tensors():
+    assert auto_backend("cpu") == ("cpu" if fdk.backends()["cpu"] is None else "reference")
+    assert resolve("auto", CPU) == auto_backend("cpu")
+
+
+def test_auto_falls_back_to_the_reference(unavailable):
+    unavailable("cpu")
+    assert resolve("auto", CPU) == "reference"
+    assert auto_backend("mps") == "reference"
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert auto_backend("cpu") != "triton"
+
+
+def test_a_named_backend_is_never_replaced(unavailable):
+    unavailable("cpu", "there is no compiler")
+    with pytest.raises(RuntimeError, match="backend='cpu' is not available here: there is no compiler"):
+        fdk.region_sums(torch.ones(1, 1, 2), torch.ones(1, 2), backend="cpu")
+
+
+def test_a_backend_refuses_tensors_of_another_device(monkeypatch):
+    monkeypatch.setattr(backend_module, "_reasons", dict.fromkeys(backend_module.BACKENDS))
+    with pytest.raises(RuntimeError, match=r"backend='cuda' computes on cuda tensors here, got .* cpu"):
+        resolve("cuda", CPU)
+    with pytest.raises(RuntimeError, match=r"backend='cpu' computes on cpu tensors here, got .* cuda:1"):
+        resolve("cpu", torch.device("cuda", 1))
+    assert resolve("reference", torch.device("meta")) == "reference"
+
+
+def test_use_backend_sets_what_auto_means_until_the_block_ends():
+    before = resolve("auto", CPU)
+    with fdk.use_backend("reference"):
+        assert resolve("auto", CPU) == "reference"
+        with fdk.use_backend("auto"):
+            assert resolve("auto", CPU) == before
+        assert resolve("auto", CPU) == "reference"
+    assert resolve("auto", CPU) == before
+
+
+def test_use_backend_ends_with_an_error_too():
+    before = resolve("auto", CPU)
+    with pytest.raises(KeyError), fdk.use_backend("reference"):
+        raise KeyError
+    assert resolve("auto", CPU) == before
+
+
+def test_one_use_backend_can_be_entered_twice():
+    choice = fdk.use_backend("reference")
+    before = resolve("auto", CPU)
+    with choice, choice:
+        pass
+    assert resolve("auto", CPU) == before
+
+
+def test_a_call_that_names_a_backend_goes_before_use_backend(backend, device):
+    with fdk.use_backend("reference"):
+        assert resolve(backend, device) == backend
+
+
+def test_backward_of_a_call_uses_the_backend_of_its_forward(backend, device, monkeypatch):
+    used = []
+    original = backend_module.implementation
+
+    def spy(stage: str, name: str):
+        used.append(name)
+        return original(stage, name)
+
+    monkeypatch.setattr(backend_module, "implementation", spy)
+    features = torch.randn(2, 3, 4, device=device, requires_grad=True)
+    with fdk.use_backend(backend):
+        loss = fdk.feature_discrepancy_loss(features, torch.rand(2, 4, device=device))
+    loss.backward()
+    assert len(used) == 4
+    assert set(used) == {backend}
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "Reference", None])
+def test_use_backend_refuses_unknown_names(name):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .*got"):
+        fdk.use_backend(name)
+
+
+def test_use_backend_refuses_what_is_not_here(unavailable):
+    unavailable("cpu", "there is no compiler")
+    with pytest.raises(RuntimeError, match="backend='cpu' is not available here: there is no compiler"):
+        fdk.use_backend("cpu")

@@ -1,0 +1,233 @@
+"""torch.compile without a graph break: same numbers, same gradients as eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fdkernels as fdk
+
+pytestmark = pytest.mark.filterwarnings(
+    # torch's own tracer instantiates autograd functions.
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], scope="session")
+def compiled(request):
+    """`compiled(function)`: the function in one graph."""
+
+    def make(function):
+        return torch.compile(function, backend=request.param, fullgraph=True)
+
+    return make
+
+
+def check_same(function, compiled, *inputs: Tensor) -> None:
+    """Values and gradients of all inputs that ask for one, eager and compiled, twice."""
+    wanted_by = [x for x in inputs if x.requires_grad]
+    fast = compiled(function)
+    for _ in range(2):
+        torch.manual_seed(1)
+        wanted = function(*inputs)
+        torch.manual_seed(1)
+        got = fast(*inputs)
+        torch.testing.assert_close(got, wanted)
+        grads = torch.autograd.grad(got.square(), wanted_by)
+        expected = torch.autograd.grad(wanted.square(), wanted_by)
+        for grad, other in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, other)
+            assert grad.stride() == other.stride()
+
+
+def layers(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(3, c, s, s).to(dtype).requires_grad_() for c, s in ((4, 8), (6, 4))]
+
+
+@pytest.mark.parametrize("convention", list(fdk.CONVENTIONS))
+def test_one_layer_under_each_convention(compiled, convention):
+    def loss(features: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, convention=convention)
+
+    check_same(loss, compiled, layers()[0], torch.rand(3, 8, 8) > 0.5)
+
+
+def test_layers_with_weights_that_ask_for_a_gradient(compiled):
+    def loss(first: Tensor, second: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss([first, second], mask, layer_weights=weights)
+
+    weights = torch.tensor([0.5, 2.0], requires_grad=True)
+    check_same(loss, compiled, *layers(), torch.rand(3, 8, 8), weights)
+
+
+def test_a_soft_mask_that_asks_for_a_gradient_beside_ignored_pixels(compiled):
+    mask = torch.rand(3, 8, 8)
+    mask[:, :2] = -1
+
+    def loss(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss([first, second], mask, ignore_index=-1)
+
+    check_same(loss, compiled, *layers(), mask.requires_grad_())
+
+
+def test_a_random_shuffle(compiled):
+    def loss(features: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, exchange="shuffle")
+
+    features, mask = layers()[0], torch.rand(3, 8, 8)
+    fast = compiled(loss)
+    # Inductor has random numbers of its own, so the value is one of those that eager can give.
+    got = {round(fast(features, mask).item(), 4) for _ in range(8)}
+    possible = {round(loss(features, mask).item(), 4) for _ in range(80)}
+    assert got <= possible
+    assert len(got) > 1
+
+
+@pytest.mark.parametrize("exchange", ["shuffle", "pooled"])
+def test_given_partners(compiled, exchange):
+    pairing = torch.tensor([1, 2, 0] if exchange == "shuffle" else [[0, 1], [2, 1]])
+
+    def loss(features: Tensor, mask: Tensor, pairing: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, exchange=exchange, pairing=pairing)
+
+    check_same(loss, compiled, layers()[0], torch.rand(3, 8, 8), pairing)
+
+
+def test_pairs_drawn_from_domains(compiled):
+    def loss(features: Tensor, mask: Tensor, domains: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, exchange="pooled", domains=domains)
+
+    # With one novel sample all base samples meet it, whatever is drawn.
+    check_same(loss, compiled, layers()[0], torch.rand(3, 8, 8), torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tap(compiled, channels_last):
+    def through(features: Tensor, mask: Tensor) -> Tensor:
+        out, loss = fdk.tap(features, mask)
+        return loss + out.sin().sum()
+
+    features = layers()[0].detach()
+    if channels_last:
+        features = features.to(memory_format=torch.channels_last)
+    check_same(through, compiled, features.requires_grad_(), torch.rand(3, 8, 8))
+
+
+def test_tap_of_several_layers_of_which_one_is_used(compiled):
+    def through(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+        outs, loss = fdk.tap([first, second], mask)
+        return loss + outs[1].square().sum()
+
+    check_same(through, compiled, *layers(), torch.rand(3, 8, 8))
+
+
+def test_region_sums(compiled):
+    def total(features: Tensor, mask: Tensor) -> Tensor:
+        sums = fdk.region_sums(features, mask, mask_resize="nearest")
+        return (sums.fg * sums.bg).sum() + sums.fg_mass.sum()
+
+    check_same(total, compiled, layers()[0], torch.rand(3, 16, 16))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_a_named_backend(compiled, name):
+    if fdk.backends()[name] is not None:
+        pytest.skip(f"backend {name!r}: {fdk.backends()[name]}")
+
+    def loss(features: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, backend=name)
+
+    check_same(loss, compiled, layers()[0], torch.rand(3, 8, 8))
+
+
+def test_half_precision(compiled):
+    def loss(features: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask)
+
+    check_same(loss, compiled, layers(torch.bfloat16)[0], torch.rand(3, 8, 8))
+
+
+def test_sizes_may_change_from_call_to_call(compiled):
+    def loss(features: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, reduction="sum")
+
+    fast = compiled(loss)
+    for N, C, s in ((2, 3, 4), (3, 3, 6), (4, 5, 10), (5, 5, 7)):
+        features, mask = torch.randn(N, C, s, s, requires_grad=True), torch.rand(N, s, s)
+        torch.testing.assert_close(fast(features, mask), loss(features, mask))
+        (grad,) = torch.autograd.grad(fast(features, mask), features)
+        torch.testing.assert_close(grad, torch.autograd.grad(loss(features, mask), features)[0])
+
+
+def test_bad_input_is_refused_while_compiling(compiled):
+    def loss(features: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask)
+
+    with pytest.raises(Exception, match="mask must have the batch size of the features, 3, got 2"):
+        compiled(loss)(layers()[0], torch.rand(2, 8, 8))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.enc2 = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.head = nn.Conv2d(6, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.enc2(self.enc1(images).relu()))
+
+
+def test_a_training_step_with_taps_and_the_criterion(compiled):
+    net, crit = Net(), fdk.FeatureDiscrepancyLoss(2, alpha_init=0.5)
+    images, mask = torch.randn(3, 1, 8, 8), torch.rand(3, 8, 8)
+    parameters = [*net.parameters(), *crit.parameters()]
+    with fdk.FeatureTaps(net, ["enc1", "enc2"]) as taps:
+
+        def step(images: Tensor, mask: Tensor) -> Tensor:
+            logits = net(images)
+            return logits.square().mean() + crit(taps.features, mask)
+
+        wanted = step(images, mask)
+        expected = torch.autograd.grad(wanted, parameters)
+        got = compiled(step)(images, mask)
+        torch.testing.assert_close(got, wanted)
+        for grad, other in zip(torch.autograd.grad(got, parameters), expected, strict=True):
+            torch.testing.assert_close(grad, other)
+
+
+def test_taps_on_a_compiled_network_by_the_names_of_the_network():
+    net = Net()
+    fast = torch.compile(net, backend="aot_eager")
+    images = torch.randn(3, 1, 8, 8)
+    with fdk.FeatureTaps(fast, ["enc1", "enc2"]) as taps:
+        fast(images)
+        torch.testing.assert_close(taps.features[0], net.enc1(images))
+
+
+def test_alpha_keeps_its_bounds_when_compiled(compiled):
+    crit = fdk.FeatureDiscrepancyLoss(1, alpha_max=0.5)
+    features, mask = layers()[0], torch.rand(3, 8, 8)
+    fast = compiled(crit)
+    with torch.no_grad():
+        crit.alpha.fill_(7.0)
+    got = fast(features, mask)
+    wanted = 0.5 * fdk.feature_discrepancy_loss(features, mask)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_ramp_rises_when_compiled(compiled):
+    crit = fdk.FeatureDiscrepancyLoss(1, "ramp", ramp_steps=2)
+    features, mask = layers()[0], torch.rand(3, 8, 8)
+    fast = compiled(crit)
+    values = [fast(features, mask).item() for _ in range(4)]
+    loss = fdk.feature_discrepancy_loss(features, mask).item()
+    assert values == pytest.approx([0, loss / 2, loss, loss], rel=1e-5)

@@ -1,0 +1,124 @@
+"""Two processes with half of the batch each give the loss and the gradients of one with all of it."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fdkernels as fdk
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
+)
+
+WORLD = 2
+CASES = {
+    "none": {},
+    "shuffle": {"pairing": [3, 0, 0, 2]},
+    "shuffle drawn": {"seed": 3},
+    "pooled": {"pairing": [[0, 3], [2, 1], [0, 1]]},
+    "pooled drawn": {"domains": [0, 1, 1, 0], "seed": 3},
+    "released": {"pairing": [1, 2, 3, 0]},
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    """Images and masks of four samples; the last counts nowhere, so that the ranks' means weigh otherwise."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(4, 1, 6, 6, generator=generator)
+    mask = torch.randint(0, 2, (4, 6, 6), generator=generator)
+    mask[3] = 255
+    return images, mask
+
+
+def losses(net: nn.Module, images: Tensor, mask: Tensor, group: Any) -> dict[str, list[Tensor]]:
+    """For each case the loss, the entries, the gradients of the network, and that of α."""
+    results = {}
+    for name, case in CASES.items():
+        exchange = "shuffle" if name == "released" else name.split()[0]
+        partners = {key: value for key, value in case.items() if key != "seed"}
+        if "seed" in case:
+            partners["generator"] = torch.Generator().manual_seed(case["seed"])
+        convention = "released" if name == "released" else "paper"
+        net.zero_grad()
+        features = net(images)
+        crit = fdk.FeatureDiscrepancyLoss(
+            1,
+            alpha_init=0.5,
+            exchange=exchange,
+            convention=convention,
+            ignore_index=255,
+            group=group,
+        )
+        loss = crit(features, mask, **partners)
+        loss.backward()
+        if "seed" in case:
+            partners["generator"] = torch.Generator().manual_seed(case["seed"])
+        entries = fdk.feature_discrepancy_loss(
+            features.detach(),
+            mask,
+            exchange=exchange,
+            convention=convention,
+            ignore_index=255,
+            group=group,
+            reduction="none",
+            **partners,
+        )
+        grads = [parameter.grad.clone() for parameter in net.parameters()]
+        results[name] = [loss.detach(), entries, crit.alpha.grad, *grads]
+    return results
+
+
+def work(rank: int, folder: str) -> None:
+    # A rank that waits for the other for ever would hold up all tests.
+    faulthandler.dump_traceback_later(120, exit=True)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    net = nn.parallel.DistributedDataParallel(Net())
+    images, mask = (part.chunk(WORLD)[rank] for part in data())
+    results = losses(net, images, mask, dist.group.WORLD)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    # Without cleaning up: gloo's threads and the destructor of their group may wait for each other.
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory) -> list[dict[str, list[Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_together_equal_one_process(of_ranks, name):
+    loss, entries, grad_alpha, *grads = losses(Net(), *data(), group=None)[name]
+    for rank, results in enumerate(of_ranks):
+        rank_loss, rank_entries, rank_grad_alpha, *rank_grads = results[name]
+        torch.testing.assert_close(rank_loss, loss)
+        torch.testing.assert_close(rank_grad_alpha, grad_alpha)
+        own = entries if name == "released" else entries.chunk(WORLD)[rank]
+        torch.testing.assert_close(rank_entries, own)
+        for rank_grad, grad in zip(rank_grads, grads, strict=True):
+            torch.testing.assert_close(rank_grad, grad, rtol=1e-5, atol=1e-6)
