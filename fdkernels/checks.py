@@ -7,6 +7,7 @@ A compiled graph holds no value checks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
@@ -151,6 +152,8 @@ def check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | Non
 def _check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, float)):
         raise TypeError(f"ignore_index must be a number or None, got {type(ignore_index).__name__}")
+    if not math.isfinite(ignore_index):
+        raise ValueError(f"ignore_index must be a finite number, got {ignore_index}")
     if dtype == torch.bool:
         low, high = 0, 1
     elif not dtype.is_floating_point:
@@ -184,6 +187,12 @@ def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tens
     if layer_weights is None:
         return None
     if isinstance(layer_weights, (list, tuple)):
+        for weight in layer_weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(
+                    "layer_weights must be a tensor [L] or a list of numbers, "
+                    f"got a list with {type(weight).__name__}"
+                )
         layer_weights = torch.tensor(layer_weights, dtype=torch.float32, device=layers[0].device)
     if not isinstance(layer_weights, Tensor):
         raise TypeError(
@@ -207,7 +216,7 @@ def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tens
 def check_pairing(pairing: object, exchange: str, batch: int, device: torch.device) -> Tensor:
     """The pairing as int64 on `device`: a permutation-like [N] for shuffle, pairs [K, 2] for pooled."""
     if isinstance(pairing, (list, tuple)):
-        pairing = torch.tensor(pairing, dtype=torch.int64)
+        pairing = torch.as_tensor(pairing)
     if not isinstance(pairing, Tensor):
         raise TypeError(f"pairing must be a tensor or a list of sample numbers, got {type(pairing).__name__}")
     if pairing.dtype.is_floating_point or pairing.dtype.is_complex or pairing.dtype == torch.bool:
@@ -227,6 +236,15 @@ def check_pairing(pairing: object, exchange: str, batch: int, device: torch.devi
                 f"pairing must hold sample numbers from 0 to {batch - 1}, got values from {low} to {high}"
             )
     return pairing.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def check_generator(generator: object) -> None:
+    """Raise TypeError unless `generator` is torch's or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
+            "a seed goes into torch.Generator().manual_seed(seed)"
+        )
 
 
 def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:

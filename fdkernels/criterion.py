@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,7 @@ class FeatureDiscrepancyLoss(nn.Module):
     """
 
     alpha: Tensor
+    steps: Tensor
 
     def __init__(
         self,
@@ -114,13 +116,16 @@ class FeatureDiscrepancyLoss(nn.Module):
             backend,
         )
         self.settings.check()
+        if not math.isfinite(target):
+            raise ValueError(f"target must be a finite number, got {target}")
         start = torch.full((num_layers,), 0.0 if alpha_rule == "ramp" else self.alpha_init)
         if alpha_rule == "ramp":
             self.register_buffer("alpha", start)
         else:
             self.alpha = nn.Parameter(start)
         self.layer_losses: Tensor | None = None
-        self._steps = 0
+        # Training passes since alpha became active; a buffer, so that a compiled pass counts as well.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._active = True
         self._watch = _StuckWatch()
         if not active:
@@ -143,7 +148,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         if self._active:
             return
         self._active = True
-        self._steps = 0
+        self.steps.zero_()
         self._watch = _StuckWatch()
         if self.alpha_rule != "ramp":
             with torch.no_grad():
@@ -205,13 +210,12 @@ class FeatureDiscrepancyLoss(nn.Module):
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Phase and step, so that a resumed run goes on where it stopped."""
-        return {"active": self._active, "steps": self._steps}
+        """The phase, so that a resumed run goes on where it stopped."""
+        return {"active": self._active}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up phase and step; α itself is in the state dict."""
+        """Take up the phase; α and the number of steps are in the state dict themselves."""
         self._active = bool(state["active"])
-        self._steps = int(state["steps"])
         if self.alpha_rule != "ramp":
             self.alpha.requires_grad_(self._active)
 
@@ -225,15 +229,14 @@ class FeatureDiscrepancyLoss(nn.Module):
         return (fixed * losses).sum() - ((alpha - fixed) * (losses.detach() - self.target)).sum()
 
     def _begin_step(self) -> None:
-        if torch.compiler.is_compiling():
-            return
         if self.alpha_rule == "ramp":
-            self.alpha.fill_(self.alpha_max * min(1.0, self._steps / self.ramp_steps))
+            risen = (self.steps / self.ramp_steps).clamp(max=1)
+            self.alpha.copy_(self.alpha_max * risen.expand_as(self.alpha))
         else:
             self.project_()
-            if self._steps % self.patience == 0:
-                self._watch.look(self.alpha, self.bounds, self.alpha_rule, self.patience)
-        self._steps += 1
+            if not torch.compiler.is_compiling():
+                self._watch.pass_by(self.alpha, self.bounds, self.alpha_rule, self.patience)
+        self.steps += 1
 
 
 def _bounds(alpha_rule: str, alpha_max: float) -> tuple[float, float]:
@@ -254,11 +257,18 @@ class _StuckWatch:
     """
 
     def __init__(self) -> None:
+        self._passes = 0
         self._last: Tensor | None = None
         self._verdict: Tensor | None = None
         self._warned = False
 
-    def look(self, alpha: Tensor, bounds: tuple[float, float], rule: str, patience: int) -> None:
+    def pass_by(self, alpha: Tensor, bounds: tuple[float, float], rule: str, patience: int) -> None:
+        """Count a training pass; every `patience` of them, look."""
+        if self._passes % patience == 0:
+            self._look(alpha, bounds, rule, patience)
+        self._passes += 1
+
+    def _look(self, alpha: Tensor, bounds: tuple[float, float], rule: str, patience: int) -> None:
         if self._warned or (alpha.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         alpha = alpha.detach()
@@ -283,5 +293,5 @@ class _StuckWatch:
             f"under alpha_rule={rule!r}, so the weights of the feature discrepancy loss do not train. Is "
             "crit.alpha in the optimizer? 'clipped' never leaves 0 where a layer's loss is positive; "
             "'ascent' raises alpha only where it is above `target` (see crit.layer_losses).",
-            stacklevel=4,
+            stacklevel=6,
         )

@@ -37,6 +37,7 @@ def draw_pairing(
     """
     checks.one_of("exchange", exchange, ("none", "shuffle", "pooled"))
     checks.check_exchange_batch(exchange, batch)
+    checks.check_generator(generator)
     if exchange == "none":
         return None
     if pairing is not None:

@@ -90,31 +90,34 @@ def _readable_as_is(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _resize_all(
     mask: Tensor, sizes: Sequence[torch.Size], mask_resize: str, dtype: torch.dtype
 ) -> list[Tensor]:
-    """[N, K, *S0] at every size. Each size is made once, from the smallest map that it divides exactly."""
-    full = tuple(mask.shape[2:])
-    made: dict[tuple[int, ...], Tensor] = {full: mask}
-    for size in sorted({tuple(size) for size in sizes}, reverse=True):
-        if size in made:
-            continue
-        source = mask
-        if mask_resize != "nearest":
+    """[N, K, *S0] at every size. A size is made once, from the last map before it that it nests in."""
+    full = mask.shape[2:]
+    made = [(full, mask)]
+    resized = []
+    for size in sizes:
+        source, found = mask, None
+        for larger, candidate in made:
+            if larger == size:
+                found = candidate
             # Means of means and maxima of maxima over equal cells are those of the whole cell; cells that do
-            # not divide the mask overlap. Sizes come from large to small: the last that fits is the smallest.
-            for larger, candidate in made.items():
-                if _divides(size, larger) and _divides(larger, full):
-                    source = candidate
-        made[size] = _resize(source.to(dtype), size, mask_resize)
-    return [made[tuple(size)] for size in sizes]
+            # not divide the mask overlap.
+            elif mask_resize != "nearest" and _divides(size, larger) and _divides(larger, full):
+                source = candidate
+        if found is None:
+            found = _resize(source.to(dtype), size, mask_resize)
+            made.append((size, found))
+        resized.append(found)
+    return resized
 
 
-def _resize(mask: Tensor, size: tuple[int, ...], mask_resize: str) -> Tensor:
+def _resize(mask: Tensor, size: torch.Size, mask_resize: str) -> Tensor:
     if mask_resize == "nearest":
         return functional.interpolate(mask, size=size, mode="nearest-exact")
     pools: tuple[Callable[..., Tensor], ...] = _AVG_POOL if mask_resize == "area" else _MAX_POOL
     return pools[len(size) - 1](mask, size)
 
 
-def _divides(size: tuple[int, ...], source: tuple[int, ...]) -> bool:
+def _divides(size: torch.Size, source: torch.Size) -> bool:
     return all(s and big % s == 0 for s, big in zip(size, source, strict=True))
 
 

@@ -179,6 +179,7 @@ class Settings(NamedTuple):
         checks.one_of("exchange", self.exchange, EXCHANGES)
         checks.one_of("reduction", self.reduction, REDUCTIONS)
         checks.non_negative("eps", self.eps)
+        checks.one_of("backend", self.backend, ("auto", *backends.BACKENDS))
         if self.mask_resize is not None:
             checks.one_of("mask_resize", self.mask_resize, MASK_RESIZES)
 

@@ -50,6 +50,9 @@ def resize_mask(
     return torch.stack(cells_y, 1), torch.stack(cells_v, 1)
 
 
+Rounding = Callable[[Tensor], Tensor]
+
+
 class Regions(NamedTuple):
     """Sums [N, C], masses [N] and the sums of the absolute values of what was added up, of one layer."""
 
@@ -62,16 +65,25 @@ class Regions(NamedTuple):
     pixels: int
 
 
+def exactly(value: Tensor) -> Tensor:
+    """The value as it is; a test of conditioning moves it by a rounding."""
+    return value
+
+
 def region_sums(
-    features: Tensor, mask: Tensor, how: str = "area", ignore_index: float | None = None
+    features: Tensor,
+    mask: Tensor,
+    how: str = "area",
+    ignore_index: float | None = None,
+    rounded: Rounding = exactly,
 ) -> Regions:
     """S, M and Σ|w·F| of features [N, C, *S] under a mask [N, 1, *S0] or [N, *S0]."""
     mask = mask.squeeze(1) if mask.dim() == features.dim() else mask
     y, v = resize_mask(mask, features.shape[2:], how, ignore_index)
     F = torch.where(v.unsqueeze(1) > 0, features.double().flatten(2), 0.0)  # [N, C, P]
     w_fg, w_bg = v * y, v * (1 - y)
-    fg = torch.stack([(F[:, c] * w_fg).sum(1) for c in range(F.shape[1])], 1)
-    bg = torch.stack([(F[:, c] * w_bg).sum(1) for c in range(F.shape[1])], 1)
+    fg = torch.stack([rounded(F[:, c] * w_fg).sum(1) for c in range(F.shape[1])], 1)
+    bg = torch.stack([rounded(F[:, c] * w_bg).sum(1) for c in range(F.shape[1])], 1)
     with torch.no_grad():
         # A mask that is averaged or narrowed is rounded, by an error that does not shrink with the weight.
         averaged = how == "area" and tuple(mask.shape[1:]) != tuple(features.shape[2:])
@@ -186,22 +198,21 @@ def loss(
     ignore_index: float | None = None,
     eps: float = 1e-12,
     reduction: str = "mean",
-    disturb: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rounded: Rounding = exactly,
 ) -> Tensor:
-    """The feature discrepancy loss in float64; `disturb(value, scale)` shakes every sum by a rounding."""
+    """The feature discrepancy loss in float64, its products and sums as `rounded` leaves them."""
     how = mask_resize or ("max" if convention == "released" else "area")
     layers = []
     for layer in features:
-        sums = region_sums(layer, mask, how, ignore_index)
-        if disturb is not None:
-            # Both by the same scale: a loss compares them, and rounds where they are added and subtracted.
-            scale = sums.abs_fg + sums.abs_bg
-            sums = sums._replace(
-                fg=disturb(sums.fg, scale),
-                bg=disturb(sums.bg, scale),
-                fg_mass=disturb(sums.fg_mass, sums.fg_mass),
-                bg_mass=disturb(sums.bg_mass, sums.bg_mass),
-            )
+        sums = region_sums(layer, mask, how, ignore_index, rounded)
+        # Both by the same scale: a loss compares them, and rounds where they are added and subtracted.
+        scale = sums.abs_fg + sums.abs_bg
+        sums = sums._replace(
+            fg=sums.fg + (rounded(scale) - scale),
+            bg=sums.bg + (rounded(scale) - scale),
+            fg_mass=rounded(sums.fg_mass),
+            bg_mass=rounded(sums.bg_mass),
+        )
         layers.append(layer_entries(sums, convention, exchange, pairing, eps))
     return combine(layers, reduction, layer_weights, convention == "released")
 
@@ -229,19 +240,17 @@ def truth(
     """The loss, its gradients (features, then mask and layer weights where they ask for one), and bands.
 
     The loss is a logarithm of a difference: how far it moves when each sum moves by `unit` of what was added
-    up is what its conditioning allows. The bands are that, found by moving the sums.
+    up is what its conditioning allows. The bands are that, found by moving products, sums and masses.
     """
     weights = options.pop("layer_weights", None)
     u = unit(*(layer.dtype for layer in features))
     generator = torch.Generator().manual_seed(7)
 
-    def run(shake: bool) -> tuple[Tensor, list[Tensor]]:
-        def sign(like: Tensor) -> Tensor:
-            return torch.randint(0, 2, like.shape, generator=generator).double() * 2 - 1
+    def move(value: Tensor) -> Tensor:
+        by = torch.rand(value.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return value * (1 + u * (by + by.sign()))
 
-        def disturb(value: Tensor, scale: Tensor) -> Tensor:
-            return value + u * scale.detach() * sign(value)
-
+    def run(rounded: Rounding) -> tuple[Tensor, list[Tensor]]:
         leaves = [layer.detach().cpu().double().requires_grad_() for layer in features]
         inputs = list(leaves)
         m = mask.detach().cpu()
@@ -251,8 +260,7 @@ def truth(
         w = None if weights is None else weights.detach().cpu().double().requires_grad_()
         if weights is not None and weights.requires_grad:
             inputs.append(w)
-        layers = [F * (1 + u * sign(F)) for F in leaves] if shake else leaves
-        value = loss(layers, m, layer_weights=w, disturb=disturb if shake else None, **options)
+        value = loss(leaves, m, layer_weights=w, rounded=rounded, **options)
         if not value.requires_grad:
             return value, [torch.zeros_like(leaf) for leaf in inputs]
         grads = torch.autograd.grad(
@@ -260,14 +268,14 @@ def truth(
         )
         return value.detach(), [grad.detach() for grad in grads]
 
-    value, grads = run(shake=False)
-    loss_band = 2 * u * value.abs()
+    value, grads = run(exactly)
+    loss_band = 2 * u * (value.abs() + 1)  # the logarithm turns relative errors into absolute ones
     bands = [2 * u * _row_max(grad) for grad in grads]
-    for _ in range(3):
-        shaken, shaken_grads = run(shake=True)
-        loss_band = torch.maximum(loss_band, 2 * (shaken - value).abs())
+    for _ in range(4):
+        shaken, shaken_grads = run(move)
+        loss_band = torch.maximum(loss_band, (shaken - value).abs())
         bands = [
-            torch.maximum(band, 2 * _row_max(moved - grad))
+            torch.maximum(band, _row_max(moved - grad))
             for band, moved, grad in zip(bands, shaken_grads, grads, strict=True)
         ]
     return Truth(value, loss_band, grads, bands)

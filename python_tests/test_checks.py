@@ -246,7 +246,7 @@ class TestValuesElsewhere:
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
     def test_compiled_calls_hold_no_value_checks(self):
         compiled = torch.compile(fdk.region_sums, backend="aot_eager", fullgraph=True)
-        sums = compiled(features(2, 3, 4, 4), mask(2, 4, 4) + 2)
+        sums = compiled(features(2, 3, 4, 4).requires_grad_(), mask(2, 4, 4) + 2)
         assert sums.fg.shape == (2, 3)
 
     def test_debug_can_be_nested(self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,6 +155,22 @@ def test_half_precision(compiled):
         return fdk.feature_discrepancy_loss(features, mask)
 
     check_same(loss, compiled, layers(torch.bfloat16)[0], torch.rand(3, 8, 8))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("how", ["no gradient asked for", "no_grad", "inference_mode"])
+def test_evaluation(compiled, how, ignore_index, num_layers):
+    def entries(mask: Tensor, *features: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, ignore_index=ignore_index, reduction="none")
+
+    asked = how == "no_grad"
+    features = [torch.randn(3, 4, 8, 8, requires_grad=asked) for _ in range(num_layers)]
+    mask = torch.randint(0, 2, (3, 8, 8))
+    without = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, nullcontext)
+    with without():
+        got = compiled(entries)(mask, *features)
+    torch.testing.assert_close(got, entries(mask, *features))
 
 
 def test_sizes_may_change_from_call_to_call(compiled):

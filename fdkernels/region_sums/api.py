@@ -174,7 +174,11 @@ class _RegionSums(torch.autograd.Function):
     """Features and weights to sums and masses, and under `tap` also the features themselves."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, tap: bool, num_layers: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # Unpacked here: where no gradient is asked for, torch.compile leaves out ctx if there happen to be as
+        # many parameters as arguments.
+        backend, tap, has_bg, *tensors = arguments
+        num_layers = len(tensors) // (3 if has_bg else 2)
         features = tensors[:num_layers]
         fg, bg = tensors[num_layers : 2 * num_layers], tensors[2 * num_layers :]
         sums, masses = torch.ops.fdkernels.region_sums_forward(features, fg, bg, backend)
@@ -259,7 +263,7 @@ def _apply(
     backend: str,
     tap: bool = False,
 ) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = _RegionSums.apply(backend, tap, len(features), *features, *fg, *bg)
+    outputs: tuple[Tensor, ...] = _RegionSums.apply(backend, tap, bool(bg), *features, *fg, *bg)
     return outputs
 
 

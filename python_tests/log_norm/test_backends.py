@@ -69,11 +69,13 @@ def test_loss_and_gradients_are_those_of_the_formula(backend, device, for_all):
         wanted = truth(case)
         u = oracles.unit(case.dtype)
         moved = [truth(case, u) for _ in range(3)]
+        logarithm = 1.0  # which turns relative errors into absolute ones
         for got, value, *others in zip(run(case, backend, device), wanted, *moved, strict=True):
             # How far the value moves when its inputs move by what they are rounded to.
             band = 2 * max((other - value).abs().max().item() for other in others)
-            band += 2 * u * value.abs().max().item()
-            oracles.assert_within(got, value, torch.tensor(band))
+            band += 2 * u * (value.abs().max().item() + logarithm)
+            logarithm = 0.0
+            oracles.assert_within(got, value, band)
 
 
 @pytest.mark.parametrize("exchange", oracles.EXCHANGES)
@@ -186,10 +188,10 @@ def test_the_same_bits_twice(backend, device):
 @pytest.mark.parametrize("exchange", oracles.EXCHANGES)
 @pytest.mark.parametrize("norm", ["vector", "channel_sum", "relative", "batch"])
 @pytest.mark.parametrize("weight", ["valid", "none", "region", "pixels"])
-@pytest.mark.parametrize("masked_background", [False, True])
-def test_all_options_agree_with_the_reference(backend, device, norm, weight, masked_background, exchange):
+def test_all_options_agree_with_the_reference(backend, device, norm, weight, exchange):
     pairings = {"shuffle": [2, 2, 0, 1], "pooled": [[0, 1], [2, 3], [-1, -1], [3, 3]]}
     pairing = torch.tensor(pairings[exchange], device=device) if exchange in pairings else None
+    masked_background = weight in ("pixels", "region")
     options = Options(weight, masked_background, norm, 0.75, 1e-6, exchange, "mean")
     S = torch.randn(2, 4, 7, dtype=torch.float64, device=device, requires_grad=True)
     M = torch.rand(2, 4, 2, dtype=torch.float64, device=device)

@@ -44,6 +44,7 @@ def run(code: str, **environment: str) -> str:
         text=True,
         check=False,
         timeout=120,
+        cwd="/",  # not the source tree, which would go before the installed package
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
