@@ -166,7 +166,9 @@ def calls(draw: st.DrawFn, **limits: Any) -> tuple[Case, dict[str, Any]]:
     weights = None
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(case.seed + 1)
-        weights = torch.randn(len(case.shapes), generator=generator)
+        # As wide as the loss: a narrower weight rounds the gradient of each entry before it adds them up.
+        wide = torch.float64 if torch.float64 in case.dtypes else torch.float32
+        weights = torch.randn(len(case.shapes), generator=generator, dtype=wide)
         weights.requires_grad_(draw(st.booleans()))
     return case, {
         "convention": draw(st.sampled_from(CONVENTIONS)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ class Net(nn.Module):
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Images and masks of four samples; the last counts nowhere, so that the ranks' means weigh otherwise."""
+    """Images and masks of four samples; the last counts nowhere, so that the means of the ranks differ."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(4, 1, 6, 6, generator=generator)
     mask = torch.randint(0, 2, (4, 6, 6), generator=generator)
@@ -107,7 +109,16 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory) -> list[dict[str, list[Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
+    # By the path of this file: what pytest names the module, another process cannot import.
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(WORLD)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate()
+        assert rank.returncode == 0, errors
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -122,3 +133,7 @@ def test_ranks_together_equal_one_process(of_ranks, name):
         torch.testing.assert_close(rank_entries, own)
         for rank_grad, grad in zip(rank_grads, grads, strict=True):
             torch.testing.assert_close(rank_grad, grad, rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
