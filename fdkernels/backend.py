@@ -11,7 +11,7 @@ import torch
 from fdkernels.checks import one_of
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-STAGES = ("region_sums", "log_norm")
+STAGES = ("layer_masks", "region_sums", "log_norm", "layer_losses")
 
 # Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context
 # variable would not reach, and torch.compile guards on a global.

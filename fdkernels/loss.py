@@ -13,6 +13,7 @@ from fdkernels import backend as backends
 from fdkernels import checks
 from fdkernels.conventions import MASK_RESIZES, Convention, get_convention
 from fdkernels.discrepancy import draw_pairing, gather_batch
+from fdkernels.layer_losses import fused_layer_losses
 from fdkernels.layer_masks import layer_masks
 from fdkernels.log_norm import Options, log_norm
 from fdkernels.log_norm.options import EXCHANGES, REDUCTIONS
@@ -226,10 +227,8 @@ def layer_losses(
         accumulate_dtype(layers),
         settings.mask_resize or convention.mask_resize,
         settings.ignore_index,
+        backend,
     )
-    sums, masses, *aliases = sum_regions(layers, masks, backend, tapped)
-    if group is not None:
-        sums, masses = gather_batch(sums, group), gather_batch(masses, group)
     options = Options(
         convention.region_weight,
         convention.masked_background,
@@ -239,6 +238,12 @@ def layer_losses(
         settings.exchange,
         settings.reduction,
     )
+    if group is None and options.reduction != "none" and not mask.requires_grad:
+        per_layer, *aliases = fused_layer_losses(layers, masks, pairing, options, backend, tapped)
+        return per_layer, aliases
+    sums, masses, *aliases = sum_regions(layers, masks, backend, tapped)
+    if group is not None:
+        sums, masses = gather_batch(sums, group), gather_batch(masses, group)
     channels = [layer.shape[1] for layer in layers]
     pixels = [size.numel() for size in sizes]
     per_layer = log_norm(sums, masses, pairing, channels, pixels, options, backend)

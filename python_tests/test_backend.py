@@ -37,11 +37,13 @@ def test_backends_hands_out_a_copy():
     assert fdk.backends()["reference"] is None
 
 
-def test_every_available_backend_implements_both_stages(backend):
+def test_every_available_backend_implements_every_stage(backend):
     for stage in backend_module.STAGES:
         module = importlib.import_module(f"fdkernels.{stage}.impl.{backend}")
         assert callable(module.forward)
-        assert callable(module.backward)
+        assert stage == "layer_masks" or callable(
+            module.backward
+        )  # masks that ask for a gradient take torch's ops
 
 
 def test_auto_takes_the_cpu_kernels_for_cpu_tensors():
@@ -118,7 +120,7 @@ def test_backward_of_a_call_uses_the_backend_of_its_forward(backend, device, mon
     with fdk.use_backend(backend):
         loss = fdk.feature_discrepancy_loss(features, torch.rand(2, 4, device=device))
     loss.backward()
-    assert len(used) == 4
+    assert len(used) == 2  # the mask has the size of the layer
     assert set(used) == {backend}
 
 

@@ -320,10 +320,11 @@ def test_less_than_a_hundredth_of_the_features_is_kept_for_backward(backend, dev
             pairing=None if pairing is None else pairing.to(device),
             backend=backend,
         )
-    # The maps are tiny here, so that the two sums of a channel's 64 or 16 pixels are counted by themselves.
+    # The maps are tiny here, so that the two sums of a channel's 64 or 16 pixels, and the slopes of the loss
+    # with respect to them, are counted by themselves.
     of_features = sum(layer.nbytes for layer in layers)
     of_sums = 2 * 3 * 512 * 4
-    assert sum(kept.values()) <= 0.01 * of_features + of_sums
+    assert sum(kept.values()) <= 0.01 * of_features + 2 * of_sums
 
 
 @pytest.mark.parametrize("exchange", oracles.EXCHANGES)

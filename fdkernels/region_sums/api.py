@@ -212,7 +212,7 @@ class _RegionSums(torch.autograd.Function):
             tapped = [layer for layer, index in enumerate(wanted) if upstream and upstream[index] is not None]
             if wanted:
                 grads = torch.ops.fdkernels.region_sums_backward(
-                    _select_layers(grad_sums, ctx.geometry, wanted),
+                    geo.select_layers(grad_sums, ctx.geometry, wanted),
                     [fg[index] for index in wanted],
                     [bg[index] for index in wanted] if bg else [],
                     [upstream[wanted[layer]] for layer in tapped],
@@ -237,13 +237,6 @@ class _RegionSums(torch.autograd.Function):
             None,
             *(grad if need else None for grad, need in zip(grads_in, needs, strict=True)),
         )
-
-
-def _select_layers(grad_sums: Tensor, geometry: Sequence[geo.Geometry], wanted: Sequence[int]) -> Tensor:
-    if len(wanted) == len(geometry):
-        return grad_sums
-    parts = grad_sums.split([layer.shape[1] for layer in geometry], dim=-1)
-    return torch.cat([parts[index] for index in wanted], dim=-1)
 
 
 def _add_mass_gradient(
@@ -337,7 +330,7 @@ def region_sums(
     checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
     name = backends.resolve(backend, layers[0].device)
     sizes = [layer.shape[2:] for layer in layers]
-    masks = layer_masks(mask, sizes, geo.accumulate_dtype(layers), mask_resize, ignore_index)
+    masks = layer_masks(mask, sizes, geo.accumulate_dtype(layers), mask_resize, ignore_index, name)
     sums, masses = sum_regions(layers, masks, name)
     parts = sums.split([layer.shape[1] for layer in layers], dim=-1)
     results = [

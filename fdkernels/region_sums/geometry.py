@@ -62,6 +62,14 @@ def unpack(packed: Sequence[int]) -> list[Geometry]:
     return geometry
 
 
+def select_layers(sums: Tensor, geometry: Sequence[Geometry], wanted: Sequence[int]) -> Tensor:
+    """The columns of [2, N, ΣC] that belong to the wanted layers."""
+    if len(wanted) == len(geometry):
+        return sums
+    parts = sums.split([layer.shape[1] for layer in geometry], dim=-1)
+    return torch.cat([parts[index] for index in wanted], dim=-1)
+
+
 def accumulate_dtype(features: Sequence[Tensor]) -> torch.dtype:
     """float64 if any layer is float64, else float32: the dtype of sums, masses and loss."""
     wide = any(layer.dtype == torch.float64 for layer in features)

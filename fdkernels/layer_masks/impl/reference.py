@@ -1,13 +1,16 @@
-"""Stage layer_masks: one mask at the size of every layer, as foreground and background weights."""
+"""Backend `reference` of layer_masks: the specification in plain PyTorch, any device, differentiable."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fdkernels.layer_masks.rule import weight_dtype
+
+__all__ = ["forward"]
 
 _AVG_POOL = (
     functional.adaptive_avg_pool1d,
@@ -21,47 +24,35 @@ _MAX_POOL = (
 )
 
 
-class LayerMasks(NamedTuple):
-    """The two weights of (R1) in region_sums/README.md, for each layer.
-
-    Attributes:
-        fg: v·y, [N, P_l] contiguous, uint8 or the accumulation dtype, for each layer.
-        bg: v·(1-y) likewise, or empty where every pixel is valid and 1 - fg need not be stored.
-    """
-
-    fg: list[Tensor]
-    bg: list[Tensor]
-
-
-def layer_masks(
+def forward(
     mask: Tensor,
     sizes: Sequence[torch.Size],
     dtype: torch.dtype,
     mask_resize: str,
     ignore_index: float | None,
-) -> LayerMasks:
-    """Bring a checked mask to the size of every layer.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights v·y and v·(1-y) [N, P] of every size; none of the second where every pixel is valid."""
+    fg, bg = _weights(mask, sizes, dtype, mask_resize, ignore_index)
+    full = mask.shape[2:]
+    for index, size in enumerate(sizes):
+        stored = weight_dtype(mask.dtype, size == full, dtype, mask_resize)
+        fg[index] = fg[index].to(stored)
+        if bg:
+            bg[index] = bg[index].to(stored)
+    return fg, bg
 
-    With y the mask and v its validity (0 where it equals `ignore_index`, else 1) at full size, a cell of a
-    layer has
 
-    - `"area"`: v·y = mean of the pixels' v·y, v = mean of v (adaptive average pooling)
-    - `"max"`: y = max over the valid pixels, v = 1 if any is valid (adaptive max pooling)
-    - `"nearest"`: the pixel that nearest-exact sampling takes
-
-    Differentiable with respect to a floating-point mask.
-
-    Args:
-        mask: [N, 1, *S0], checked.
-        sizes: the spatial size S_l of every layer.
-        dtype: the accumulation dtype of the layers.
-        mask_resize: `"area"`, `"max"` or `"nearest"`.
-        ignore_index: the mask value of pixels to leave out, or None.
-    """
+def _weights(
+    mask: Tensor,
+    sizes: Sequence[torch.Size],
+    dtype: torch.dtype,
+    mask_resize: str,
+    ignore_index: float | None,
+) -> tuple[list[Tensor], list[Tensor]]:
     if ignore_index is None and not mask.requires_grad:
         same_size = _readable_as_is(mask, dtype)
         resized = _resize_all(same_size, sizes, mask_resize, dtype)
-        return LayerMasks([_flat(weight) for weight in resized], [])
+        return [_flat(weight) for weight in resized], []
     if ignore_index is None:
         y = mask.to(dtype)
         valid = torch.ones_like(y)
@@ -74,10 +65,10 @@ def layer_masks(
         resized = _resize_all(marked, sizes, mask_resize, dtype)
         fg = [_flat(y.clamp(min=0)) for y in resized]
         bg = [_flat(torch.where(y >= 0, 1 - y, 0)) for y in resized]
-        return LayerMasks(fg, bg)
+        return fg, bg
     both = torch.cat([valid * y, valid * (1 - y)], dim=1)  # [N, 2, *S0]
     resized = _resize_all(both, sizes, mask_resize, dtype)
-    return LayerMasks([_flat(w[:, 0]) for w in resized], [_flat(w[:, 1]) for w in resized])
+    return [_flat(w[:, 0]) for w in resized], [_flat(w[:, 1]) for w in resized]
 
 
 def _readable_as_is(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,5 @@
+"""Backend `triton` of layer_masks."""
+
+from fdkernels.layer_masks.impl.reference import forward
+
+__all__ = ["forward"]
