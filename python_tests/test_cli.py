@@ -14,7 +14,7 @@ from fdkernels import __main__ as program
 from fdkernels.cli import app
 from fdkernels.info import info_text
 from fdkernels.segmentation.runfiles import read_json
-from tiny_tnbc import write_tiny_tnbc
+from tiny_data import write_tiny_tnbc
 
 SHORT = [
     "--base-channels=2",

@@ -12,13 +12,13 @@ from fdkernels.segmentation.data import (
     train_loader,
 )
 from fdkernels.segmentation.data.loaders import EpochSampler
-from fdkernels.segmentation.data.tnbc import find_samples
-from tiny_tnbc import write_tiny_tnbc
+from fdkernels.segmentation.data.tnbc import find
+from tiny_data import write_tiny_tnbc
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    return find_samples(write_tiny_tnbc(tmp_path_factory.mktemp("tnbc")))
+    return find(write_tiny_tnbc(tmp_path_factory.mktemp("tnbc"))).samples
 
 
 def test_an_epoch_holds_every_index_once():

@@ -11,7 +11,7 @@ from fdkernels import models
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.protocol import alpha_target, build_module, train
 from fdkernels.segmentation.runfiles import read_json, read_weights
-from tiny_tnbc import write_tiny_tnbc
+from tiny_data import write_tiny_tnbc
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from fdkernels.segmentation.data import SegmentationDataset
-from fdkernels.segmentation.data.tnbc import find_samples
-from tiny_tnbc import IMAGES, SIZE, write_tiny_tnbc
+from fdkernels.segmentation.data.tnbc import find
+from tiny_data import IMAGES, SIZE, write_tiny_tnbc
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 REAL = Path(os.environ.get("FDKERNELS_TEST_DATA", CHECKOUT.parent / "shared" / "data")) / "tnbc"
@@ -22,7 +22,7 @@ def root(tmp_path):
 
 
 def test_finds_every_pair_in_the_order_of_the_numbers(root):
-    samples = find_samples(root)
+    samples = find(root).samples
     found = [(sample.patient, sample.image.name) for sample in samples]
     assert found == [
         (patient, f"{patient}_{number}.png")
@@ -34,19 +34,19 @@ def test_finds_every_pair_in_the_order_of_the_numbers(root):
 
 
 def test_takes_the_root_as_a_string(root):
-    assert find_samples(str(root)) == find_samples(root)
+    assert find(str(root)) == find(root)
 
 
 def test_ignores_files_that_are_no_pictures_of_the_data_set(root):
-    before = find_samples(root)
+    before = find(root)
     (root / "Slide_01" / "Thumbs.db").write_bytes(b"x")
     (root / "Slide_01" / "._01_1.png").write_bytes(b"x")
     (root / "notes").mkdir()
-    assert find_samples(root) == before
+    assert find(root) == before
 
 
 def test_images_in_rgb_and_rgba_read_alike(root):
-    dataset = SegmentationDataset(find_samples(root))
+    dataset = SegmentationDataset(find(root).samples)
     width, height = SIZE
     for item in dataset:
         assert item["image"].shape == (3, height, width)
@@ -67,7 +67,7 @@ def test_every_problem_is_named_in_one_error(root):
     (root / "Slide_11" / "11_1.png").write_bytes(whole[: len(whole) // 2])
     (root / "Slide_12").mkdir()
     with pytest.raises(ValueError, match="cannot be used, 6 problems") as raised:
-        find_samples(root)
+        find(root)
     message = str(raised.value)
     for name in ("01_2.png", "02_3.png", "04_2.png", "07_1.png", "11_1.png", "Slide_12"):
         assert name in message
@@ -77,39 +77,35 @@ def test_every_problem_is_named_in_one_error(root):
 def test_a_mask_with_shades_of_grey_is_refused(root):
     shades = np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE[::-1]).astype(np.uint8)
     Image.fromarray(shades).save(root / "GT_01" / "01_1.png")
-    with pytest.raises(ValueError, match="one other value for foreground, got 256 grey values"):
-        find_samples(root)
-
-
-def test_an_image_with_16_bits_is_refused(root):
-    Image.fromarray(np.zeros(SIZE[::-1], np.uint16)).save(root / "Slide_01" / "01_1.png")
-    with pytest.raises(ValueError, match="must have 8 bits a channel"):
-        find_samples(root)
+    with pytest.raises(ValueError, match=r"one other value for foreground, .* got 256 grey values"):
+        find(root)
 
 
 def test_an_image_above_the_limit_of_pillow_is_refused(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE[0] * SIZE[1] - 1)
     with pytest.raises(ValueError, match="decompression bomb"):
-        find_samples(root)
+        find(root)
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "."])
 def test_a_folder_without_the_layout_is_named(tmp_path, missing):
     with pytest.raises(ValueError, match="data must be a folder"):
-        find_samples(tmp_path / missing)
+        find(tmp_path / missing)
 
 
-def test_many_problems_are_cut_short(tmp_path):
+def test_many_problems_are_all_named(tmp_path):
     root = write_tiny_tnbc(tmp_path, {"01": list(range(1, 31))})
     for mask in (root / "GT_01").iterdir():
         mask.unlink()
-    with pytest.raises(ValueError, match=r"30 problems(?s:.*)and 10 more"):
-        find_samples(root)
+    with pytest.raises(ValueError, match="30 problems") as raised:
+        find(root)
+    for number in range(1, 31):
+        assert f"01_{number}.png has no mask" in str(raised.value)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there (FDKERNELS_TEST_DATA)")
 def test_the_real_images_are_found_and_read():
-    samples = find_samples(REAL)
+    samples = find(REAL).samples
     assert len(samples) == len(list(REAL.glob("GT_*/*.png")))
     assert len({sample.patient for sample in samples}) == len(list(REAL.glob("Slide_*")))
     item = SegmentationDataset(samples[:1], size=64)[0]

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
-from fdkernels.segmentation.data.dataset import SegmentationDataset, SegmentationSample
+from fdkernels.segmentation.data.dataset import SegmentationDataset
+from fdkernels.segmentation.data.samples import SegmentationSample
 
 # Below this many images of a run, starting worker processes costs more than they save.
 _TINY = 32
@@ -56,17 +57,18 @@ class EpochSampler(Sampler[int]):
         yield from torch.randperm(self.length, generator=order).tolist()
 
 
-def train_loader(
-    samples: Sequence[SegmentationSample],
+def dataset_loader(
+    dataset: SegmentationDataset | ConcatDataset[dict[str, Tensor]],
     *,
-    size: int | None,
     batch_size: int,
     workers: int,
     seed: int,
     drop_last: bool = False,
 ) -> DataLoader[dict[str, Tensor]]:
-    """Shuffled and augmented batches {"image": [N, 3, H, W], "mask": [N, 1, H, W]}, float32."""
-    dataset = SegmentationDataset(samples, size, augment=True)
+    """Batches of a data set, or of several that were pooled, in an order drawn anew each epoch.
+
+    Where the data sets have a domain, batches also hold "domain", int64 [N].
+    """
     sampler = EpochSampler(len(dataset), seed)
     return DataLoader(
         dataset,
@@ -78,6 +80,25 @@ def train_loader(
     )
 
 
+def train_loader(
+    samples: Sequence[SegmentationSample],
+    *,
+    size: int | None,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    drop_last: bool = False,
+) -> DataLoader[dict[str, Tensor]]:
+    """Shuffled and augmented batches {"image": [N, 3, H, W], "mask": [N, 1, H, W]}, float32."""
+    return dataset_loader(
+        SegmentationDataset(samples, size, augment=True),
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        drop_last=drop_last,
+    )
+
+
 def evaluation_loader(
     samples: Sequence[SegmentationSample], *, size: int | None, batch_size: int, workers: int
 ) -> DataLoader[dict[str, Tensor]]:
@@ -86,4 +107,11 @@ def evaluation_loader(
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
 
 
-__all__ = ["EpochSampler", "default_workers", "derive_seed", "evaluation_loader", "train_loader"]
+__all__ = [
+    "EpochSampler",
+    "dataset_loader",
+    "default_workers",
+    "derive_seed",
+    "evaluation_loader",
+    "train_loader",
+]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from fdkernels.segmentation.data.dataset import SegmentationSample
+from fdkernels.segmentation.data.samples import SegmentationSample
 
 FRACTIONS = (0.7, 0.2, 0.1)
 
@@ -45,13 +45,81 @@ class Split:
             )
         }
 
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any], root: str | Path) -> Split:
+        """The split that `as_json` described; whatever else the mapping holds is left alone.
 
-def _nearest(totals: Sequence[int], goal: float, first: int, last: int) -> int:
-    """Index in first..last whose total is nearest to `goal`."""
-    return min(range(first, last + 1), key=lambda index: abs(totals[index] - goal))
+        Args:
+            described: what `as_json` gave.
+            root: the folder that its paths are relative to.
+
+        Raises:
+            ValueError: a part or a field of it is missing or of another type.
+        """
+
+        def sample(part: str, number: int, entry: Any) -> SegmentationSample:
+            try:
+                patient, image, masks = entry["patient"], entry["image"], entry["masks"]
+                if isinstance(masks, list) and all(
+                    isinstance(text, str) for text in (patient, image, *masks)
+                ):
+                    return SegmentationSample(located(image), tuple(map(located, masks)), patient)
+            except (KeyError, TypeError):
+                pass
+            raise ValueError(
+                f"{part} must hold objects of patient, image and a list of masks, got {entry!r} at {number}"
+            )
+
+        def located(text: str) -> Path:
+            return Path(os.path.normpath(Path(root, text)))
+
+        parts = {}
+        for part in ("train", "test", "validation"):
+            entries = described.get(part)
+            if not isinstance(entries, list):
+                raise ValueError(f"a split must hold the list {part}, got {entries!r}")  # noqa: TRY004
+            parts[part] = tuple(sample(part, number, entry) for number, entry in enumerate(entries))
+        return cls(**parts)
 
 
-def split_by_patient(
+class _Patients:
+    """The samples by patient, with the patients in an order that depends on the seed alone."""
+
+    def __init__(self, samples: Sequence[SegmentationSample], seed: int, least: int, purpose: str) -> None:
+        self._samples: dict[str, list[SegmentationSample]] = {}
+        for sample in sorted(samples, key=lambda sample: (sample.patient, sample.image)):
+            self._samples.setdefault(sample.patient, []).append(sample)
+        self.order = sorted(self._samples)
+        if len(self.order) < least:
+            named = f" ({', '.join(self.order)})" if self.order else ""
+            raise ValueError(
+                f"samples must come from at least {least} patients to be split by patient into "
+                f"{purpose}, got {len(self.order)}{named}"
+            )
+        random.Random(seed).shuffle(self.order)
+
+    def cut(self, order: Sequence[str], goals: Sequence[float]) -> list[list[str]]:
+        """The patients in that order, cut where their images come nearest to `goals`, none empty.
+
+        Args:
+            order: of at least one patient more than there are goals.
+            goals: images before each cut, ascending.
+        """
+        counts = [len(self._samples[patient]) for patient in order]
+        totals = list(accumulate(counts, initial=0))  # [patients + 1], images before each place
+        cuts = [0]
+        for number, goal in enumerate(goals):
+            last = len(order) - (len(goals) - number)  # leaves a patient for each part to come
+            places = range(cuts[-1] + 1, last + 1)
+            cuts.append(min(places, key=lambda place: abs(totals[place] - goal)))
+        return [list(order[start:stop]) for start, stop in pairwise([*cuts, len(order)])]
+
+    def part(self, patients: Sequence[str]) -> tuple[SegmentationSample, ...]:
+        """Their samples, in the order of the patients' names."""
+        return tuple(sample for patient in sorted(patients) for sample in self._samples[patient])
+
+
+def split_samples(
     samples: Sequence[SegmentationSample],
     fractions: tuple[float, float, float] = FRACTIONS,
     seed: int = 0,
@@ -76,27 +144,45 @@ def split_by_patient(
     """
     if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions must be three positive numbers that add up to 1, got {fractions}")
-    by_patient: dict[str, list[SegmentationSample]] = {}
-    for sample in sorted(samples, key=lambda sample: (sample.patient, sample.image)):
-        by_patient.setdefault(sample.patient, []).append(sample)
-    patients = sorted(by_patient)
-    if len(patients) < 3:
-        named = f" ({', '.join(patients)})" if patients else ""
-        raise ValueError(
-            "samples must come from at least 3 patients to be split by patient into training, "
-            f"test and validation, got {len(patients)}{named}"
-        )
-    random.Random(seed).shuffle(patients)
-    counts = [len(by_patient[patient]) for patient in patients]
-    totals = list(accumulate(counts, initial=0))  # [patients + 1], images before each cut
+    patients = _Patients(samples, seed, 3, "training, test and validation")
     train, test, _ = fractions
-    first = _nearest(totals, train * totals[-1], 1, len(patients) - 2)
-    second = _nearest(totals, (train + test) * totals[-1], first + 1, len(patients) - 1)
-
-    def part(start: int, stop: int) -> tuple[SegmentationSample, ...]:
-        return tuple(sample for patient in sorted(patients[start:stop]) for sample in by_patient[patient])
-
-    return Split(part(0, first), part(first, second), part(second, len(patients)))
+    goals = (train * len(samples), (train + test) * len(samples))
+    return Split(*map(patients.part, patients.cut(patients.order, goals)))
 
 
-__all__ = ["FRACTIONS", "Split", "split_by_patient"]
+def split_folds(samples: Sequence[SegmentationSample], folds: int = 5, seed: int = 0) -> list[Split]:
+    """One split for each fold of a cross-validation, patients kept whole.
+
+    The patients are put in a random order, and the order is cut into `folds` test parts of nearly
+    equal numbers of images. What is no test part of a fold is cut once more, beginning with the
+    patients that follow the test part: validation is near 10 % of all images, training the rest,
+    so that five folds are 70-20-10 each. Every image is in the test part of exactly one fold.
+
+    Args:
+        samples: of at least as many patients as there are folds.
+        folds: at least 3.
+        seed: of the order of the patients. The result depends on it and on which samples there
+            are, not on their order.
+
+    Raises:
+        ValueError: there are fewer than 3 folds or fewer patients than folds.
+
+    References:
+        Section A.4: 5-fold cross-validation.
+    """
+    if folds < 3:
+        raise ValueError(f"folds must be at least 3, got {folds}")
+    patients = _Patients(samples, seed, folds, f"{folds} folds")
+    goals = [len(samples) * fold / folds for fold in range(1, folds)]
+    tests = patients.cut(patients.order, goals)
+    splits = []
+    for fold, test in enumerate(tests):
+        others = [patient for part in (*tests[fold + 1 :], *tests[:fold]) for patient in part]
+        validation, train = patients.cut(others, [FRACTIONS[2] * len(samples)])
+        splits.append(Split(*map(patients.part, (train, test, validation))))
+    return splits
+
+
+split_by_patient = split_samples
+
+__all__ = ["FRACTIONS", "Split", "split_by_patient", "split_folds", "split_samples"]

@@ -4,7 +4,7 @@
     GT_01/01_1.png      mask of the same name, 0 or 255
 
 The number of the folder is the patient; patients and images are taken from the disk, so that
-gaps in the numbering and subsets are fine.
+gaps in the numbering and subsets are fine. A patch without a nucleus is part of the data.
 
 References:
     Naylor, Lae, Reyal, Walter: "Segmentation of Nuclei in Histopathology Images by Deep
@@ -13,72 +13,58 @@ References:
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from fdkernels.segmentation.data.dataset import SegmentationSample, raise_problems, unreadable
+from fdkernels.segmentation.data.finding import (
+    by_name,
+    checked,
+    data_folder,
+    files,
+    folders,
+    inner_folder,
+    layout_error,
+    natural,
+    paired,
+)
+from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 
+_OUTER = "TNBC_NucleiSegmentation"
 _IMAGES, _MASKS = "Slide_", "GT_"
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sorting key under which 01_2 comes before 01_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
-
-
-def _patients(root: Path, prefix: str) -> set[str]:
-    return {
+def _patients(root: Path) -> list[str]:
+    named = {
         folder.name.removeprefix(prefix)
-        for folder in root.iterdir()
-        if folder.is_dir() and folder.name.startswith(prefix)
+        for folder in folders(root)
+        for prefix in (_IMAGES, _MASKS)
+        if folder.name.startswith(prefix)
     }
+    return sorted(named, key=natural)
 
 
-def _pictures(folder: Path) -> set[str]:
-    """Names of the PNG files of a folder, without the hidden ones some systems leave there."""
-    if not folder.is_dir():
-        return set()
-    return {
-        file.name
-        for file in folder.iterdir()
-        if file.suffix.lower() == ".png" and not file.name.startswith(".")
-    }
-
-
-def find_samples(root: str | Path) -> list[SegmentationSample]:
+def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
     """Every image of the folder with its mask, in the order of the numbers, each read once.
 
     Args:
-        root: the folder that holds Slide_XX and GT_XX.
+        root: the folder that holds Slide_XX and GT_XX, or the one around it.
+        on_problem: "refuse" or "skip", as in `DatasetPreset`.
 
     Raises:
-        ValueError: `root` is no such folder; or images without a mask, masks without an image,
-            files that cannot be read or that differ in size, all of them in one list.
+        ValueError: `root` is no such folder; or there are problems and they are refused.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"data must be a folder, got {root}, which is none")
-    patients = sorted(_patients(root, _IMAGES) | _patients(root, _MASKS), key=_natural)
-    if not patients:
-        raise ValueError(
-            f"data must be a folder in the TNBC layout (Slide_01/01_1.png, GT_01/01_1.png), "
-            f"got {root}, which holds no Slide_ and no GT_ folder"
-        )
-    samples, problems = [], []
-    for patient in patients:
-        images, masks = root / f"{_IMAGES}{patient}", root / f"{_MASKS}{patient}"
-        image_names, mask_names = _pictures(images), _pictures(masks)
-        if not image_names | mask_names:
-            problems.append(f"{images} and {masks} hold no PNG file")
-        for name in sorted(image_names | mask_names, key=_natural):
-            if name not in mask_names:
-                problems.append(f"{images / name} has no mask {masks / name}")
-            elif name not in image_names:
-                problems.append(f"{masks / name} has no image {images / name}")
-            else:
-                samples.append(SegmentationSample(images / name, (masks / name,), patient))
-    raise_problems(root, problems + unreadable(samples))
-    return samples
+    root = data_folder(root, on_problem)
+    inner = inner_folder(root, _OUTER, lambda folder: bool(_patients(folder)))
+    if inner is None:
+        raise layout_error(root, "TNBC", "Slide_01/01_1.png, GT_01/01_1.png", "no Slide_ and no GT_ folder")
+    samples: list[SegmentationSample] = []
+    problems: list[str] = []
+    for patient in _patients(inner):
+        images = by_name(files(inner / f"{_IMAGES}{patient}"), problems)
+        masks = by_name(files(inner / f"{_MASKS}{patient}"), problems)
+        if not images and not masks:
+            problems.append(f"{inner / (_IMAGES + patient)} and {_MASKS}{patient} hold no image")
+        samples += paired(images, masks, patient, problems)
+    return checked(inner, samples, problems, on_problem, may_be_empty=lambda sample: True)
 
 
-__all__ = ["find_samples"]
+__all__ = ["find"]

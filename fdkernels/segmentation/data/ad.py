@@ -1,0 +1,93 @@
+"""Plaques of Alzheimer's disease (Jimenez et al. 2022) in patches of stained slides.
+
+    256x256/new_wsi_00/              (or 128x128/; a folder a slide)
+        macenko/patch_0000.png       patch, colours normalised after Macenko
+        macenko/patch_0000_C1.png    the same plaque in a corner of the patch
+        patches/patch_0000.png       patch in its own colours
+        vahadane/patch_0000.png      normalised after Vahadane, 128x128 only
+        masks/mask_0000.png          mask of the same number
+
+The slide is the patient, and patches in the corner are patches like any other. A patch without a
+plaque is part of the data.
+
+References:
+    Jimenez et al.: "Visual deep learning-based explanation for neuritic plaques segmentation in
+    Alzheimer's Disease using weakly annotated whole slide histopathological images", MICCAI 2022,
+    doi:10.1007/978-3-031-16434-7_33; its folders as in github.com/aramis-lab/miccai2022-stratifiad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fdkernels.segmentation.data.finding import (
+    by_name,
+    checked,
+    data_folder,
+    files,
+    folders,
+    inner_folder,
+    layout_error,
+    paired,
+)
+from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
+
+COLOURS = ("macenko", "patches", "vahadane")
+_MASKS = "masks"
+
+
+def _slides(root: Path) -> list[Path]:
+    return [folder for folder in folders(root) if (folder / _MASKS).is_dir()]
+
+
+def _numbered(paths: Iterable[Path], prefix: str, problems: list[str]) -> dict[str, Path]:
+    """The files by what patch and mask have in common, their name after patch_ or mask_."""
+    return {name.removeprefix(prefix): path for name, path in by_name(paths, problems).items()}
+
+
+def find(
+    root: str | Path, on_problem: str = "refuse", *, side: int = 256, colours: str = "macenko"
+) -> FoundSamples:
+    """Every patch of that size with its mask, slide by slide, each read once.
+
+    Args:
+        root: the folder that holds the slides, or the one around it.
+        on_problem: "refuse" or "skip", as in `DatasetPreset`.
+        side: of a patch in pixels, 256 or 128.
+        colours: the folder that images are taken from: "macenko", as the data's authors trained,
+            "patches" or "vahadane".
+
+    Raises:
+        ValueError: an argument is unknown; `root` is no such folder; or there are problems and they
+            are refused.
+    """
+    root = data_folder(root, on_problem)
+    if colours not in COLOURS:
+        raise ValueError(f"colours must be one of {', '.join(COLOURS)}, got {colours!r}")
+    outer = f"{side}x{side}"
+    inner = inner_folder(root, outer, lambda folder: bool(_slides(folder)))
+    if inner is None:
+        raise layout_error(
+            root,
+            "the AD plaques",
+            f"{outer}/SLIDE/{colours}/patch_0000.png, {outer}/SLIDE/masks/mask_0000.png",
+            "no slide with masks",
+        )
+    samples: list[SegmentationSample] = []
+    problems: list[str] = []
+    for slide in _slides(inner):
+        images = _numbered(files(slide / colours), "patch_", problems)
+        masks = _numbered(files(slide / _MASKS), "mask_", problems)
+        if not images:
+            there = [name for name in COLOURS if files(slide / name)]
+            problems.append(
+                f"{slide} holds no patches in the folder {colours}; "
+                f"colours could be {' or '.join(there) if there else 'none'}"
+            )
+            continue
+        samples += paired(images, masks, slide.name, problems)
+    return checked(inner, samples, problems, on_problem, may_be_empty=lambda sample: True, size=(side, side))
+
+
+__all__ = ["COLOURS", "find"]
