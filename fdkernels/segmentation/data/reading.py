@@ -30,7 +30,7 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
-_GREY = 0.1  # the greatest share of middle greys, in pixels of foreground
+_GREY = 0.2  # the greatest share of middle greys, in pixels of foreground
 
 
 @cache
@@ -51,6 +51,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Of broken metadata and dropped transparency, neither of which is read here.
+            warnings.simplefilter("ignore", UserWarning)
             with Image.open(path) as image:
                 frames = getattr(image, "n_frames", 1)
                 if frames == 1:
@@ -94,7 +96,8 @@ def read_image(path: Path) -> Image.Image:
 
 def _foreground(values: np.ndarray, white: int, path: Path) -> np.ndarray:
     """Where grey `values` [H, W] mean foreground; `white` is the highest value of their type."""
-    grey = np.unique(values)
+    eight_bits = values.dtype == np.uint8
+    grey = np.flatnonzero(np.bincount(values.ravel())) if eight_bits else np.unique(values)
     if grey[0] < 0:
         raise ValueError(f"{path} must hold no value below 0, got {grey[0]}")
     if grey[grey > 0].size <= 1:
@@ -115,7 +118,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
     An image with 0 and one other value is foreground where it is not 0. One with more grey
     values, as lossy compression and smoothed edges leave them, is cut at half of white if that is
-    clear: the pixels between a quarter and three quarters of white must be no more than a tenth
+    clear: the pixels between a quarter and three quarters of white must be no more than a fifth
     of those above the cut. Colours count by their luminance, an alpha channel never counts.
 
     Args:
