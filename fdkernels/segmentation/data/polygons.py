@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from defusedxml import ElementTree
+from defusedxml import DefusedXmlException, ElementTree
 
 _MOST_BYTES = 2**26  # the largest file of MoNuSeg has 5 MB
 _FARTHEST = 1e6  # pixels from the corner of the image
@@ -29,13 +29,14 @@ def read_polygons(path: Path) -> list[np.ndarray]:
             `Annotations`, or a vertex without X and Y of at most a million pixels.
     """
     try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise ValueError(f"{path} must have at most {_MOST_BYTES} bytes, got {size}")
-        root = ElementTree.parse(path).getroot()
-    except (OSError, SyntaxError, LookupError) as error:  # LookupError: an unknown encoding
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    except ElementTree.DefusedXmlException as error:
+        size = path.stat().st_size
+        root = ElementTree.parse(path).getroot() if size <= _MOST_BYTES else None
+    except DefusedXmlException as error:
         raise ValueError(f"{path} cannot be read, it defines entities: {error}") from error
+    except (OSError, SyntaxError, LookupError, ValueError) as error:  # the last two: odd encodings
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if root is None:
+        raise ValueError(f"{path} must have at most {_MOST_BYTES} bytes, got {size}")
     if root.tag != "Annotations":
         raise ValueError(f"{path} must hold ImageScope's element Annotations, got {root.tag}")
     polygons = []

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdkernels.segmentation.data import polygons as module
+from fdkernels.segmentation.data.polygons import fill_polygons, polygon_mask, read_polygons
+from tiny_data import imagescope
+
+SIZE = (9, 7)  # width, height
+
+
+def _pixels(polygon, size=SIZE):
+    """Rows and columns of what the polygon covers."""
+    return np.argwhere(fill_polygons([np.array(polygon, float)], size)).tolist()
+
+
+def _write(path, text):
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_a_rectangle_covers_its_border_pixels_too():
+    assert _pixels([[2, 1], [4, 1], [4, 2], [2, 2]]) == [[1, 2], [1, 3], [1, 4], [2, 2], [2, 3], [2, 4]]
+
+
+def test_x_is_the_column_and_y_is_the_row():
+    assert _pixels([[5, 0], [6, 0], [6, 3], [5, 3]]) == [[r, c] for r in range(4) for c in (5, 6)]
+
+
+def test_between_pixel_centres_only_those_inside_count():
+    assert _pixels([[1.5, 0.5], [3.5, 0.5], [3.5, 2.4], [1.5, 2.4]]) == [[1, 2], [1, 3], [2, 2], [2, 3]]
+    assert _pixels([[1.1, 1.1], [1.9, 1.1], [1.9, 1.9]]) == []
+
+
+def test_a_triangle_by_hand():
+    assert _pixels([[0, 0], [4, 0], [0, 4]]) == [[r, c] for r in range(5) for c in range(5 - r)]
+
+
+def test_a_concave_outline_leaves_its_bay_free():
+    u_shape = [[0, 0], [1, 0], [1, 3], [4, 3], [4, 0], [5, 0], [5, 5], [0, 5]]
+    covered = _pixels(u_shape)
+    assert [0, 2] not in covered
+    assert [1, 3] not in covered
+    assert [4, 2] in covered
+    assert len(covered) == 6 * 6 - 2 * 3
+
+
+def test_an_outline_around_a_point_twice_is_filled_by_the_even_odd_rule():
+    square = [[0, 0], [6, 0], [6, 6], [0, 6]]
+    inner = [[2, 2], [4, 2], [4, 4], [2, 4]]
+    mask = fill_polygons([np.array([*square, square[0], *inner, inner[0]], float)], (7, 7))
+    assert not mask[3, 3]
+    assert mask[1, 1]
+
+
+def test_polygons_outside_are_cut_off_at_the_border():
+    assert _pixels([[-3, -2], [1, -2], [1, 1], [-3, 1]]) == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert _pixels([[7.5, 5.5], [1002, 5.5], [1002, 900], [7.5, 900]]) == [[6, 8]]
+    assert _pixels([[-9, -9], [-2, -9], [-2, -2]]) == []
+    assert _pixels([[-9, 2], [-5, 2], [-5, 4], [-9, 4]]) == []
+    assert _pixels([[20, 2], [25, 2], [25, 4], [20, 4]]) == []
+    assert len(_pixels([[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]])) == SIZE[0] * SIZE[1]
+
+
+def test_overlapping_polygons_are_united():
+    one, two = [[0, 0], [3, 0], [3, 3], [0, 3]], [[2, 2], [5, 2], [5, 5], [2, 5]]
+    mask = fill_polygons([np.array(one, float), np.array(two, float)], SIZE)
+    assert mask.sum() == 16 + 16 - 4
+    assert mask[2, 2]
+
+
+def _covers(polygon, column, row):
+    """Whether the point lies in the polygon or on its outline, in exact arithmetic."""
+    corners = [(Fraction(x), Fraction(y)) for x, y in polygon]
+    inside = False
+    for (x, y), (u, v) in zip(corners, corners[1:] + corners[:1], strict=True):
+        within = min(x, u) <= column <= max(x, u) and min(y, v) <= row <= max(y, v)
+        if within and (u - x) * (row - y) == (v - y) * (column - x):
+            return True
+        if (y <= row) != (v <= row) and x + (row - y) * (u - x) / (v - y) > column:
+            inside = not inside
+    return inside
+
+
+# Eighths are exact in binary, so that no rounding blurs what lies on an outline.
+COORDINATES = st.integers(-24, 96).map(lambda eighths: eighths / 8) | st.integers(-3, 12).map(float)
+
+
+@given(st.lists(st.tuples(COORDINATES, COORDINATES), min_size=3, max_size=9))
+def test_each_pixel_is_decided_as_exact_arithmetic_decides_it(polygon):
+    mask = fill_polygons([np.array(polygon)], SIZE)
+    width, height = SIZE
+    for row in range(height):
+        for column in range(width):
+            exact = _covers(polygon, column, row)
+            on_a_rounded_crossing = mask[row, column] != exact and _nearly_on(polygon, column, row)
+            assert mask[row, column] == exact or on_a_rounded_crossing
+
+
+def _nearly_on(polygon, column, row):
+    """Whether an edge crosses the row so near to the column that float64 cannot tell them apart."""
+    corners = [(Fraction(x), Fraction(y)) for x, y in polygon]
+    for (x, y), (u, v) in zip(corners, corners[1:] + corners[:1], strict=True):
+        if (y <= row) != (v <= row) and abs(x + (row - y) * (u - x) / (v - y) - column) < 1e-12:
+            return True
+    return False
+
+
+@given(st.lists(st.tuples(COORDINATES, COORDINATES), min_size=3, max_size=9), st.integers(0, 8))
+def test_neither_the_first_vertex_nor_the_direction_matters(polygon, first):
+    first %= len(polygon)
+    turned = polygon[first:] + polygon[:first]
+    assert _pixels(polygon) == _pixels(turned) == _pixels(turned[::-1])
+
+
+def test_masks_equal_those_of_scikit_image():
+    draw = pytest.importorskip("skimage.draw", reason="the extra demo is not installed")
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        polygon = generator.uniform(-5, 45, (int(generator.integers(3, 20)), 2))
+        expected = np.zeros((36, 40), bool)
+        rows, columns = draw.polygon(polygon[:, 1], polygon[:, 0], expected.shape)
+        expected[rows, columns] = True
+        assert np.array_equal(fill_polygons([polygon], (40, 36)), expected)
+
+
+def test_integers_and_decimals_are_read_and_short_regions_skipped(tmp_path):
+    triangle, line = np.array([[1, 2], [3.25, 2], [3, -4.5]]), np.array([[0, 0], [1, 1]])
+    text = imagescope([line, triangle, line[:1], line[:0]]).replace('"1.0000"', '"1"')
+    (polygon,) = read_polygons(_write(tmp_path / "a.xml", text))
+    assert polygon.dtype == np.float64
+    assert np.array_equal(polygon, triangle)
+
+
+def test_all_annotations_of_a_file_count(tmp_path):
+    part = imagescope([np.array([[0, 0], [1, 0], [1, 1]])])
+    inner = part.removeprefix("<Annotations>").removesuffix("</Annotations>")
+    file = _write(tmp_path / "a.xml", f"<Annotations>{inner}{inner}</Annotations>")
+    assert len(read_polygons(file)) == 2
+
+
+ENTITIES = '<!DOCTYPE a [<!ENTITY x "ha"><!ENTITY y "&x;&x;&x;">]><Annotations>&y;</Annotations>'
+OUTSIDE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><Annotations>&x;</Annotations>'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ENTITIES, "cannot be read, it defines entities"),
+        (OUTSIDE, "cannot be read, it defines entities"),
+        ("<Annotations><Annotation>", "cannot be read: no element found"),
+        ("", "cannot be read: no element found"),
+        ("<html></html>", "must hold ImageScope's element Annotations, got html"),
+        (imagescope([np.array([[0, 0], [1, 0], [np.nan, 1]])]), "which region 1 does not"),
+        (imagescope([np.array([[0, 0], [1, 0], [np.inf, 1]])]), "which region 1 does not"),
+        (imagescope([np.zeros((3, 2)), np.array([[0, 0], [1, 0], [2e6, 1]])]), "which region 2 does not"),
+        (imagescope([np.zeros((3, 2))]).replace(' Y="0.0000"', ""), "which region 1 does not"),
+        (imagescope([np.zeros((3, 2))]).replace("0.0000", "left"), "which region 1 does not"),
+        ("<?xml version='1.0' encoding='klingon'?><Annotations/>", "cannot be read"),
+    ],
+    ids=["bomb", "external", "cut", "empty", "html", "nan", "inf", "far", "no Y", "words", "encoding"],
+)
+def test_what_is_no_annotation_is_refused_with_its_name(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        read_polygons(_write(tmp_path / "a.xml", text))
+    assert str(tmp_path / "a.xml") in str(raised.value)
+
+
+def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path, monkeypatch):
+    file = _write(tmp_path / "a.xml", imagescope([]))
+    monkeypatch.setattr(module, "_MOST_BYTES", 20)
+    with pytest.raises(ValueError, match=r"a.xml must have at most 20 bytes, got"):
+        read_polygons(file)
+    for read in (read_polygons, lambda path: polygon_mask(path, SIZE)):
+        with pytest.raises(ValueError, match=r"gone.xml cannot be read"):
+            read(tmp_path / "gone.xml")
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(module, "read_polygons", lambda path: read.append(path) or read_polygons(path))
+    file = _write(tmp_path / "a.xml", imagescope([np.array([[0, 0], [3, 0], [3, 3]])]))
+    first, second = polygon_mask(file, SIZE), polygon_mask(file, SIZE)
+    assert np.array_equal(first, second)
+    assert first.shape == (7, 9)
+    assert read == [file]
+    first[:] = True  # what a caller does to its mask does not reach the next
+    assert np.array_equal(polygon_mask(file, SIZE), second)
+    polygon_mask(file, (5, 5))
+    assert len(read) == 2
+    _write(file, imagescope([np.array([[0, 0], [1, 0], [1, 1]])]))
+    os.utime(file, ns=(0, 0))  # a clock may be too coarse to show the change
+    assert polygon_mask(file, SIZE).sum() == 3
+    assert len(read) == 3
