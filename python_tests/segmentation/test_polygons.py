@@ -182,6 +182,16 @@ def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path, monkeypatch):
             read(tmp_path / "gone.xml")
 
 
+def test_a_polygon_beyond_any_drawing_is_refused(tmp_path, monkeypatch):
+    zigzag = np.array([[column, 6 * (column % 2)] for column in range(9)], float)
+    file = _write(tmp_path / "a.xml", imagescope([zigzag]))
+    monkeypatch.setattr(module, "_MOST_CROSSINGS", 30)
+    with pytest.raises(
+        ValueError, match=r"a.xml cannot be used: a polygon must cross .* 30 times at most, got 48"
+    ):
+        polygon_mask(file, SIZE)
+
+
 def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(module, "read_polygons", lambda path: read.append(path) or read_polygons(path))

@@ -7,7 +7,6 @@ X is the column and Y the row, in pixels, as integers or decimals; an outline is
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from defusedxml import DefusedXmlException, ElementTree
 
 _MOST_BYTES = 2**26  # the largest file of MoNuSeg has 5 MB
 _FARTHEST = 1e6  # pixels from the corner of the image
+_MOST_CROSSINGS = 10**7  # of rows by one polygon, which bounds the memory for it
 _CACHED = 1024  # masks of a process; packed to bits, one of 1000x1000 takes 125 kB
 
 
@@ -59,25 +59,42 @@ def read_polygons(path: Path) -> list[np.ndarray]:
     return polygons
 
 
-def _fill(mask: np.ndarray, polygon: np.ndarray) -> None:
-    """Sets `mask` [H, W] where a pixel's centre lies in the polygon [vertices, 2] or on its outline."""
-    height, width = mask.shape
+def _rows(low: np.ndarray, high: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair of an edge and an image row with low <= row < high, as two index arrays [pairs]."""
+    first, stop = np.ceil(np.clip([low, high], 0, height)).astype(int)  # [edges]
+    counts = stop - first
+    if (pairs := int(counts.sum())) > _MOST_CROSSINGS:
+        raise ValueError(
+            f"a polygon must cross the rows of its image {_MOST_CROSSINGS} times at most, got {pairs}"
+        )
+    edges = np.repeat(np.arange(len(low)), counts)
+    within = np.arange(pairs) - np.repeat(np.cumsum(counts) - counts, counts)
+    return edges, first[edges] + within
+
+
+def _fill(depth: np.ndarray, polygon: np.ndarray) -> None:
+    """Counts a polygon [vertices, 2] in `depth` [H, W + 1]: +1 where a run of its pixels begins, -1 after it.
+
+    A pixel belongs to a run if its centre lies in the polygon or on its outline: between two
+    crossings of its row, on an edge along the row, or on a vertex.
+    """
+    height, width = depth.shape[0], depth.shape[1] - 1
     x, y = polygon.T  # [edges], where an edge begins
     next_x, next_y = np.roll(polygon, -1, axis=0).T  # [edges], where it ends
-    first, last = max(math.ceil(y.min()), 0), min(math.floor(y.max()), height - 1)
-    for row in range(first, last + 1):
-        crosses = (np.minimum(y, next_y) <= row) & (row < np.maximum(y, next_y))
-        run, rise = (next_x - x)[crosses], (next_y - y)[crosses]
-        # Multiplied before it is divided, so that whole numbers stay exact.
-        at = np.sort(x[crosses] + (row - y[crosses]) * run / rise)  # inside from even to odd places
-        begins = y == row
-        level = begins & (next_y == row)  # edges along the row, which cross it nowhere
-        starts = np.concatenate((at[::2], np.minimum(x, next_x)[level], x[begins]))
-        stops = np.concatenate((at[1::2], np.maximum(x, next_x)[level], x[begins]))
-        left = np.ceil(starts).clip(0, width).astype(int)
-        right = np.floor(stops).clip(-1, width - 1).astype(int) + 1
-        for start, stop in zip(left, right, strict=True):
-            mask[row, start:stop] = True
+    edge, row = _rows(np.minimum(y, next_y), np.maximum(y, next_y), height)
+    # Multiplied before it is divided, so that whole numbers stay exact.
+    crossing = x[edge] + (row - y[edge]) * (next_x - x)[edge] / (next_y - y)[edge]
+    order = np.lexsort((crossing, row))  # each row is crossed an even number of times: in, out, in, out
+    on_row = (y == np.floor(y)) & (y >= 0) & (y < height)
+    level = on_row & (y == next_y)
+    starts = np.concatenate((crossing[order[::2]], np.minimum(x, next_x)[level], x[on_row]))
+    stops = np.concatenate((crossing[order[1::2]], np.maximum(x, next_x)[level], x[on_row]))
+    rows = np.concatenate((row[order[::2]], y[level], y[on_row])).astype(int)
+    left = np.ceil(starts).clip(0, width).astype(int)
+    right = (np.floor(stops) + 1).clip(0, width).astype(int)
+    run = left < right
+    np.add.at(depth, (rows[run], left[run]), 1)
+    np.add.at(depth, (rows[run], right[run]), -1)
 
 
 def fill_polygons(polygons: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
@@ -91,18 +108,26 @@ def fill_polygons(polygons: list[np.ndarray], size: tuple[int, int]) -> np.ndarr
     Args:
         polygons: each [vertices, 2] of X and Y.
         size: width and height of the image.
+
+    Raises:
+        ValueError: a polygon crosses more rows than any outline drawn by hand.
     """
     width, height = size
-    mask = np.zeros((height, width), dtype=bool)  # [H, W]
+    depth = np.zeros((height, width + 1), dtype=np.int32)  # [H, W + 1]
     for polygon in polygons:
-        _fill(mask, polygon)
+        _fill(depth, polygon)
+    mask: np.ndarray = depth[:, :width].cumsum(axis=1) > 0  # [H, W]
     return mask
 
 
 @lru_cache(maxsize=_CACHED)
 def _packed(path: Path, size: tuple[int, int], modified: int) -> np.ndarray:
     """`fill_polygons` of the file as bits; `modified` makes a changed file another entry."""
-    return np.packbits(fill_polygons(read_polygons(path), size))
+    polygons = read_polygons(path)
+    try:
+        return np.packbits(fill_polygons(polygons, size))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def polygon_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
