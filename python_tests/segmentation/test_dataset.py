@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
-from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
-from fdkernels.segmentation.data.dataset import load_pair, read_image, read_mask
+from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample, dataset_loader
+from fdkernels.segmentation.data.reading import load_pair
 
 
 def _save(path, values):
@@ -53,28 +54,10 @@ def test_an_image_is_interpolated_and_a_mask_is_not(tmp_path):
     assert torch.equal(item["mask"][0, 0], torch.tensor([0.0] * 4 + [1.0] * 4))
 
 
-def test_palette_and_one_bit_files_are_read(tmp_path):
-    colours = Image.fromarray(np.array([[[10, 20, 30], [40, 50, 60]]], np.uint8))
-    colours.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "p.png")
-    assert read_image(tmp_path / "p.png").mode == "RGB"
-    Image.fromarray(np.array([[False, True]])).save(tmp_path / "bits.png")
-    assert read_mask(tmp_path / "bits.png").tolist() == [[False, True]]
-
-
-def test_an_opaque_mask_does_not_count_its_alpha_channel(tmp_path):
-    Image.new("RGBA", (3, 2), (0, 0, 0, 255)).save(tmp_path / "mask.png")
-    assert not read_mask(tmp_path / "mask.png").any()
-
-
 def test_a_mask_of_another_size_is_named(sample, tmp_path):
     other = _save(tmp_path / "other.png", np.zeros((5, 6)))
     with pytest.raises(ValueError, match=r"other.png must have the size .* 6x4, got 6x5"):
         load_pair(SegmentationSample(sample.image, (other,), "p"))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"gone.png cannot be read"):
-        read_image(tmp_path / "gone.png")
 
 
 def test_no_samples_and_no_size_are_refused(sample):
@@ -89,3 +72,45 @@ def test_only_an_augmented_data_set_moves_pixels(sample):
     torch.manual_seed(0)
     assert all(torch.equal(plain[0]["image"], plain[0]["image"]) for _ in range(20))
     assert len({augmented[0]["image"].numpy().tobytes() for _ in range(40)}) == 4
+
+
+def test_an_oblong_image_is_resized_to_a_square_as_a_whole(tmp_path):
+    halves = np.zeros((4, 40, 3))
+    halves[:, 20:] = 255
+    image = _save(tmp_path / "image.png", halves)
+    mask = _save(tmp_path / "mask.png", halves[..., 0])
+    item = SegmentationDataset([SegmentationSample(image, (mask,), "p")], size=8)[0]
+    assert torch.equal(item["mask"], torch.tensor([0.0] * 4 + [1.0] * 4).expand(1, 8, 8))
+    assert item["image"][:, :, :3].max() == 0
+    assert item["image"][:, :, 5:].min() == 1
+
+
+def test_items_have_a_domain_only_where_one_is_given(sample):
+    assert set(SegmentationDataset([sample])[0]) == {"image", "mask"}
+    for domain in (0, 1):
+        item = SegmentationDataset([sample], domain=domain)[0]
+        assert set(item) == {"image", "mask", "domain"}
+        assert item["domain"].dtype == torch.int64
+        assert item["domain"].shape == ()
+        assert item["domain"].item() == domain
+
+
+def test_pooled_data_sets_are_batched_with_their_domains(sample):
+    base = SegmentationDataset([sample] * 3, size=8, augment=True, domain=0)
+    novel = SegmentationDataset([sample] * 5, size=8, augment=True, domain=1)
+    pooled = ConcatDataset([base, novel])
+    batches = list(dataset_loader(pooled, batch_size=3, workers=0, seed=0))
+    assert [len(batch["domain"]) for batch in batches] == [3, 3, 2]
+    assert batches[0]["image"].shape == (3, 3, 8, 8)
+    domains = torch.cat([batch["domain"] for batch in batches])
+    assert domains.dtype == torch.int64
+    assert domains.sum() == 5
+    assert domains.tolist() != sorted(domains.tolist())
+
+
+def test_making_a_data_set_reads_nothing(tmp_path):
+    absent = SegmentationSample(tmp_path / "gone.png", (tmp_path / "gone_mask.png",), "p")
+    data = SegmentationDataset([absent], size=8)
+    assert len(data) == 1
+    with pytest.raises(ValueError, match=r"gone.png cannot be read"):
+        data[0]
