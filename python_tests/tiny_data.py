@@ -115,10 +115,13 @@ def _udiat(root: Path, images: int, generator: np.random.Generator) -> None:
 
 
 def _us_tnbc(root: Path, images: int, generator: np.random.Generator) -> None:
+    """Names as `fdkernels prepare` gives them; some patients have two images where there are enough."""
+    patients = max(5, images - 2)
     for index in range(images):
+        name = f"patient{index % patients + 1:03}_{index // patients + 1}.png"
         pixels, (disc,) = _scene(generator, _varied(generator), 1)
-        _save(root / "images" / f"case_{index + 1}.png", pixels, "L")
-        _save(root / "masks" / f"case_{index + 1}.png", disc)
+        _save(root / "images" / name, pixels, "L")
+        _save(root / "masks" / name, disc)
 
 
 def _ad(side: int) -> Callable[[Path, int, np.random.Generator], None]:

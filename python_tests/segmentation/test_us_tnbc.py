@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdkernels.segmentation.data import SegmentationDataset
-from fdkernels.segmentation.data.us_tnbc import find
+from fdkernels.segmentation.data import SegmentationDataset, split_folds
+from fdkernels.segmentation.data.us_tnbc import find, patient_of
 from tiny_data import make_tiny
 
 
@@ -14,12 +14,37 @@ def root(tmp_path):
     return make_tiny("us-tnbc", tmp_path / "us_tnbc")
 
 
-def test_image_and_mask_have_the_same_name_and_each_image_is_its_own_patient(root):
+def test_image_and_mask_have_the_same_name(root):
     samples = find(root).samples
-    assert [sample.patient for sample in samples] == [f"case_{number}" for number in range(1, 11)]
+    assert len(samples) == 10
     for sample in samples:
-        assert sample.image == root / "images" / f"{sample.patient}.png"
-        assert sample.masks == (root / "masks" / f"{sample.patient}.png",)
+        assert sample.image.parent == root / "images"
+        assert sample.masks == (root / "masks" / sample.image.name,)
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("patient001_1", "patient001"),
+        ("patient001_12", "patient001"),
+        ("patient3fa0_9c_2", "patient3fa0"),
+        ("patient007", "patient007"),
+        ("patient_7", "patient_7"),
+        ("case_7", "case_7"),
+    ],
+)
+def test_the_patient_is_in_a_prepared_name_and_else_the_name(name, patient):
+    assert patient_of(name) == patient
+
+
+def test_images_of_one_patient_stay_together(root):
+    samples = find(root).samples
+    patients = [sample.patient for sample in samples]
+    assert patients.count("patient001") == patients.count("patient002") == 2
+    assert len(set(patients)) == 8
+    for fold in split_folds(samples):
+        parts = [{sample.patient for sample in part} for part in (fold.train, fold.test, fold.validation)]
+        assert sum(map(len, parts)) == 8
 
 
 def test_the_white_lesion_is_the_foreground(root):

@@ -13,7 +13,7 @@ plaque is part of the data.
 References:
     Jimenez et al.: "Visual deep learning-based explanation for neuritic plaques segmentation in
     Alzheimer's Disease using weakly annotated whole slide histopathological images", MICCAI 2022,
-    doi:10.1007/978-3-031-16434-7_33; its folders as in github.com/aramis-lab/miccai2022-stratifiad.
+    arXiv:2302.08511; the folders are described in github.com/aramis-lab/miccai2022-stratifiad.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     images/NAME.png   image, about 721x570, cropped free of markings
     masks/NAME.png    mask of the same name, white lesion on black
 
-This is also what `fdkernels prepare` makes of DICOM files and drawn masks. Patients are not given,
-so each image is its own.
+This is also what `fdkernels prepare` makes of DICOM files and drawn masks. It names pairs
+patientGROUP_IMAGE, in which GROUP stands for the patient; under any other name an image is its own
+patient.
 
 References:
     Section A.5 and figure 10.
@@ -12,12 +13,20 @@ References:
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fdkernels.segmentation.data.finding import by_name, checked, data_folder, files, layout_error, paired
 from fdkernels.segmentation.data.samples import FoundSamples
 
 _IMAGES, _MASKS = "images", "masks"
+_PREPARED = re.compile(r"(?P<patient>patient[^_]+)_.+")
+
+
+def patient_of(name: str) -> str:
+    """The patient in a name that `fdkernels prepare` gave; any other name is its own patient."""
+    prepared = _PREPARED.fullmatch(name)
+    return name if prepared is None else prepared["patient"]
 
 
 def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
@@ -36,8 +45,8 @@ def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
     problems: list[str] = []
     images = by_name(files(root / _IMAGES), problems)
     masks = by_name(files(root / _MASKS), problems)
-    samples = paired(images, masks, lambda name: name, problems)
+    samples = paired(images, masks, patient_of, problems)
     return checked(root, samples, problems, on_problem)
 
 
-__all__ = ["find"]
+__all__ = ["find", "patient_of"]
