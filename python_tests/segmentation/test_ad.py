@@ -48,6 +48,13 @@ def test_a_slide_without_the_colours_is_named_with_those_it_has(root):
     assert patients == {folder.name for folder in (root / "128x128").iterdir()} - {"new_wsi_00"}
 
 
+def test_a_patch_under_two_names_is_not_guessed_between(root):
+    folder = root / "128x128" / "new_wsi_00" / "macenko"
+    shutil.copy(folder / "patch_0000.png", folder / "0000.png")
+    with pytest.raises(ValueError, match=r"patch_0000.png has the same name as 0000.png"):
+        find(root, side=128)
+
+
 def test_both_sizes_may_lie_in_one_folder(root):
     make_tiny("ad-256", root)
     for side in (128, 256):

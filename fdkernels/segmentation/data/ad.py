@@ -18,7 +18,6 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from fdkernels.segmentation.data.finding import (
@@ -39,11 +38,6 @@ _MASKS = "masks"
 
 def _slides(root: Path) -> list[Path]:
     return [folder for folder in folders(root) if (folder / _MASKS).is_dir()]
-
-
-def _numbered(paths: Iterable[Path], prefix: str, problems: list[str]) -> dict[str, Path]:
-    """The files by what patch and mask have in common, their name after patch_ or mask_."""
-    return {name.removeprefix(prefix): path for name, path in by_name(paths, problems).items()}
 
 
 def find(
@@ -77,8 +71,8 @@ def find(
     samples: list[SegmentationSample] = []
     problems: list[str] = []
     for slide in _slides(inner):
-        images = _numbered(files(slide / colours), "patch_", problems)
-        masks = _numbered(files(slide / _MASKS), "mask_", problems)
+        images = by_name(files(slide / colours), problems, prefix="patch_")
+        masks = by_name(files(slide / _MASKS), problems, prefix="mask_")
         if not images:
             there = [name for name in COLOURS if files(slide / name)]
             problems.append(

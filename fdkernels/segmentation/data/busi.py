@@ -48,7 +48,7 @@ def _samples_of(folder: Path, problems: list[str]) -> list[SegmentationSample]:
         else:
             masks.setdefault(mask["image"], []).append(path)
     problems += [f"{path} has no mask" for name, path in images.items() if name not in masks]
-    problems += [f"{path} has no image" for name in masks.keys() - images.keys() for path in masks[name]]
+    problems += [f"{path} has no image" for name in masks if name not in images for path in masks[name]]
     return [
         SegmentationSample(images[name], tuple(masks[name]), name)
         for name in sorted(images.keys() & masks.keys(), key=natural)

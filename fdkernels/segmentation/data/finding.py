@@ -69,14 +69,15 @@ def files(folder: Path, suffixes: Iterable[str] = _PICTURES) -> list[Path]:
     return sorted(inside, key=lambda entry: natural(entry.name))
 
 
-def by_name(paths: Iterable[Path], problems: list[str]) -> dict[str, Path]:
-    """The files by name without suffix; of two with one name the first is kept, and a problem."""
+def by_name(paths: Iterable[Path], problems: list[str], prefix: str = "") -> dict[str, Path]:
+    """The files by name without prefix and suffix; a second one of the same name becomes a problem."""
     named: dict[str, Path] = {}
     for path in paths:
-        if path.stem in named:
-            problems.append(f"{path} has the same name as {named[path.stem].name}")
+        name = path.stem.removeprefix(prefix)
+        if name in named:
+            problems.append(f"{path} has the same name as {named[name].name}")
         else:
-            named[path.stem] = path
+            named[name] = path
     return named
 
 
