@@ -65,7 +65,7 @@ def test_both_sizes_may_lie_in_one_folder(root):
 def test_patches_of_the_other_size_are_refused(root):
     with pytest.raises(ValueError, match=r"12 problems:(?s:.*)must have 256x256 pixels, got 128x128"):
         find(root / "128x128", side=256)
-    with pytest.raises(ValueError, match="data must be a folder in the layout of the AD plaques"):
+    with pytest.raises(ValueError, match="data must be a folder in the AD plaques layout"):
         find(root, side=256)
 
 

@@ -64,7 +64,7 @@ def find(
     if inner is None:
         raise layout_error(
             root,
-            "the AD plaques",
+            "AD plaques",
             f"{outer}/SLIDE/{colours}/patch_0000.png, {outer}/SLIDE/masks/mask_0000.png",
             "no slide with masks",
         )

@@ -47,7 +47,7 @@ def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
     inner = inner_folder(root, _OUTER, lambda folder: bool(_ids(folder)))
     if inner is None:
         raise layout_error(
-            root, "the 2018 Data Science Bowl", "ID/images/ID.png, ID/masks/*.png", "no id with images"
+            root, "2018 Data Science Bowl", "ID/images/ID.png, ID/masks/*.png", "no id with images"
         )
     samples: list[SegmentationSample] = []
     problems: list[str] = []

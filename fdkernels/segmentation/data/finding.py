@@ -42,7 +42,7 @@ def inner_folder(root: Path, outer: str, holds: Callable[[Path], bool]) -> Path 
 def layout_error(root: Path, title: str, layout: str, missing: str) -> ValueError:
     """The error for a folder that is laid out in another way."""
     return ValueError(
-        f"data must be a folder in the layout of {title} ({layout}), got {root}, which holds {missing}"
+        f"data must be a folder in the {title} layout ({layout}), got {root}, which holds {missing}"
     )
 
 
