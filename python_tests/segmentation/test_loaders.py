@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fdkernels.segmentation.data import (
+    DATASETS,
     default_workers,
     derive_seed,
     evaluation_loader,
@@ -13,7 +14,7 @@ from fdkernels.segmentation.data import (
 )
 from fdkernels.segmentation.data.loaders import EpochSampler
 from fdkernels.segmentation.data.tnbc import find
-from tiny_data import write_tiny_tnbc
+from tiny_data import make_tiny, write_tiny_tnbc
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,16 @@ def test_a_seeded_epoch_repeats(samples, workers):
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one["image"], other["image"])
         assert torch.equal(one["mask"], other["mask"])
+
+
+def test_workers_read_polygons_as_this_process_does(tmp_path):
+    found = DATASETS["monuseg"].find(make_tiny("monuseg", tmp_path))
+    batches = [
+        list(evaluation_loader(found.samples, size=None, batch_size=5, workers=workers)) for workers in (0, 2)
+    ]
+    for here, there in zip(*batches, strict=True):
+        assert torch.equal(here["mask"], there["mask"])
+        assert 0 < here["mask"].mean() < 1
 
 
 def test_batches_are_float_and_the_last_one_can_be_dropped(samples):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fdkernels.segmentation.data import SegmentationSample, reading
 from fdkernels.segmentation.data.reading import load_pair, read_image, read_mask
+from tiny_data import imagescope
 
 LEFT = np.array([[True, False, False], [True, False, False]])  # the foreground of most masks here
 
@@ -45,8 +46,9 @@ def test_transparent_pixels_keep_their_colour(file):
 
 
 def test_a_palette_with_transparency_is_resolved(file):
-    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image = Image.fromarray(np.array([[0, 1]], np.uint8))
     image.putpalette([1, 2, 3, 4, 5, 6])
+    assert image.mode == "P"
     image.save(file, transparency=b"\x00\x80")
     assert np.array(read_image(file)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
 
@@ -80,7 +82,7 @@ def test_1_bit_and_palette_masks_are_read(tmp_path):
     with Image.open(bits) as image:
         assert image.mode == "1"
     assert np.array_equal(read_mask(bits), LEFT)
-    image = Image.fromarray(LEFT.astype(np.uint8), "P")
+    image = Image.fromarray(LEFT.astype(np.uint8))
     image.putpalette([0, 0, 0, 128, 0, 0])
     image.save(tmp_path / "palette.png")
     assert np.array_equal(read_mask(tmp_path / "palette.png"), LEFT)
@@ -245,8 +247,6 @@ def test_several_masks_are_united_whatever_their_kinds(tmp_path):
 
 
 def test_polygons_and_an_image_are_united(tmp_path):
-    from tiny_data import imagescope
-
     image = _save(tmp_path / "image.png", np.zeros((4, 5, 3), np.uint8))
     corner = np.zeros((4, 5), bool)
     corner[3, 4] = True
