@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from types import ModuleType, TracebackType
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fdkernels.checks import one_of
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 STAGES = ("layer_masks", "region_sums", "log_norm", "layer_losses")
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 # Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context
 # variable would not reach, and torch.compile guards on a global.
@@ -103,6 +108,17 @@ def implementation(stage: str, backend: str) -> ModuleType:
     if key not in _implementations:
         _implementations[key] = importlib.import_module(f"fdkernels.{stage}.impl.{backend}")
     return _implementations[key]
+
+
+def may_call_directly(tensors: Iterable[Tensor]) -> bool:
+    """Whether a stage may be called by itself, without the registered op around it.
+
+    The op is what compilers, dispatch modes and subclasses (fake tensors among them) see. Where there are
+    none, it would only cost time, as much as a small layer's whole computation.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)
 
 
 def _require(backend: str) -> None:

@@ -68,7 +68,10 @@ def _cross_pairs(domains: Tensor, generator: torch.Generator | None) -> Tensor:
     """
     batch = domains.shape[0]
     order = _permutation(batch, domains.device, generator)
-    order = order[domains[order].argsort(stable=True)]  # base samples first, each side shuffled
+    # By gather: torch 2.13's inductor takes domains[order] for a pattern of its own, and fails on it.
+    order = order.gather(
+        0, domains.gather(0, order).argsort(stable=True)
+    )  # base samples first, both shuffled
     k = torch.arange(batch, device=domains.device)
     novel = domains.sum()
     base = batch - novel

@@ -6,7 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import fdkernels as fdk
 
@@ -155,6 +157,28 @@ def test_half_precision(compiled):
         return fdk.feature_discrepancy_loss(features, mask)
 
     check_same(loss, compiled, layers(torch.bfloat16)[0], torch.rand(3, 8, 8))
+
+
+def ops_of(graph: torch.fx.GraphModule) -> list[str]:
+    """The ops of the package in a graph, in order."""
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    ops = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
+    return [op.overloadpacket.__name__ for op in ops if op.namespace == "fdkernels"]
+
+
+def test_a_compiled_backward_is_one_op():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(ops_of(graph))
+        return make_boxed_func(graph)
+
+    def loss(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss([first, second], mask)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(loss, backend=backend, fullgraph=True)(*layers(), torch.rand(3, 8, 8)).backward()
+    assert graphs == [["layer_masks", "layer_losses_forward"], ["layer_losses_backward"]]
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])

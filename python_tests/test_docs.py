@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fdkernels as fdk
+from fdkernels.layer_masks import layer_masks
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ROOT / "fdkernels"
@@ -83,6 +84,20 @@ def test_the_slow_line_of_log_norm_equals_the_op():
     torch.testing.assert_close(slow["loss"], fdk.feature_discrepancy_loss(features, mask))
 
 
+def test_the_slow_line_of_layer_masks_equals_the_op():
+    mask, size = torch.rand(2, 1, 9, 8), torch.Size((4, 4))
+    slow = slow_line("layer_masks", {"torch": torch, "mask": mask, "size": size})
+    masks = layer_masks(mask, [size], torch.float32, "area", None)
+    torch.testing.assert_close(slow["fg"], masks.fg[0])
+    torch.testing.assert_close(slow["bg"], 1 - masks.fg[0])
+
+
+def test_the_slow_line_of_layer_losses_equals_the_op():
+    features, mask = torch.randn(2, 3, 5, 4), torch.rand(2, 1, 5, 4)
+    slow = slow_line("layer_losses", {"features": features, "mask": mask, "eps": 1e-12})
+    torch.testing.assert_close(slow["loss"], fdk.feature_discrepancy_loss(features, mask))
+
+
 @pytest.mark.parametrize("function", [fdk.feature_discrepancy_loss, fdk.region_sums], ids=["loss", "sums"])
 def test_the_slow_line_of_the_docstring_equals_the_op(function):
     example = re.search(r"replaces::\n\n(.*?)\n\n", function.__doc__, re.DOTALL)
@@ -97,11 +112,14 @@ def test_the_slow_line_of_the_docstring_equals_the_op(function):
         torch.testing.assert_close(names["loss"], fdk.feature_discrepancy_loss(features, mask))
 
 
-@pytest.mark.parametrize("stage", ["region_sums", "log_norm"])
+TAG_LETTERS = {"layer_masks": "M", "region_sums": "R", "log_norm": "L", "layer_losses": "F"}
+
+
+@pytest.mark.parametrize("stage", TAG_LETTERS)
 def test_every_tag_that_the_code_cites_is_in_the_derivation(stage):
     tags = set(re.findall(r"\\tag\{(\w+)\}", (STAGES / stage / "README.md").read_text(encoding="utf-8")))
     sources = [path for path in STAGES.rglob("*.py") if "__pycache__" not in path.parts]
-    letter = {"region_sums": "R", "log_norm": "L"}[stage]
+    letter = TAG_LETTERS[stage]
     cited = {
         tag for path in sources for tag in re.findall(rf"\(({letter}\d+)\)", path.read_text(encoding="utf-8"))
     }

@@ -1,8 +1,8 @@
 """Stages region_sums and log_norm as one piece of work: registered ops over the backends and their autograd.
 
-Forward already knows how each loss changes with its sums, so it keeps these slopes, O(N·C) numbers, and
-backward is one pass that writes the gradient. Masks that ask for a gradient, losses without reduction and
-batches that are spread over ranks go through the two stages instead (`fdkernels.loss`).
+Forward already knows how each loss changes with its sums, so it keeps these slopes (F1), O(N·C) numbers, and
+backward is one pass that writes the gradient (F2). Masks that ask for a gradient, losses without reduction
+and batches that are spread over ranks go through the two stages instead (`fdkernels.loss`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from fdkernels.layer_masks import LayerMasks
 from fdkernels.log_norm.options import Options
 from fdkernels.region_sums import geometry as geo
 
-__all__ = ["fused_layer_losses"]
+__all__ = ["fused_layer_losses", "write_gradients"]
+
+# Where the features begin among the arguments of the autograd function.
+_FIRST_FEATURE = 6
 
 _OPTIONS = (
     "str region_weight, bool masked_background, str norm, float log_scale, float eps, str exchange, "
@@ -108,70 +111,100 @@ def _backward_fake(
 
 
 class _LayerLosses(torch.autograd.Function):
-    """Features to losses, sums and masses, and under `tap` also the features themselves.
+    """Features to losses, under `tap` also the features themselves, and under `twice` sums and masses.
 
-    Sums and masses are outputs so that second derivatives, which go through the two stages, find their way
-    from the saved sums back to the features.
+    Sums are an output so that second derivatives, which go through the two stages, find their way from the
+    saved sums back to the features. A compiled graph has no second derivatives, and would hand zeros to the
+    backward of an output that nobody used.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         # Unpacked here: where no gradient is asked for, torch.compile leaves out ctx if there happen to be as
         # many parameters as arguments.
-        backend, tap, has_bg, options, pairing, *tensors = arguments
+        backend, tap, twice, has_bg, options, pairing, *tensors = arguments
         num_layers = len(tensors) // (3 if has_bg else 2)
         features = tensors[:num_layers]
         fg, bg = tensors[num_layers : 2 * num_layers], tensors[2 * num_layers :]
-        with_slopes = any(ctx.needs_input_grad[5 : 5 + num_layers])
-        loss, sums, masses, slopes = torch.ops.fdkernels.layer_losses_forward(
-            features, fg, bg, pairing, with_slopes, *options, backend
-        )
-        ctx.mark_non_differentiable(masses)
-        ctx.save_for_backward(slopes, sums, masses, pairing, *fg, *bg)
+        with_slopes = any(ctx.needs_input_grad[_FIRST_FEATURE : _FIRST_FEATURE + num_layers])
+        if backends.may_call_directly(tensors):
+            stage = backends.implementation("layer_losses", backend)
+            outputs = stage.forward(features, fg, bg, pairing, options, with_slopes)
+        else:
+            outputs = torch.ops.fdkernels.layer_losses_forward(
+                features, fg, bg, pairing, with_slopes, *options, backend
+            )
+        loss, sums, masses, slopes = outputs
+        ctx.save_for_backward(slopes, *fg, *bg, *((pairing, sums, masses) if twice else ()))
         ctx.set_materialize_grads(False)
         ctx.geometry = [geo.geometry_of(layer) for layer in features]
-        ctx.backend, ctx.options = backend, options
-        if tap:
-            return loss, sums, masses, *(layer.view_as(layer) for layer in features)
-        return loss, sums, masses
+        ctx.backend, ctx.options, ctx.twice, ctx.has_bg = backend, options, twice, has_bg
+        aliases = [layer.view_as(layer) for layer in features] if tap else []
+        if not twice:
+            return loss, *aliases
+        ctx.mark_non_differentiable(masses)
+        return loss, *aliases, sums, masses
 
     @staticmethod
     def backward(
-        ctx: Any,
-        grad_loss: Tensor | None,
-        grad_sums: Tensor | None,
-        grad_masses: None,
-        *upstream: Tensor | None,
+        ctx: Any, grad_loss: Tensor | None, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        slopes, sums, masses, pairing, *weights = ctx.saved_tensors
         num_layers = len(ctx.geometry)
+        grad_sums = grad_outputs[-2] if ctx.twice else None
+        upstream = list(grad_outputs[:-2] if ctx.twice else grad_outputs)
+        slopes, *weights = ctx.saved_tensors
+        fg, bg = weights[:num_layers], weights[num_layers : 2 * num_layers] if ctx.has_bg else []
         grads: list[Tensor | None] = [None] * num_layers
-        wanted = [index for index in range(num_layers) if ctx.needs_input_grad[5 + index]]
+        wanted = [layer for layer in range(num_layers) if ctx.needs_input_grad[_FIRST_FEATURE + layer]]
         if grad_loss is None and grad_sums is None:
-            grads = list(upstream) or grads
+            grads = upstream or grads
         elif wanted:
-            fg, bg = weights[:num_layers], weights[num_layers:]
-            tapped = [layer for layer, index in enumerate(wanted) if upstream and upstream[index] is not None]
-            common = (
-                [fg[index] for index in wanted],
-                [bg[index] for index in wanted] if bg else [],
-                [upstream[wanted[layer]] for layer in tapped],
-                tapped,
-            )
-            geometry = geo.pack([ctx.geometry[index] for index in wanted])
-            if grad_sums is None and not torch.is_grad_enabled():
-                chosen = grad_loss if len(wanted) == num_layers else grad_loss[wanted]  # type: ignore[index]
-                written = torch.ops.fdkernels.layer_losses_backward(
-                    chosen, geo.select_layers(slopes, ctx.geometry, wanted), *common, geometry, ctx.backend
-                )
-            else:
-                total = _through_log_norm(ctx, grad_loss, sums, masses, pairing, grad_sums)
+            geometry = [ctx.geometry[layer] for layer in wanted]
+            fg = [fg[layer] for layer in wanted]
+            bg = [bg[layer] for layer in wanted] if bg else []
+            added = [upstream[layer] for layer in wanted] if upstream else []
+            if grad_loss is None or grad_sums is not None or (ctx.twice and torch.is_grad_enabled()):
+                pairing, sums, masses = weights[-3:]
+                through = _through_log_norm(ctx, grad_loss, sums, masses, pairing, grad_sums)
+                through = geo.select_layers(through, ctx.geometry, wanted)
+                tapped, places = _present(added)
                 written = torch.ops.fdkernels.region_sums_backward(
-                    geo.select_layers(total, ctx.geometry, wanted), *common, [], geometry, ctx.backend
+                    through, fg, bg, tapped, places, [], geo.pack(geometry), ctx.backend
                 )[0]
-            for index, grad in zip(wanted, written, strict=True):
-                grads[index] = grad
-        return (None, None, None, None, None, *grads, *([None] * len(weights)))
+            else:
+                chosen = grad_loss if len(wanted) == num_layers else grad_loss[wanted]
+                chosen_slopes = geo.select_layers(slopes, ctx.geometry, wanted)
+                written = write_gradients(chosen, chosen_slopes, fg, bg, added, geometry, ctx.backend)
+            for layer, grad in zip(wanted, written, strict=True):
+                grads[layer] = grad
+        return (*([None] * _FIRST_FEATURE), *grads, *([None] * (num_layers * (2 if ctx.has_bg else 1))))
+
+
+def write_gradients(
+    grad_loss: Tensor,
+    slopes: Tensor,
+    fg: Sequence[Tensor],
+    bg: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    geometry: Sequence[geo.Geometry],
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of the features (F2) in one pass: grad_loss [L] times the slopes, plus what arrived."""
+    added, places = _present(upstream)
+    if backends.may_call_directly([grad_loss, slopes, *fg, *bg, *added]):
+        stage = backends.implementation("layer_losses", backend)
+        grads: list[Tensor] = stage.backward(grad_loss, slopes, fg, bg, upstream if added else [], geometry)
+    else:
+        grads = torch.ops.fdkernels.layer_losses_backward(
+            grad_loss, slopes, fg, bg, added, places, geo.pack(geometry), backend
+        )
+    return grads
+
+
+def _present(upstream: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """The gradients that have arrived, and the places of their layers."""
+    present = [(grad, place) for place, grad in enumerate(upstream) if grad is not None]
+    return [grad for grad, _ in present], [place for _, place in present]
 
 
 def _through_log_norm(
@@ -214,7 +247,8 @@ def fused_layer_losses(
     Returns:
         [L] in the accumulation dtype; under `tap` followed by the features.
     """
-    loss, _, _, *aliases = _LayerLosses.apply(
-        backend, tap, bool(masks.bg), tuple(options), pairing, *features, *masks.fg, *masks.bg
+    twice = not torch.compiler.is_compiling()
+    outputs: tuple[Tensor, ...] = _LayerLosses.apply(
+        backend, tap, twice, bool(masks.bg), options, pairing, *features, *masks.fg, *masks.bg
     )
-    return loss, *aliases
+    return outputs[:-2] if twice else outputs

@@ -24,7 +24,7 @@ def forward(
     options: Options,
     with_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses [L], sums, masses, and the slopes ∂L_l/∂S_k[n,c] [2, N, ΣC] (empty where not asked for)."""
+    """Losses [L], sums, masses, and the slopes (F1) [2, N, ΣC] (empty where not asked for)."""
     sums, masses = region_sums.forward(features, fg, bg)
     channels = [layer.shape[1] for layer in features]
     pixels = [layer.shape[2:].numel() for layer in features]
@@ -44,7 +44,7 @@ def backward(
     upstream: Sequence[Tensor | None],
     geometry: Sequence[Geometry],
 ) -> list[Tensor]:
-    """The gradients of the features: grad_loss [L] times the slopes, through (R3)."""
+    """The gradients of the features (F2): grad_loss [L] times the slopes, through (R3)."""
     channels = torch.tensor([layer.shape[1] for layer in geometry], device=grad_loss.device)
     scale = grad_loss.repeat_interleave(channels, output_size=slopes.shape[-1])  # [ΣC]
     grads: list[Tensor] = region_sums.backward(slopes * scale, fg, bg, upstream, [], geometry)[0]

@@ -31,7 +31,7 @@ def forward(
     mask_resize: str,
     ignore_index: float | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights v·y and v·(1-y) [N, P] of every size; none of the second where every pixel is valid."""
+    """The weights (M3) to (M5) [N, P] of every size; none of the background where every pixel is valid."""
     fg, bg = _weights(mask, sizes, dtype, mask_resize, ignore_index)
     full = mask.shape[2:]
     for index, size in enumerate(sizes):
@@ -50,7 +50,7 @@ def _weights(
     ignore_index: float | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     if ignore_index is None and not mask.requires_grad:
-        same_size = _readable_as_is(mask, dtype)
+        same_size = _in_readable_dtype(mask, dtype)
         resized = _resize_all(same_size, sizes, mask_resize, dtype)
         return [_flat(weight) for weight in resized], []
     if ignore_index is None:
@@ -71,11 +71,9 @@ def _weights(
     return [_flat(w[:, 0]) for w in resized], [_flat(w[:, 1]) for w in resized]
 
 
-def _readable_as_is(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask in a dtype that kernels read: uint8 for bool and integers, else the accumulation dtype."""
-    if mask.dtype == torch.bool:
-        return mask.view(torch.uint8)
-    return mask.to(dtype if mask.dtype.is_floating_point else torch.uint8)
+def _in_readable_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in a dtype that kernels read: uint8 for bool and integers, else the accumulation dtype."""
+    return mask.to(dtype if mask.dtype.is_floating_point else torch.uint8, copy=True)
 
 
 def _resize_all(
@@ -103,9 +101,17 @@ def _resize_all(
 
 def _resize(mask: Tensor, size: torch.Size, mask_resize: str) -> Tensor:
     if mask_resize == "nearest":
-        return functional.interpolate(mask, size=size, mode="nearest-exact")
+        return _nearest(mask, size)
     pools: tuple[Callable[..., Tensor], ...] = _AVG_POOL if mask_resize == "area" else _MAX_POOL
     return pools[len(size) - 1](mask, size)
+
+
+def _nearest(mask: Tensor, size: torch.Size) -> Tensor:
+    """(M5), in integers: torch's nearest-exact rounds positions to float32."""
+    for dim, (out, total) in enumerate(zip(size, mask.shape[2:], strict=True), start=2):
+        centre = (2 * torch.arange(out, device=mask.device) + 1) * total // (2 * out)
+        mask = mask.index_select(dim, centre)
+    return mask
 
 
 def _divides(size: torch.Size, source: torch.Size) -> bool:
