@@ -14,7 +14,7 @@ _EXTRAS = {
     ),
     "skimage": "demo",
 }
-_USAGE = "usage: fdkernels info | train | demo"
+_USAGE = "usage: fdkernels info | train | evaluate | demo"
 
 
 def _missing_extra(error: ModuleNotFoundError) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line: `fdkernels train`, `fdkernels demo`, `fdkernels info`."""
+"""The command line: `fdkernels train`, `fdkernels evaluate`, `fdkernels demo`, `fdkernels info`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from fdkernels.commands.evaluate import evaluate
 from fdkernels.info import info_text
 
 if TYPE_CHECKING:
@@ -162,5 +163,7 @@ def _resumed(output: Path, given: dict[str, Any]) -> TrainingConfig:
         saved, **{name: value for name, value in given.items() if name in _FREE_ON_RESUME}
     )
 
+
+app.command()(evaluate)
 
 __all__ = ["app"]

@@ -75,9 +75,9 @@ def test_info_command_prints_the_text():
 
 def test_only_commands_that_exist_are_listed():
     listed = _invoke("--help").output
-    for name in ("train", "demo", "info"):
+    for name in ("train", "evaluate", "demo", "info"):
         assert f"{name} " in listed
-    for name in ("evaluate", "experiment", "report", "bench"):
+    for name in ("experiment", "report", "bench"):
         assert name not in listed
 
 

@@ -1,17 +1,85 @@
-"""Dice and IoU of predicted masks, over the images of a part."""
+"""How well predicted masks match the truth: for each image, and over the images of a part."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_stat_scores
+
+SCORES = ("dice", "iou", "sensitivity", "specificity", "precision")
+COUNTS = ("true_positives", "false_positives", "true_negatives", "false_negatives")
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; 1 where both are 0, that is, where truth and prediction are both empty."""
-    return torch.where(denominator > 0, numerator / denominator.clamp(min=1), 1.0)
+def _ratio(numerator: Tensor, denominator: Tensor, undefined: float = 1.0) -> Tensor:
+    """The quotient; `undefined` where both are 0."""
+    return torch.where(denominator > 0, numerator / denominator.clamp(min=1), undefined)
+
+
+def _counts(logits: Tensor, mask: Tensor) -> Tensor:
+    """TP, FP, TN and FN of each sample, int64 [N, 4], in the order of `COUNTS`."""
+    predicted, truth = logits > 0, mask > 0  # [N, 1, *S]
+    counts = [
+        # One image a call: by sample (multidim_average) torchmetrics drops the axis of a batch of one.
+        binary_stat_scores(*pair, validate_args=False)[:4]
+        for pair in zip(predicted, truth, strict=True)
+    ]
+    return torch.stack(counts) if counts else torch.zeros(0, 4, dtype=torch.int64, device=logits.device)
+
+
+def sample_scores(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The scores of each sample by itself.
+
+        Dice = 2 TP / (2 TP + FP + FN)      IoU = TP / (TP + FP + FN)
+        sensitivity = TP / (TP + FN)    specificity = TN / (TN + FP)    precision = TP / (TP + FP)
+
+    A pixel is predicted foreground where its logit is above 0, the sigmoid above one half. Where
+    neither truth nor prediction has foreground, Dice and IoU are 1. The other three are NaN where
+    nothing is there that they speak of: sensitivity without foreground in the truth, specificity
+    without background in the truth, precision without foreground in the prediction.
+
+    Args:
+        logits: [N, 1, *S], float.
+        mask: [N, 1, *S], foreground above 0.
+
+    Returns:
+        float64 [N] on the CPU for each of `SCORES`, and "foreground_share", the share of the
+        truth's pixels that are foreground; int64 [N] for each of `COUNTS`.
+
+    Raises:
+        ValueError: `mask` has another shape than `logits`.
+    """
+    if logits.shape != mask.shape:
+        raise ValueError(f"mask must have the shape of logits, {list(logits.shape)}, got {list(mask.shape)}")
+    counts = _counts(logits, mask).cpu()  # [N, 4]
+    hits, false_alarms, rejections, misses = counts.double().unbind(dim=1)  # [N] each
+    errors, nan = false_alarms + misses, float("nan")
+    return {
+        "dice": _ratio(2 * hits, 2 * hits + errors),
+        "iou": _ratio(hits, hits + errors),
+        "sensitivity": _ratio(hits, hits + misses, nan),
+        "specificity": _ratio(rejections, rejections + false_alarms, nan),
+        "precision": _ratio(hits, hits + false_alarms, nan),
+        "foreground_share": (hits + misses) / counts.sum(dim=1),
+        **dict(zip(COUNTS, counts.unbind(dim=1), strict=True)),
+    }
+
+
+def pooled_scores(counts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Dice and IoU of all pixels together, from the counts of `sample_scores`.
+
+    An image with little foreground weighs little here, while in a mean over images every image
+    counts alike.
+    """
+    hits, false_alarms, _, misses = (counts[name].double().sum() for name in COUNTS)
+    errors = false_alarms + misses
+    return {
+        "dice": _ratio(2 * hits, 2 * hits + errors).item(),
+        "iou": _ratio(hits, hits + errors).item(),
+    }
 
 
 class OverlapScores(Metric):
@@ -46,11 +114,7 @@ class OverlapScores(Metric):
 
     def update(self, logits: Tensor, mask: Tensor) -> None:
         """Takes in a batch: `logits` and `mask` (0 or 1) [N, 1, *S]."""
-        predicted, truth = (logits > 0).flatten(1), (mask > 0).flatten(1)  # [N, P]
-        # Counted here, since torchmetrics' own count by sample fails on a batch of one.
-        hits = (predicted & truth).sum(dim=1)  # [N]
-        false_alarms = (predicted & ~truth).sum(dim=1)  # [N]
-        misses = (~predicted & truth).sum(dim=1)  # [N]
+        hits, false_alarms, _, misses = _counts(logits, mask).unbind(dim=1)  # [N] each
         errors = false_alarms + misses
         self.dice_sum += _ratio(2 * hits.float(), 2 * hits + errors).sum()
         self.iou_sum += _ratio(hits.float(), hits + errors).sum()
@@ -69,4 +133,4 @@ class OverlapScores(Metric):
         }
 
 
-__all__ = ["OverlapScores"]
+__all__ = ["COUNTS", "SCORES", "OverlapScores", "pooled_scores", "sample_scores"]

@@ -13,24 +13,15 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from fdkernels import models
 from fdkernels.models.blocks import TAP_NAMES
-from fdkernels.segmentation.config import PHASES, TrainingConfig
+from fdkernels.segmentation.config import PHASES
 from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
-from fdkernels.segmentation.runfiles import read_json, read_weights, replacing
+from fdkernels.segmentation.metrics import sample_scores
+from fdkernels.segmentation.prediction_masks import CORRECT, FALSE_NEGATIVE, FALSE_POSITIVE, error_picture
+from fdkernels.segmentation.runfiles import replacing
+from fdkernels.segmentation.saved_runs import read_run
 
-_FALSE_POSITIVE = (1.0, 0.16, 0.16)
-_FALSE_NEGATIVE = (0.55, 0.0, 0.10)
-_CORRECT = (0.55, 0.70, 0.86)
 _COLUMNS = 6
-
-
-def load_network(run: Path, phase: str = "active") -> torch.nn.Module:
-    """The network of a run with the best weights of a phase, in evaluation mode, on the CPU."""
-    config = TrainingConfig.from_json(read_json(run / "config.json"))
-    model = models.create(config.model, base_channels=config.base_channels)
-    model.load_state_dict(read_weights(run / phase / "best.safetensors"))
-    return model.eval()
 
 
 def alpha_history(run: Path) -> dict[str, dict[str, list[float]]]:
@@ -60,21 +51,6 @@ def alpha_history(run: Path) -> dict[str, dict[str, list[float]]]:
     return history
 
 
-def _dice(predicted: np.ndarray, truth: np.ndarray) -> float:
-    total = predicted.sum() + truth.sum()
-    return float(2 * (predicted & truth).sum() / total) if total else 1.0
-
-
-def _with_errors(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The image in pale grey, correct foreground in blue, errors in two reds, [H, W, 3]."""
-    grey: np.ndarray = 0.45 + 0.55 * image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)  # [H, W, 3]
-    correct = predicted & truth
-    grey[correct] = 0.45 * grey[correct] + 0.55 * np.array(_CORRECT)
-    grey[predicted & ~truth] = _FALSE_POSITIVE
-    grey[~predicted & truth] = _FALSE_NEGATIVE
-    return grey
-
-
 def _spread(scores: Sequence[float], count: int) -> list[int]:
     """Indices of `count` of the scores at even ranks, the lowest and the highest among them."""
     order = np.argsort(scores, kind="stable")
@@ -96,20 +72,19 @@ def draw_comparison(path: Path, samples: Sequence[SegmentationSample], runs: Map
     data = SegmentationDataset(samples)
     items = [data[index] for index in range(len(data))]
     images = torch.stack([item["image"] for item in items])  # [N, 3, H, W]
-    truths = [item["mask"][0].bool().numpy() for item in items]
-    predictions = {}
+    truths = torch.stack([item["mask"] for item in items])  # [N, 1, H, W]
+    predictions, scores = {}, {}
     for title, run in runs.items():
         with torch.inference_mode():
-            logits = load_network(run)(images)  # [N, 1, H, W]
-        predictions[title] = [mask[0].numpy() for mask in logits > 0]
-    first = next(iter(runs))
-    scores = [_dice(*pair) for pair in zip(predictions[first], truths, strict=True)]
-    chosen = _spread(scores, _COLUMNS)
+            logits = read_run(run).load_network("active")(images)  # [N, 1, H, W]
+        predictions[title] = (logits[:, 0] > 0).numpy()
+        scores[title] = sample_scores(logits, truths)["dice"].tolist()
+    chosen = _spread(scores[next(iter(runs))], _COLUMNS)
 
     with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(2 * len(chosen) + 0.6, 2.1 * (2 + len(runs)) + 3.2))
         parts: Any = figure.subfigures(2, 1, height_ratios=[2.1 * (2 + len(runs)), 3.2])
-        _draw_patches(parts[0], images, truths, predictions, chosen)
+        _draw_patches(parts[0], images, truths[:, 0].bool().numpy(), predictions, scores, chosen)
         _draw_alpha(parts[1], alpha_history(runs[list(runs)[-1]]))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -118,8 +93,9 @@ def draw_comparison(path: Path, samples: Sequence[SegmentationSample], runs: Map
 def _draw_patches(
     figure: Any,
     images: torch.Tensor,
-    truths: Sequence[np.ndarray],
-    predictions: Mapping[str, Sequence[np.ndarray]],
+    truths: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    scores: Mapping[str, Sequence[float]],
     chosen: Sequence[int],
 ) -> None:
     pixels = images.permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
@@ -127,10 +103,10 @@ def _draw_patches(
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)
     for column, index in enumerate(chosen):
         axes[0, column].imshow(pixels[index])
-        axes[1, column].imshow(_with_errors(pixels[index], truths[index], truths[index]))
-        for row, masks in enumerate(predictions.values(), start=2):
-            axes[row, column].imshow(_with_errors(pixels[index], masks[index], truths[index]))
-            axes[row, column].set_xlabel(f"Dice {_dice(masks[index], truths[index]):.3f}")
+        axes[1, column].imshow(error_picture(pixels[index], truths[index], truths[index]))
+        for row, (title, masks) in enumerate(predictions.items(), start=2):
+            axes[row, column].imshow(error_picture(pixels[index], masks[index], truths[index]))
+            axes[row, column].set_xlabel(f"Dice {scores[title][index]:.3f}")
     for row, title in enumerate(rows):
         axes[row, 0].set_ylabel(title)
     for axis in axes.flat:
@@ -138,9 +114,9 @@ def _draw_patches(
         axis.set_yticks([])
     figure.legend(
         handles=[
-            Patch(color=_CORRECT, label="stain"),
-            Patch(color=_FALSE_POSITIVE, label="error: stain where there is none"),
-            Patch(color=_FALSE_NEGATIVE, label="error: stain missed"),
+            Patch(color=CORRECT, label="stain"),
+            Patch(color=FALSE_POSITIVE, label="error: stain where there is none"),
+            Patch(color=FALSE_NEGATIVE, label="error: stain missed"),
         ],
         loc="upper center",
         ncols=3,
@@ -184,4 +160,4 @@ def _depth(name: str) -> int:
     return TAP_NAMES.index(name)
 
 
-__all__ = ["alpha_history", "draw_comparison", "load_network"]
+__all__ = ["alpha_history", "draw_comparison"]

@@ -1,11 +1,12 @@
-"""Files of a run, written whole or not at all and read without executing anything."""
+"""Files and folders of a run, written whole or not at all and read without executing anything."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,61 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp makes files that only their owner reads; a result is as readable as any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path, contents: Collection[str]) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place whole when the block succeeds.
+
+    Args:
+        path: where the folder shall be; if there is one, it is replaced.
+        contents: the names that such a folder may hold. One that holds others is not replaced.
+
+    Raises:
+        ValueError: `path` is a file, or a folder with something else in it, before or after.
+    """
+    path = path.resolve()
+    _check_contents(path, contents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        yield new
+        _check_contents(path, contents)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _check_contents(path: Path, contents: Collection[str]) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output must be a folder, got the file {path}")
+    foreign = (
+        sorted(entry.name for entry in path.iterdir() if entry.name not in contents) if path.exists() else []
+    )
+    if foreign:
+        raise ValueError(
+            f"output {path} would be replaced, but it holds {foreign[0]}, which is none of "
+            f"{', '.join(contents)}; move that away or name another folder"
+        )
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -62,4 +112,4 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-__all__ = ["read_json", "read_weights", "replacing", "write_json", "write_weights"]
+__all__ = ["read_json", "read_weights", "replacing", "replacing_folder", "write_json", "write_weights"]

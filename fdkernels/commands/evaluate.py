@@ -1,0 +1,229 @@
+"""`fdkernels evaluate`: the options, and the tables at the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SET_TITLES = {"worst_off": "worst off", "best_off": "best off", "all": "all"}
+
+
+class Phases(str, Enum):
+    """What --phase takes."""
+
+    warm = "warm"
+    active = "active"
+    both = "both"
+
+
+class Part(str, Enum):
+    """What --part takes."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def evaluate(
+    context: typer.Context,
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a run, or of its folds.", show_default=False)
+    ] = None,
+    phase: Annotated[
+        Phases | None, typer.Option(help="Phase whose best model is scored.", show_default="those finished")
+    ] = None,
+    part: Annotated[Part, typer.Option(help="Part of the data.")] = Part.test,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data set.", show_default="where the run found it")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="A run on the same split to compare with, the baseline.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Safetensors file to score instead of a run.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --weights: the network.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="With --weights: the data set.", show_default=False)
+    ] = None,
+    base_channels: Annotated[
+        int | None, typer.Option(help="With --weights: width of the network.", show_default="as published")
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="With --weights: side that images are resized to.", show_default="the paper's"),
+    ] = None,
+    convention: Annotated[str, typer.Option(help="With --weights: convention of L_fd.")] = "paper",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write, replaced whole.", show_default="RUN/evaluation")
+    ] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="Write predicted masks as PNG.")] = False,
+    overlays: Annotated[
+        bool, typer.Option("--overlays", help="Write predictions over the images, errors in red.")
+    ] = False,
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="Further rows for the seven other symmetries of each image.")
+    ] = False,
+    worst_off: Annotated[
+        int | None,
+        typer.Option(help="How many samples are the worst-off.", show_default="by the paper's Table 1"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 4,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that read images.", show_default="by the number of images"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
+) -> None:
+    """Score a run's best models image by image: worst-off, best-off and all, and L_fd by layer."""
+    from rich.console import Console
+
+    from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate_weights
+    from fdkernels.segmentation.evaluation import evaluate as evaluate_run
+
+    _check_options(context, run, weights)
+    if output is None and run is not None:
+        output = run / "evaluation"
+    if output is None:
+        raise ValueError("--output must name a folder where --weights are scored, got nothing")
+    options = EvaluationOptions(
+        output=output,
+        masks=masks,
+        overlays=overlays,
+        augmented=augmented,
+        worst_off=worst_off,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        progress=True,
+    )
+    if run is not None:
+        asked = None if phase is None else [phase.value]
+        phases = ["warm", "active"] if phase is Phases.both else asked
+        found = evaluate_run(run, phases=phases, part=part.value, data=data, against=against, options=options)
+    elif weights is None or model is None or dataset is None or data is None:
+        raise ValueError("--weights needs --model, --dataset and --data, of which some were not given")
+    else:
+        found = evaluate_weights(
+            weights,
+            model=model,
+            dataset=dataset,
+            data=data,
+            base_channels=base_channels,
+            size=size,
+            convention=convention,
+            options=options,
+        )
+    console = Console()
+    for name in found.summary["phases"]:
+        console.print(scores_table(found.summary, name))
+    console.print(f"samples.csv and summary.json are in {output}.", highlight=False)
+
+
+_OF_RUNS = ("phase", "part", "against")
+_OF_WEIGHTS = ("model", "dataset", "base_channels", "size", "convention")
+
+
+def _check_options(context: typer.Context, run: Path | None, weights: Path | None) -> None:
+    """Raises ValueError where it is not one run or one file, or an option goes with the other."""
+    if (run is None) == (weights is None):
+        got = "neither" if run is None else "both"
+        raise ValueError(f"evaluate takes the folder of a run or --weights, got {got}")
+    foreign, other = (_OF_WEIGHTS, "--weights") if weights is None else (_OF_RUNS, "the folder of a run")
+    for name in foreign:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} goes with {other} only")
+
+
+def scores_table(summary: Mapping[str, Any], phase: str) -> Table:
+    """Worst-off, best-off and all samples of a phase in percent, as in Table 2.
+
+    With a baseline each set has two rows, and the second holds the differences to the first in
+    percentage points; without one, every score with its standard deviation over the samples.
+
+    Args:
+        summary: what summary.json holds.
+        phase: one of its phases.
+    """
+    from rich.table import Table
+
+    found = summary["phases"][phase]
+    table = Table(title=_title(summary, phase), caption=f"In percent. Worst off: {found['worst_off_rule']}.")
+    table.add_column("samples")
+    table.add_column("images", justify="right")
+    if "baseline" in found:
+        _compare(table, found)
+    else:
+        _describe(table, found)
+    return table
+
+
+def _title(summary: Mapping[str, Any], phase: str) -> str:
+    from fdkernels.segmentation.display import phase_title
+
+    of = "all images" if summary["part"] == "all" else f"{summary['part']} images"
+    what = "given weights" if phase == "weights" else phase_title(phase, summary["fd_loss"])
+    return f"{summary['model']} on {of} of {summary['dataset']}, {what}"
+
+
+def _compare(table: Table, found: Mapping[str, Any]) -> None:
+    """One section a set: the baseline, then the run with its differences."""
+    table.add_column("run")
+    for heading in ("Dice", "Δ Dice", "IoU", "Δ IoU"):
+        table.add_column(heading, justify="right")
+    for name, title in SET_TITLES.items():
+        before, after = found["baseline"]["sets"][name], found["sets"][name]
+        table.add_section()
+        table.add_row(
+            title,
+            str(before["images"]),
+            "baseline",
+            _percent(before["dice"]["mean"]),
+            "",
+            _percent(before["iou"]["mean"]),
+            "",
+        )
+        cells = []
+        for score in ("dice", "iou"):
+            cells += [_percent(after[score]["mean"]), _percent(found["difference"][name][score], "+")]
+        table.add_row("", "", "this", *cells)
+
+
+def _describe(table: Table, found: Mapping[str, Any]) -> None:
+    """One row a set, then the pooled scores, then the mean over the folds."""
+    scores = ("dice", "iou", "sensitivity", "specificity", "precision")
+    for heading in ("Dice", "IoU", *scores[2:]):
+        table.add_column(heading, justify="right")
+    for name, title in SET_TITLES.items():
+        rows = found["sets"][name]
+        table.add_row(title, str(rows["images"]), *(_with_deviation(rows[score]) for score in scores))
+    every = found["sets"]["all"]
+    table.add_section()
+    table.add_row("all, pixels pooled", str(every["images"]), *map(_percent, every["pooled"].values()))
+    if "folds" in found:
+        folds = found["folds"]
+        means = (_with_deviation(folds[score]) for score in ("dice", "iou"))
+        table.add_row(f"mean over {len(folds['each'])} folds", str(every["images"]), *means)
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{100 * value:{sign}.2f}"
+
+
+def _with_deviation(described: Mapping[str, Any]) -> str:
+    mean, deviation = described["mean"], described["std"]
+    return _percent(mean) if deviation is None else f"{_percent(mean)} ± {_percent(deviation)}"
+
+
+__all__ = ["evaluate", "scores_table"]

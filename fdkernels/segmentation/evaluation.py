@@ -1,0 +1,374 @@
+"""The evaluation of a run: every sample's scores as a table file, their summary, prediction masks.
+
+What `evaluate` writes lies in one folder, which is replaced whole:
+
+    samples.csv      one row a sample and phase: Dice to precision, foreground share, L_fd by layer
+    summary.json     worst-off, best-off and all samples; folds; Dice against L_fd
+    baseline.csv     the same rows of the run that is compared against
+    masks/PHASE/     predictions as PNG, 0 or 255, at the size of the image
+    overlays/PHASE/  predictions over the image, errors in red
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+import fdkernels
+from fdkernels.segmentation.config import PHASES
+from fdkernels.segmentation.data import DATASETS
+from fdkernels.segmentation.data.dataset import load_pair
+from fdkernels.segmentation.metrics import SCORES
+from fdkernels.segmentation.prediction_masks import png_names, predicted_mask, write_errors, write_mask
+from fdkernels.segmentation.runfiles import replacing_folder, write_json
+from fdkernels.segmentation.saved_runs import SavedRun, find_runs, load_network
+from fdkernels.segmentation.scoring import Candidate, SampleScores, score
+from fdkernels.segmentation.summary import TABLE_1, of_phase
+
+CONTENTS = ("samples.csv", "summary.json", "baseline.csv", "masks", "overlays")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How to evaluate, whatever is evaluated.
+
+    Attributes:
+        output: folder to write; None writes nothing.
+        masks: write prediction masks.
+        overlays: write predictions over their images.
+        augmented: also score the seven other symmetries of each image, as further rows.
+        worst_off: how many samples are the worst-off; None goes by Table 1 (`worst_off_count`).
+        batch_size: images a step, which does not change the numbers.
+        workers: processes that read images; None chooses by their number.
+        device: a torch device, or "auto" for the GPU if there is one.
+        progress: show a live line.
+    """
+
+    output: Path | None = None
+    masks: bool = False
+    overlays: bool = False
+    augmented: bool = False
+    worst_off: int | None = None
+    batch_size: int = 4
+    workers: int | None = None
+    device: str = "auto"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {self.workers}")
+        if self.output is None and (self.masks or self.overlays):
+            raise ValueError("output must name a folder where masks or overlays are asked for, got None")
+
+    def torch_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            ValueError: torch knows no such device, or it is not here.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {self.device} cannot be used: {reason}") from error
+        return device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        samples: one entry a sample, phase (and symmetry).
+        baseline: the same of the run that was compared against; empty without one.
+        summary: what summary.json holds.
+    """
+
+    samples: tuple[SampleScores, ...]
+    baseline: tuple[SampleScores, ...]
+    summary: dict[str, Any]
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    phases: Sequence[str] | None = None,
+    part: str = "test",
+    data: str | Path | None = None,
+    against: str | Path | None = None,
+    options: EvaluationOptions | None = None,
+) -> Evaluation:
+    """Scores the best networks of a run on a part of its data, image by image.
+
+    A folder that holds fold-1, fold-2 and so on is evaluated as a whole: each fold on its own part,
+    their samples together in one table, and means over the folds beside it.
+
+    Args:
+        run: the run's folder.
+        phases: of "warm" and "active"; None takes those that are finished.
+        part: "train", "validation" or "test".
+        data: where the data is now, if it has moved.
+        against: another run on the same split, the baseline. The worst-off and best-off samples
+            are then those of the baseline, so that both runs are compared on the same samples, and
+            the differences are run minus baseline, as in Table 2.
+        options: how to evaluate.
+
+    Raises:
+        ValueError: there is no run, it has not finished a phase that was asked for, its data is
+            not where it was, files are missing or cannot be used, or the two runs are not split
+            alike.
+    """
+    options = options or EvaluationOptions()
+    runs = find_runs(run)
+    phases = _phases(run, runs, phases)
+    candidates = _candidates(runs, phases, part, data)
+    others = [] if against is None else _candidates(find_runs(against), phases, part, data)
+    if against is not None:
+        _check_alike(run, candidates, against, others)
+    config = runs[0].config
+    described = {
+        "run": str(run),
+        "baseline": None if against is None else str(against),
+        "model": config.model,
+        "fd_loss": config.fd_loss,
+        "part": part,
+    }
+    root = runs[0].data(data)
+    return _evaluate(candidates, others, described, config.dataset, root, options)
+
+
+def evaluate_weights(
+    weights: str | Path,
+    *,
+    model: str,
+    dataset: str,
+    data: str | Path,
+    base_channels: int | None = None,
+    size: int | None = None,
+    convention: str = "paper",
+    options: EvaluationOptions | None = None,
+) -> Evaluation:
+    """Scores a network whose weights are in no run on every image of a data set.
+
+    Args:
+        weights: a safetensors file.
+        model, base_channels: as `fdkernels.models.create` takes them.
+        dataset: name of the data set, whose preset gives `size` where it is None.
+        data: its folder.
+        size: side in pixels that images are resized to.
+        convention: in which L_fd is computed.
+        options: how to evaluate.
+
+    Raises:
+        ValueError: the weights are missing, not safetensors or do not fit; or the data set or its
+            files cannot be used.
+    """
+    options = options or EvaluationOptions()
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset}")
+    load_network(weights, model, base_channels)  # before the images are read, which may take long
+    samples = DATASETS[dataset].find_samples(data)
+    root = Path(data)
+    candidate = Candidate(
+        load=lambda: load_network(weights, model, base_channels),
+        samples=samples,
+        names=[_relative(sample.image, root) for sample in samples],
+        size=DATASETS[dataset].size if size is None else size,
+        convention=convention,
+        phase="weights",
+    )
+    described = {"weights": str(weights), "baseline": None, "model": model, "part": "all"}
+    return _evaluate([candidate], [], described, dataset, root, options)
+
+
+def _relative(path: Path, root: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _phases(run: str | Path, runs: Sequence[SavedRun], asked: Sequence[str] | None) -> list[str]:
+    """The phases to evaluate, in their order: those asked for, or those that every fold has finished."""
+    if asked is not None:
+        if unknown := [phase for phase in asked if phase not in PHASES]:
+            raise ValueError(f"phases must be of {', '.join(PHASES)}, got {unknown[0]}")
+        return [phase for phase in PHASES if phase in asked]
+    finished = [phase for phase in PHASES if any(phase in one.finished_phases() for one in runs)]
+    if not finished:
+        raise ValueError(
+            f"run {run} has not finished a phase yet: there is no warm/result.json and no active/result.json"
+        )
+    return finished
+
+
+def _candidates(
+    runs: Sequence[SavedRun], phases: Sequence[str], part: str, data: str | Path | None
+) -> list[Candidate]:
+    """The networks of each phase and fold; all are read once, so that errors show before the work."""
+    found = []
+    for phase in phases:
+        for one in runs:
+            one.load_network(phase)
+            samples, names = one.part(part, data)
+            found.append(
+                Candidate(
+                    load=_loader(one, phase),
+                    samples=samples,
+                    names=names,
+                    size=one.config.size,
+                    convention=one.config.convention,
+                    phase=phase,
+                    fold=one.fold,
+                )
+            )
+    return found
+
+
+def _loader(run: SavedRun, phase: str) -> Callable[[], Any]:
+    return lambda: run.load_network(phase)
+
+
+def _check_alike(
+    run: str | Path, candidates: Sequence[Candidate], against: str | Path, others: Sequence[Candidate]
+) -> None:
+    """Raises ValueError where two runs were not split alike."""
+
+    def images(part: Sequence[Candidate]) -> set[tuple[int, str]]:
+        return {(one.fold or 0, name) for one in part for name in one.names}
+
+    ours, theirs = images(candidates), images(others)
+    if ours != theirs:
+        _, name = min(ours ^ theirs)
+        raise ValueError(
+            f"against must be a run on the same split as {run}, got {against}, where "
+            f"{len(ours ^ theirs)} of the images are not in the same part, {name} among them"
+        )
+
+
+def _evaluate(
+    candidates: Sequence[Candidate],
+    others: Sequence[Candidate],
+    described: dict[str, Any],
+    dataset: str,
+    data: Path,
+    options: EvaluationOptions,
+) -> Evaluation:
+    device = options.torch_device()
+    folder: AbstractContextManager[Path | None] = nullcontext()
+    if options.output is not None:
+        folder = replacing_folder(options.output, CONTENTS)
+    with folder as output, Progress(disable=not _is_shown(options), transient=True) as progress:
+        total = sum(len(one.samples) for one in (*candidates, *others))
+        task = progress.add_task("evaluating", total=total)
+
+        def rows(part: Sequence[Candidate], predictions: Path | None) -> tuple[SampleScores, ...]:
+            return tuple(
+                row
+                for one in part
+                for row in score(
+                    one,
+                    device=device,
+                    batch_size=options.batch_size,
+                    workers=options.workers,
+                    augmented=options.augmented,
+                    keep=None if predictions is None else _prediction_writer(one, predictions, options),
+                    advance=lambda images: progress.advance(task, images),
+                )
+            )
+
+        kept = output if options.masks or options.overlays else None
+        samples, baseline = rows(candidates, kept), rows(others, None)
+        evaluation = Evaluation(
+            samples,
+            baseline,
+            {
+                "fdkernels": fdkernels.__version__,
+                **described,
+                "dataset": dataset,
+                "data": str(data),
+                "size": candidates[0].size,
+                "convention": candidates[0].convention,
+                "augmented": options.augmented,
+                "phases": {
+                    phase: of_phase(
+                        [row for row in samples if row.phase == phase],
+                        [row for row in baseline if row.phase == phase],
+                        TABLE_1.get(dataset),
+                        options.worst_off,
+                    )
+                    for phase in dict.fromkeys(one.phase for one in candidates)
+                },
+            },
+        )
+        if output is not None:
+            write_samples(output / "samples.csv", samples)
+            if baseline:
+                write_samples(output / "baseline.csv", baseline)
+            write_json(output / "summary.json", evaluation.summary)
+    return evaluation
+
+
+def _is_shown(options: EvaluationOptions) -> bool:
+    return options.progress and Console().is_terminal
+
+
+def _prediction_writer(
+    candidate: Candidate, output: Path, options: EvaluationOptions
+) -> Callable[[int, Tensor], None]:
+    """What writes the prediction on sample number `index`, given its logits [1, H, W]."""
+    names = png_names(candidate.names)
+    place = Path(candidate.phase if candidate.fold is None else f"{candidate.phase}/fold-{candidate.fold}")
+
+    def write(index: int, logits: Tensor) -> None:
+        image, truth = load_pair(candidate.samples[index])
+        predicted = predicted_mask(logits, image.height, image.width)
+        if options.masks:
+            write_mask(output / "masks" / place / names[index], predicted)
+        if options.overlays:
+            pixels, foreground = np.asarray(image) / 255, np.asarray(truth) > 0
+            write_errors(output / "overlays" / place / names[index], pixels, predicted, foreground)
+
+    return write
+
+
+def write_samples(path: Path, samples: Sequence[SampleScores]) -> None:
+    """Writes one row a sample: who it is, its scores, and L_fd of each layer.
+
+    The columns "fold" and "symmetry" are there where there are folds or other symmetries. A score
+    that is not defined is an empty cell.
+    """
+    folds = any(row.fold is not None for row in samples)
+    augmented = any(row.symmetry != "identity" for row in samples)
+    table = []
+    for row in samples:
+        cells: dict[str, Any] = {"fold": row.fold} if folds else {}
+        cells |= {"phase": row.phase, "image": row.image, "patient": row.patient}
+        cells |= {"symmetry": row.symmetry} if augmented else {}
+        cells |= {name: _cell(row.scores[name]) for name in (*SCORES, "foreground_share")}
+        cells |= {f"discrepancy_loss/{name}": _cell(value) for name, value in row.layer_losses.items()}
+        table.append(cells)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.9g}"
+
+
+__all__ = ["Evaluation", "EvaluationOptions", "evaluate", "evaluate_weights", "write_samples"]

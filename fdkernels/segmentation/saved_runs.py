@@ -1,0 +1,176 @@
+"""Runs as they lie on the disk: their configuration, their samples and their networks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+import fdkernels
+from fdkernels import models
+from fdkernels.models import SegmentationNetwork
+from fdkernels.segmentation.config import PHASES, TrainingConfig
+from fdkernels.segmentation.data import SegmentationSample
+from fdkernels.segmentation.data.dataset import raise_problems
+from fdkernels.segmentation.runfiles import read_json, read_weights
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run's folder with its configuration, as `read_run` finds it.
+
+    Attributes:
+        folder: of the run, in the layout of `protocol`.
+        config: config.json.
+        fold: number of the fold whose run it is, None if it is none.
+    """
+
+    folder: Path
+    config: TrainingConfig
+    fold: int | None = None
+
+    def finished_phases(self) -> list[str]:
+        """The phases that have been trained to their end, in their order."""
+        return [phase for phase in PHASES if (self.folder / phase / "result.json").exists()]
+
+    def load_network(self, phase: str) -> SegmentationNetwork:
+        """The network with the best weights of a phase, in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: the phase is not finished, or its weights cannot be read or do not fit.
+        """
+        if phase not in self.finished_phases():
+            raise ValueError(
+                f"run {self.folder} has not finished phase {phase}: there is no {phase}/result.json; "
+                f"go on with it by fdkernels train --output {self.folder} --resume"
+            )
+        weights = self.folder / phase / "best.safetensors"
+        return load_network(weights, self.config.model, self.config.base_channels)
+
+    def data(self, moved: str | Path | None = None) -> Path:
+        """The folder of the data, or where it was `moved`.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
+        root = Path(self.config.data if moved is None else moved)
+        if not root.is_dir():
+            hint = "; if it has moved, say where it is now with --data" if moved is None else ""
+            raise ValueError(f"data {root} of run {self.folder} is no folder{hint}")
+        return root
+
+    def part(self, part: str, moved: str | Path | None = None) -> tuple[list[SegmentationSample], list[str]]:
+        """The samples of a part as split.json lists them, and their images' paths in the data.
+
+        Raises:
+            ValueError: the part is unknown or empty, split.json cannot be used, or files that it
+                names are not there.
+        """
+        if part not in PARTS:
+            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part}")
+        written, root = self.folder / "split.json", self.data(moved)
+        split = read_json(written)
+        try:
+            samples = [
+                SegmentationSample(
+                    root / entry["image"], tuple(root / mask for mask in entry["masks"]), entry["patient"]
+                )
+                for entry in split[part]
+            ]
+            names = [str(entry["image"]) for entry in split[part]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{written} must list patient, image and masks of each sample by part, got something "
+                f"else: {error!r}"
+            ) from error
+        if not samples:
+            raise ValueError(f"part {part} of run {self.folder} holds no image")
+        raise_problems(
+            root,
+            [
+                f"{file} is named in {written} and not there"
+                for sample in samples
+                for file in (sample.image, *sample.masks)
+                if not file.is_file()
+            ],
+        )
+        return samples, names
+
+
+def read_run(folder: str | Path, fold: int | None = None) -> SavedRun:
+    """The run in a folder.
+
+    Raises:
+        ValueError: there is none, or its configuration cannot be used.
+    """
+    folder = Path(folder)
+    written = folder / "config.json"
+    if not written.exists():
+        raise ValueError(f"run {folder} holds no run: there is no config.json")
+    fields = read_json(written)
+    try:
+        config = TrainingConfig.from_json(dict(fields))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{written} cannot be used by fdkernels {fdkernels.__version__}: {error}; a run of a newer "
+            "version needs that version"
+        ) from error
+    return SavedRun(folder, config, fold)
+
+
+def find_runs(folder: str | Path) -> list[SavedRun]:
+    """The run in a folder, or the run of each fold where it holds fold-1, fold-2 and so on.
+
+    Raises:
+        ValueError: there is neither, a fold is missing between others, or as `read_run`.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return [read_run(folder)]
+    found = sorted(
+        int(match[1])
+        for match in (re.fullmatch(r"fold-([1-9]\d*)", entry.name) for entry in _entries(folder))
+        if match
+    )
+    if not found:
+        raise ValueError(f"run {folder} holds no run: there is no config.json and no fold-1")
+    if missing := sorted(set(range(1, found[-1] + 1)) - set(found)):
+        raise ValueError(f"run {folder} lacks fold-{missing[0]}, though it has fold-{found[-1]}")
+    return [read_run(folder / f"fold-{fold}", fold) for fold in found]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def load_network(weights: str | Path, model: str, base_channels: int | None = None) -> SegmentationNetwork:
+    """A network with weights from a safetensors file, in evaluation mode, on the CPU.
+
+    Nothing is executed: other formats, which may hold code, are refused.
+
+    Raises:
+        ValueError: the file is missing, no safetensors file, or does not fit the network.
+    """
+    weights = Path(weights)
+    network = models.create(model, base_channels=base_channels)
+    if not weights.is_file():
+        raise ValueError(f"weights {weights} are not there")
+    try:
+        network.load_state_dict(read_weights(weights))
+    except SafetensorError as error:
+        raise ValueError(f"weights {weights} must be a whole safetensors file: {error}") from error
+    except RuntimeError as error:
+        width = "as published" if base_channels is None else base_channels
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(
+            f"weights {weights} do not fit {model} with base_channels {width}: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+        ) from error
+    return network.eval()
+
+
+__all__ = ["PARTS", "SavedRun", "find_runs", "load_network", "read_run"]
