@@ -151,7 +151,7 @@ def score(
     """The scores of a network on its samples, in their order.
 
     The network is in evaluation mode and computes in float32, so that the numbers do not depend on
-    the batch an image is in.
+    the batch an image is in, beyond float32's rounding.
 
     Args:
         candidate: the network and its samples.

@@ -1,0 +1,58 @@
+"""A run's folder as training leaves it, with weights drawn at random instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from fdkernels import models
+from fdkernels.segmentation.config import PHASES, TrainingConfig
+from fdkernels.segmentation.data import DATASETS, SegmentationDataset
+from fdkernels.segmentation.data.splits import Split
+from fdkernels.segmentation.runfiles import write_json, write_weights
+
+
+def write_made_up_run(
+    folder: Path, data: Path, *, seed: int = 0, test: slice = slice(2, 7), phases=PHASES, **changes
+) -> Path:
+    """Writes config.json, split.json and the phases' weights; returns `folder`.
+
+    Of the samples of `data`, in their order, those of `test` are tested on, the first one is
+    validated on, and all others are trained on. The networks call a quarter to three quarters of
+    all pixels foreground.
+    """
+    config = TrainingConfig(
+        dataset="tnbc", data=str(data), output=str(folder), base_channels=2, size=32, lr=1e-3, **changes
+    )
+    samples = DATASETS["tnbc"].find_samples(data)
+    tested = tuple(samples[test])
+    trained = tuple(sample for sample in samples[1:] if sample not in tested)
+    split = Split(train=trained, test=tested, validation=(samples[0],))
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    write_json(folder / "split.json", {"seed": 0, **split.as_json(data)})
+    torch.manual_seed(seed)
+    pixels = SegmentationDataset(samples, size=config.size)
+    images = torch.stack([pixels[index]["image"] for index in range(len(samples))])  # [N, 3, H, W]
+    for phase in phases:
+        network = models.create(config.model, base_channels=config.base_channels)
+        _settle(network, images)
+        write_weights(folder / phase / "best.safetensors", network.state_dict())
+        write_json(folder / phase / "result.json", {})
+    return folder
+
+
+def _settle(network: torch.nn.Module, images: torch.Tensor) -> None:
+    """Gives batch norm the statistics of the images, and puts 0 where the middle logits leave a gap.
+
+    So no logit is so near 0 that rounding decides on it.
+    """
+    with torch.no_grad():
+        for _ in range(20):
+            network.train()(images)
+        *_, last = (module for module in network.modules() if isinstance(module, torch.nn.Conv2d))
+        logits = network.eval()(images).flatten().sort().values
+        middle = logits[len(logits) // 4 : -len(logits) // 4]
+        gap = int(middle.diff().argmax())
+        last.bias -= (middle[gap] + middle[gap + 1]) / 2
