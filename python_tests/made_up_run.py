@@ -20,8 +20,7 @@ def write_made_up_run(
     """Writes config.json, split.json and the phases' weights; returns `folder`.
 
     Of the samples of `data`, in their order, those of `test` are tested on, the first one is
-    validated on, and all others are trained on. The networks call a quarter to three quarters of
-    all pixels foreground.
+    validated on, and all others are trained on.
     """
     config = TrainingConfig(
         dataset="tnbc", data=str(data), output=str(folder), base_channels=2, size=32, lr=1e-3, **changes
