@@ -87,7 +87,7 @@ def symmetric(images: Tensor, symmetry: str) -> Tensor:
     return (images.flip(-1) if mirrored else images).rot90(turns, (-2, -1))
 
 
-def layer_losses(features: Sequence[Tensor], mask: Tensor, convention: str) -> Tensor:
+def discrepancy_losses(features: Sequence[Tensor], mask: Tensor, convention: str) -> Tensor:
     """L_fd of each sample and layer, without exchange, float [N, L].
 
     Where a convention sums D over the batch ("released"), each sample is a batch of its own and
@@ -185,7 +185,7 @@ def score(
             ):
                 mask = symmetric(masks, symmetry).contiguous()
                 logits = network(symmetric(images, symmetry).contiguous())
-                losses = layer_losses(taps.features, mask, candidate.convention).cpu()  # [N, L]
+                losses = discrepancy_losses(taps.features, mask, candidate.convention).cpu()  # [N, L]
             by_symmetry.append(
                 _rows(candidate, start, symmetry, sample_scores(logits, mask), network.tap_names, losses)
             )
@@ -223,4 +223,4 @@ def _rows(
     ]
 
 
-__all__ = ["SYMMETRIES", "Candidate", "SampleScores", "layer_losses", "score", "symmetric"]
+__all__ = ["SYMMETRIES", "Candidate", "SampleScores", "discrepancy_losses", "score", "symmetric"]

@@ -10,7 +10,7 @@ import oracles
 from fdkernels import models
 from fdkernels.segmentation.data import DATASETS, SegmentationDataset
 from fdkernels.segmentation.metrics import sample_scores
-from fdkernels.segmentation.scoring import SYMMETRIES, Candidate, layer_losses, score, symmetric
+from fdkernels.segmentation.scoring import SYMMETRIES, Candidate, discrepancy_losses, score, symmetric
 from tiny_tnbc import write_tiny_tnbc
 
 CPU = torch.device("cpu")
@@ -55,8 +55,8 @@ def test_the_loss_of_a_layer_is_its_closed_form():
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
     # f = (8, 0) / 4, b = (4, 12) / 4
     expected = -math.log((2 - 1) ** 2 + (0 - 3) ** 2)
-    assert layer_losses([layer], mask, "paper").tolist() == [[pytest.approx(expected)]]
-    assert layer_losses([layer], mask, "algorithm1").tolist() == [[pytest.approx(expected / 2)]]
+    assert discrepancy_losses([layer], mask, "paper").tolist() == [[pytest.approx(expected)]]
+    assert discrepancy_losses([layer], mask, "algorithm1").tolist() == [[pytest.approx(expected / 2)]]
 
 
 @pytest.mark.parametrize("convention", sorted(set(fdk.CONVENTIONS) - {"released"}))
@@ -66,13 +66,13 @@ def test_the_losses_are_those_of_the_formulas(convention):
         [layer.double() for layer in layers], mask, convention=convention, reduction="none"
     )
     torch.testing.assert_close(
-        layer_losses(layers, mask, convention).double(), expected, rtol=1e-5, atol=1e-5
+        discrepancy_losses(layers, mask, convention).double(), expected, rtol=1e-5, atol=1e-5
     )
 
 
 def test_a_loss_over_the_batch_is_taken_sample_by_sample():
     layers, mask = _features()
-    losses = layer_losses(layers, mask, "released")
+    losses = discrepancy_losses(layers, mask, "released")
     for n in range(3):
         for index, layer in enumerate(layers):
             (channels,) = [
@@ -86,9 +86,10 @@ def test_a_loss_over_the_batch_is_taken_sample_by_sample():
 @pytest.mark.parametrize("convention", sorted(fdk.CONVENTIONS))
 def test_a_loss_does_not_depend_on_the_samples_beside_it(convention):
     layers, mask = _features(3)
-    together = layer_losses(layers, mask, convention)
+    together = discrepancy_losses(layers, mask, convention)
     alone = [
-        layer_losses([layer[n : n + 1] for layer in layers], mask[n : n + 1], convention) for n in range(3)
+        discrepancy_losses([layer[n : n + 1] for layer in layers], mask[n : n + 1], convention)
+        for n in range(3)
     ]
     assert together.shape == (3, 3)
     torch.testing.assert_close(torch.cat(alone), together)
@@ -97,9 +98,9 @@ def test_a_loss_does_not_depend_on_the_samples_beside_it(convention):
 def test_a_loss_that_leaves_out_empty_regions_is_nan_there():
     layers, mask = _features()
     mask[0], mask[1] = 0, 1
-    undefined = layer_losses(layers, mask, "region_mean").isnan()
+    undefined = discrepancy_losses(layers, mask, "region_mean").isnan()
     assert undefined.tolist() == [[True] * 3, [True] * 3, [False] * 3]
-    assert layer_losses(layers, mask, "paper").isfinite().all()
+    assert discrepancy_losses(layers, mask, "paper").isfinite().all()
 
 
 def test_the_eight_symmetries_differ_and_keep_the_pixels():
