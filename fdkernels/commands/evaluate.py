@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SET_TITLES = {"worst_off": "worst off", "best_off": "best off", "all": "all"}
+SCORE_TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "precision": "precision",
+}
 
 
 class Phases(str, Enum):
@@ -150,7 +157,8 @@ def scores_table(summary: Mapping[str, Any], phase: str) -> Table:
     """Worst-off, best-off and all samples of a phase in percent, as in Table 2.
 
     With a baseline each set has two rows, and the second holds the differences to the first in
-    percentage points; without one, every score with its standard deviation over the samples.
+    percentage points; without one, each score has a row, with its standard deviation over the
+    samples.
 
     Args:
         summary: what summary.json holds.
@@ -160,8 +168,6 @@ def scores_table(summary: Mapping[str, Any], phase: str) -> Table:
 
     found = summary["phases"][phase]
     table = Table(title=_title(summary, phase), caption=f"In percent. Worst off: {found['worst_off_rule']}.")
-    table.add_column("samples")
-    table.add_column("images", justify="right")
     if "baseline" in found:
         _compare(table, found)
     else:
@@ -179,6 +185,8 @@ def _title(summary: Mapping[str, Any], phase: str) -> str:
 
 def _compare(table: Table, found: Mapping[str, Any]) -> None:
     """One section a set: the baseline, then the run with its differences."""
+    table.add_column("samples")
+    table.add_column("images", justify="right")
     table.add_column("run")
     for heading in ("Dice", "Δ Dice", "IoU", "Δ IoU"):
         table.add_column(heading, justify="right")
@@ -201,20 +209,24 @@ def _compare(table: Table, found: Mapping[str, Any]) -> None:
 
 
 def _describe(table: Table, found: Mapping[str, Any]) -> None:
-    """One row a set, then the pooled scores, then the mean over the folds."""
-    scores = ("dice", "iou", "sensitivity", "specificity", "precision")
-    for heading in ("Dice", "IoU", *scores[2:]):
-        table.add_column(heading, justify="right")
-    for name, title in SET_TITLES.items():
-        rows = found["sets"][name]
-        table.add_row(title, str(rows["images"]), *(_with_deviation(rows[score]) for score in scores))
-    every = found["sets"]["all"]
+    """One row a score and one column a set; then the pooled scores, then the mean over the folds."""
+    sets = [found["sets"][name] for name in SET_TITLES]
+    table.add_column("score")
+    for one, title in zip(sets, SET_TITLES.values(), strict=True):
+        images = "1 image" if one["images"] == 1 else f"{one['images']} images"
+        table.add_column(f"{title}\n{images}", justify="right")
+    for score, title in SCORE_TITLES.items():
+        table.add_row(title, *(_with_deviation(one[score]) for one in sets))
     table.add_section()
-    table.add_row("all, pixels pooled", str(every["images"]), *map(_percent, every["pooled"].values()))
+    for score in ("dice", "iou"):
+        pooled = (_percent(one["pooled"] and one["pooled"][score]) for one in sets)
+        table.add_row(f"{SCORE_TITLES[score]}, pixels pooled", *pooled)
     if "folds" in found:
         folds = found["folds"]
-        means = (_with_deviation(folds[score]) for score in ("dice", "iou"))
-        table.add_row(f"mean over {len(folds['each'])} folds", str(every["images"]), *means)
+        table.add_section()
+        for score in ("dice", "iou"):
+            title = f"{SCORE_TITLES[score]}, mean of {len(folds['each'])} folds"
+            table.add_row(title, "", "", _with_deviation(folds[score]))
 
 
 def _percent(value: float | None, sign: str = "") -> str:

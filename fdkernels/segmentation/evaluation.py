@@ -12,6 +12,7 @@ What `evaluate` writes lies in one folder, which is replaced whole:
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -126,7 +127,8 @@ def evaluate(
         data: where the data is now, if it has moved.
         against: another run on the same split, the baseline. The worst-off and best-off samples
             are then those of the baseline, so that both runs are compared on the same samples, and
-            the differences are run minus baseline, as in Table 2.
+            the differences are run minus baseline, as in Table 2. L_fd is in the run's convention
+            for both.
         options: how to evaluate.
 
     Raises:
@@ -141,6 +143,8 @@ def evaluate(
     others = [] if against is None else _candidates(find_runs(against), phases, part, data)
     if against is not None:
         _check_alike(run, candidates, against, others)
+        convention = candidates[0].convention
+        others = [dataclasses.replace(one, convention=convention) for one in others]
     config = runs[0].config
     described = {
         "run": str(run),
@@ -245,7 +249,7 @@ def _loader(run: SavedRun, phase: str) -> Callable[[], Any]:
 def _check_alike(
     run: str | Path, candidates: Sequence[Candidate], against: str | Path, others: Sequence[Candidate]
 ) -> None:
-    """Raises ValueError where two runs were not split alike."""
+    """Raises ValueError where two runs were not split alike, or see their images at other sizes."""
 
     def images(part: Sequence[Candidate]) -> set[tuple[int, str]]:
         return {(one.fold or 0, name) for one in part for name in one.names}
@@ -257,6 +261,9 @@ def _check_alike(
             f"against must be a run on the same split as {run}, got {against}, where "
             f"{len(ours ^ theirs)} of the images are not in the same part, {name} among them"
         )
+    size, other = candidates[0].size, others[0].size
+    if size != other:
+        raise ValueError(f"against must be a run at the size of {run}, {size}, got {against}, at {other}")
 
 
 def _evaluate(

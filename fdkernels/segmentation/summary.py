@@ -191,7 +191,8 @@ def of_phase(
 
     The sets are chosen by the Dice of the baseline if there is one, so that both are compared on
     the same samples. Only images as they are count, while the correlation with L_fd takes their
-    other symmetries as well where these were scored.
+    other symmetries as well where these were scored. (Section 3.1 also selects the worst-off with
+    these symmetries, but Table 1 counts images; so do the sets.)
     """
     plain, compared = ([row for row in part if row.symmetry == "identity"] for part in (rows, baseline))
     chosen = worst_off_count(len(plain), sizes, asked)

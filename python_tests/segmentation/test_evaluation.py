@@ -17,7 +17,7 @@ from fdkernels import models
 from fdkernels.cli import app
 from fdkernels.segmentation.data import SegmentationDataset
 from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate, evaluate_weights
-from fdkernels.segmentation.runfiles import read_json, write_weights
+from fdkernels.segmentation.runfiles import read_json, write_json, write_weights
 from fdkernels.segmentation.saved_runs import read_run
 from made_up_run import write_made_up_run
 from tiny_tnbc import SIZE, write_tiny_tnbc
@@ -200,12 +200,28 @@ def test_runs_that_are_split_otherwise_are_not_compared(run, data, tmp_path):
         evaluate(run, against=other, options=ON_CPU)
 
 
+def test_runs_at_another_size_are_not_compared(run, data, tmp_path):
+    other = write_made_up_run(tmp_path / "other", data)
+    write_json(other / "config.json", {**read_json(other / "config.json"), "size": 48})
+    with pytest.raises(ValueError, match=r"at the size of .*, 32, got .*, at 48"):
+        evaluate(run, against=other, options=ON_CPU)
+
+
+def test_both_runs_of_a_comparison_are_in_the_runs_convention(run, data, tmp_path):
+    half = write_made_up_run(tmp_path / "half", data, convention="algorithm1")
+    found = evaluate(half, against=run, phases=["warm"], options=ON_CPU)
+    whole = evaluate(run, phases=["warm"], options=ON_CPU)
+    for row, other in zip(found.baseline, whole.samples, strict=True):
+        for name, value in other.layer_losses.items():
+            assert row.layer_losses[name] == pytest.approx(value / 2, abs=1e-6)
+
+
 def test_folds_are_evaluated_together(data, tmp_path):
     parts = [slice(1, 4), slice(4, 6)]
     for fold, part in enumerate(parts, start=1):
         write_made_up_run(tmp_path / f"fold-{fold}", data, seed=fold, test=part, phases=("active",))
     result = _invoke(tmp_path, "--device=cpu", "--masks")
-    assert "mean over 2 folds" in result.output
+    assert "Dice, mean of 2 folds" in result.output
     rows = _rows(tmp_path / "evaluation" / "samples.csv")
     assert [row["fold"] for row in rows] == ["1", "1", "1", "2", "2"]
     alone = [evaluate(tmp_path / f"fold-{fold}", options=ON_CPU) for fold in (1, 2)]
