@@ -44,9 +44,10 @@ class SavedRun:
             ValueError: the phase is not finished, or its weights cannot be read or do not fit.
         """
         if phase not in self.finished_phases():
+            whole = self.folder if self.fold is None else self.folder.parent
             raise ValueError(
                 f"run {self.folder} has not finished phase {phase}: there is no {phase}/result.json; "
-                f"go on with it by fdkernels train --output {self.folder} --resume"
+                f"go on with it by fdkernels train --output {whole} --resume"
             )
         weights = self.folder / phase / "best.safetensors"
         return load_network(weights, self.config.model, self.config.base_channels)
@@ -110,7 +111,7 @@ def read_run(folder: str | Path, fold: int | None = None) -> SavedRun:
     folder = Path(folder)
     written = folder / "config.json"
     if not written.exists():
-        raise ValueError(f"run {folder} holds no run: there is no config.json")
+        raise ValueError(f"run {folder} holds no run: there is no config.json and no fold-1")
     fields = read_json(written)
     try:
         config = TrainingConfig.from_json(dict(fields))
@@ -129,15 +130,13 @@ def find_runs(folder: str | Path) -> list[SavedRun]:
         ValueError: there is neither, a fold is missing between others, or as `read_run`.
     """
     folder = Path(folder)
-    if (folder / "config.json").exists():
-        return [read_run(folder)]
     found = sorted(
         int(match[1])
         for match in (re.fullmatch(r"fold-([1-9]\d*)", entry.name) for entry in _entries(folder))
         if match
     )
     if not found:
-        raise ValueError(f"run {folder} holds no run: there is no config.json and no fold-1")
+        return [read_run(folder)]
     if missing := sorted(set(range(1, found[-1] + 1)) - set(found)):
         raise ValueError(f"run {folder} lacks fold-{missing[0]}, though it has fold-{found[-1]}")
     return [read_run(folder / f"fold-{fold}", fold) for fold in found]

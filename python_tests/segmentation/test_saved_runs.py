@@ -108,7 +108,10 @@ def test_folds_are_found_in_their_order(data, tmp_path):
     for fold in range(1, 11):
         write_made_up_run(tmp_path / f"fold-{fold}", data, phases=())
     (tmp_path / "fold-notes").mkdir()
+    write_json(tmp_path / "config.json", {"fold": "all"})
     assert [run.fold for run in find_runs(tmp_path)] == list(range(1, 11))
+    with pytest.raises(ValueError, match=rf"fold-2 has not finished .* --output {tmp_path} --resume"):
+        find_runs(tmp_path)[1].load_network("warm")
     shutil.rmtree(tmp_path / "fold-4")
     with pytest.raises(ValueError, match="lacks fold-4, though it has fold-10"):
         find_runs(tmp_path)
