@@ -30,6 +30,13 @@ class Phases(str, Enum):
     both = "both"
 
 
+class OnProblem(str, Enum):
+    """What --on-problem takes."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
 class Part(str, Enum):
     """What --part takes."""
 
@@ -71,6 +78,9 @@ def evaluate(
         typer.Option(help="With --weights: side that images are resized to.", show_default="the paper's"),
     ] = None,
     convention: Annotated[str, typer.Option(help="With --weights: convention of L_fd.")] = "paper",
+    on_problem: Annotated[
+        OnProblem, typer.Option(help="With --weights: what to do about files that cannot be used.")
+    ] = OnProblem.refuse,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write, replaced whole.", show_default="RUN/evaluation")
     ] = None,
@@ -129,16 +139,19 @@ def evaluate(
             base_channels=base_channels,
             size=size,
             convention=convention,
+            on_problem=on_problem.value,
             options=options,
         )
     console = Console()
+    for problem in found.summary.get("skipped", []):
+        console.print(f"Skipped: {problem}", highlight=False, markup=False)
     for name in found.summary["phases"]:
         console.print(scores_table(found.summary, name))
-    console.print(f"samples.csv and summary.json are in {output}.", highlight=False)
+    console.print(f"samples.csv and summary.json are in {output}.", highlight=False, markup=False)
 
 
 _OF_RUNS = ("phase", "part", "against")
-_OF_WEIGHTS = ("model", "dataset", "base_channels", "size", "convention")
+_OF_WEIGHTS = ("model", "dataset", "base_channels", "size", "convention", "on_problem")
 
 
 def _check_options(context: typer.Context, run: Path | None, weights: Path | None) -> None:

@@ -29,13 +29,13 @@ from torch import Tensor
 import fdkernels
 from fdkernels.segmentation.config import PHASES
 from fdkernels.segmentation.data import DATASETS
-from fdkernels.segmentation.data.dataset import load_pair
+from fdkernels.segmentation.data.reading import load_pair
 from fdkernels.segmentation.metrics import SCORES
 from fdkernels.segmentation.prediction_masks import png_names, predicted_mask, write_errors, write_mask
 from fdkernels.segmentation.runfiles import replacing_folder, write_json
 from fdkernels.segmentation.saved_runs import SavedRun, find_runs, load_network
 from fdkernels.segmentation.scoring import Candidate, SampleScores, score
-from fdkernels.segmentation.summary import TABLE_1, of_phase
+from fdkernels.segmentation.summary import of_phase
 
 CONTENTS = ("samples.csv", "summary.json", "baseline.csv", "masks", "overlays")
 
@@ -166,6 +166,7 @@ def evaluate_weights(
     base_channels: int | None = None,
     size: int | None = None,
     convention: str = "paper",
+    on_problem: str = "refuse",
     options: EvaluationOptions | None = None,
 ) -> Evaluation:
     """Scores a network whose weights are in no run on every image of a data set.
@@ -177,6 +178,8 @@ def evaluate_weights(
         data: its folder.
         size: side in pixels that images are resized to.
         convention: in which L_fd is computed.
+        on_problem: what to do about files that cannot be used: "refuse", or "skip", which lists them
+            under "skipped" in the summary.
         options: how to evaluate.
 
     Raises:
@@ -187,17 +190,23 @@ def evaluate_weights(
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset}")
     load_network(weights, model, base_channels)  # before the images are read, which may take long
-    samples = DATASETS[dataset].find_samples(data)
+    found = DATASETS[dataset].find(data, on_problem=on_problem)
     root = Path(data)
     candidate = Candidate(
         load=lambda: load_network(weights, model, base_channels),
-        samples=samples,
-        names=[_relative(sample.image, root) for sample in samples],
+        samples=found.samples,
+        names=[_relative(sample.image, root) for sample in found.samples],
         size=DATASETS[dataset].size if size is None else size,
         convention=convention,
         phase="weights",
     )
-    described = {"weights": str(weights), "baseline": None, "model": model, "part": "all"}
+    described = {
+        "weights": str(weights),
+        "baseline": None,
+        "model": model,
+        "part": "all",
+        "skipped": list(found.skipped),
+    }
     return _evaluate([candidate], [], described, dataset, root, options)
 
 
@@ -314,7 +323,7 @@ def _evaluate(
                     phase: of_phase(
                         [row for row in samples if row.phase == phase],
                         [row for row in baseline if row.phase == phase],
-                        TABLE_1.get(dataset),
+                        DATASETS.get(dataset),
                         options.worst_off,
                     )
                     for phase in dict.fromkeys(one.phase for one in candidates)

@@ -12,8 +12,8 @@ import fdkernels
 from fdkernels import models
 from fdkernels.models import SegmentationNetwork
 from fdkernels.segmentation.config import PHASES, TrainingConfig
-from fdkernels.segmentation.data import SegmentationSample
-from fdkernels.segmentation.data.dataset import raise_problems
+from fdkernels.segmentation.data import SegmentationSample, Split
+from fdkernels.segmentation.data.finding import raise_problems
 from fdkernels.segmentation.runfiles import read_json, read_weights
 
 PARTS = ("train", "validation", "test")
@@ -74,22 +74,14 @@ class SavedRun:
         if part not in PARTS:
             raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part}")
         written, root = self.folder / "split.json", self.data(moved)
-        split = read_json(written)
+        described = read_json(written)
         try:
-            samples = [
-                SegmentationSample(
-                    root / entry["image"], tuple(root / mask for mask in entry["masks"]), entry["patient"]
-                )
-                for entry in split[part]
-            ]
-            names = [str(entry["image"]) for entry in split[part]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{written} must list patient, image and masks of each sample by part, got something "
-                f"else: {error!r}"
-            ) from error
+            samples = list(getattr(Split.from_json(dict(described), root), part))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{written} cannot be used: {error}") from error
         if not samples:
             raise ValueError(f"part {part} of run {self.folder} holds no image")
+        names = [str(entry["image"]) for entry in described[part]]
         raise_problems(
             root,
             [

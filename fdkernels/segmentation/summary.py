@@ -11,20 +11,11 @@ from typing import Any
 import torch
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
+from fdkernels.segmentation.data import DatasetPreset
 from fdkernels.segmentation.metrics import COUNTS, SCORES, pooled_scores
 from fdkernels.segmentation.scoring import SampleScores
 
 SETS = ("worst_off", "best_off", "all")
-
-# Worst-off and all samples of the paper's data sets (Table 1).
-TABLE_1 = {
-    "tnbc": (10, 50),
-    "monuseg": (25, 44),
-    "udiat": (35, 163),
-    "ad-256": (500, 10_000),
-    "ad-128": (500, 10_000),
-    "us-tnbc": (10, 15),
-}
 
 # The share of Table 1's two nearest data sets, TNBC (10 of 50) and UDIAT (35 of 163).
 _USUAL_SHARE = (1, 5)
@@ -43,7 +34,7 @@ class WorstOff:
     reason: str
 
 
-def worst_off_count(samples: int, sizes: tuple[int, int] | None = None, asked: int | None = None) -> WorstOff:
+def worst_off_count(samples: int, preset: DatasetPreset | None = None, asked: int | None = None) -> WorstOff:
     """The number of worst-off samples among `samples`.
 
     Table 1 counts the worst-off among all images of a data set, each of which is a test image once
@@ -53,8 +44,7 @@ def worst_off_count(samples: int, sizes: tuple[int, int] | None = None, asked: i
 
     Args:
         samples: number of samples, at least 1.
-        sizes: worst-off and all samples of the data set in Table 1; None where it is not in it,
-            which takes a fifth.
+        preset: of the data set; without one, or where Table 1 does not have it, a fifth is taken.
         asked: the number that the user wants.
 
     Raises:
@@ -64,11 +54,13 @@ def worst_off_count(samples: int, sizes: tuple[int, int] | None = None, asked: i
         if not 1 <= asked <= samples:
             raise ValueError(f"worst_off must be from 1 to the number of samples, {samples}, got {asked}")
         return WorstOff(asked, "as asked for")
-    worst, total = _USUAL_SHARE if sizes is None else sizes
-    count = min(max(1, round(samples * worst / total)), samples)
-    if sizes is None:
-        return WorstOff(count, "a fifth, since Table 1 does not have the data set")
-    return WorstOff(count, f"the share of {worst} of {total} in Table 1")
+    if preset is None or preset.worst_off is None or preset.all_samples is None:
+        worst, total = _USUAL_SHARE
+        reason = "a fifth, since Table 1 does not have the data set"
+    else:
+        worst, total = preset.worst_off, preset.all_samples
+        reason = f"the share of {worst} of {total} in Table 1"
+    return WorstOff(min(max(1, round(samples * worst / total)), samples), reason)
 
 
 def worst_off(rows: Iterable[SampleScores], count: int) -> set[tuple[int, str, str]]:
@@ -184,7 +176,7 @@ def differences(
 def of_phase(
     rows: Sequence[SampleScores],
     baseline: Sequence[SampleScores],
-    sizes: tuple[int, int] | None,
+    preset: DatasetPreset | None,
     asked: int | None,
 ) -> dict[str, Any]:
     """All that is said of one phase.
@@ -195,7 +187,7 @@ def of_phase(
     these symmetries, but Table 1 counts images; so do the sets.)
     """
     plain, compared = ([row for row in part if row.symmetry == "identity"] for part in (rows, baseline))
-    chosen = worst_off_count(len(plain), sizes, asked)
+    chosen = worst_off_count(len(plain), preset, asked)
     worst = worst_off(compared or plain, chosen.count)
     where = " under the baseline" if compared else ""
     summary: dict[str, Any] = {
@@ -214,7 +206,6 @@ def of_phase(
 
 __all__ = [
     "SETS",
-    "TABLE_1",
     "WorstOff",
     "describe",
     "differences",

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 from fdkernels import __main__ as program
 from fdkernels import models
 from fdkernels.cli import app
-from fdkernels.segmentation.data import SegmentationDataset
+from fdkernels.segmentation.data import DATASETS, SegmentationDataset
+from fdkernels.segmentation.data.reading import load_pair
 from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate, evaluate_weights
 from fdkernels.segmentation.runfiles import read_json, write_json, write_weights
 from fdkernels.segmentation.saved_runs import read_run
 from made_up_run import write_made_up_run
-from tiny_tnbc import SIZE, write_tiny_tnbc
+from tiny_data import SIZE, make_tiny, write_tiny_tnbc
 
 ON_CPU = EvaluationOptions(device="cpu", workers=0)
 
@@ -112,8 +113,8 @@ def test_the_table_file_holds_every_score(run, tmp_path):
 
 def test_what_is_not_defined_is_an_empty_cell(data, tmp_path):
     moved = shutil.copytree(data, tmp_path / "data")
-    Image.new("L", SIZE).save(moved / "GT_02" / "02_1.png")
     run = write_made_up_run(tmp_path / "run", moved, phases=("active",), convention="region_mean")
+    Image.new("L", SIZE).save(moved / "GT_02" / "02_1.png")
     found = evaluate(run, options=_options(tmp_path / "out"))
     rows = _rows(tmp_path / "out" / "samples.csv")
     assert rows[0]["image"] == "Slide_02/02_1.png"
@@ -303,6 +304,47 @@ def test_weights_in_no_run_are_scored_on_all_images(run, data, tmp_path):
     assert len(_files(tmp_path / "out" / "masks" / "weights")) == 9
 
 
+@pytest.mark.parametrize("dataset", list(DATASETS))
+def test_every_data_set_can_be_scored(run, tmp_path, dataset):
+    data = make_tiny(dataset, tmp_path / "data", images=3)
+    weights = run / "active" / "best.safetensors"
+    found = evaluate_weights(
+        weights,
+        model="unet",
+        dataset=dataset,
+        data=data,
+        base_channels=2,
+        size=32,
+        options=_options(tmp_path / "out", masks=True),
+    )
+    samples = DATASETS[dataset].find_samples(data)
+    masks = sorted((tmp_path / "out" / "masks" / "weights").rglob("*.png"))
+    assert len(found.samples) == len(masks) == len(samples) >= 3
+    sizes = sorted(load_pair(sample)[0].size for sample in samples)
+    written = []
+    for mask in masks:
+        with Image.open(mask) as image:
+            written.append(image.size)
+    assert sorted(written) == sizes
+    worst = {"monuseg": 2, "us-tnbc": 2}.get(dataset, 1)
+    assert found.summary["phases"]["weights"]["sets"]["worst_off"]["images"] == worst
+
+
+def test_files_that_cannot_be_used_are_refused_or_left_out_and_named(run, data, tmp_path):
+    moved = shutil.copytree(data, tmp_path / "data")
+    (moved / "GT_07" / "07_1.png").unlink()
+    weights = run / "active" / "best.safetensors"
+    arguments = ["--weights", weights, "--model=unet", "--dataset=tnbc", "--data", moved, "--size=32"]
+    arguments += ["--base-channels=2", "--output", tmp_path / "out", "--device=cpu"]
+    with pytest.raises(ValueError, match=r"07_1\.png"):
+        _invoke(*arguments)
+    result = _invoke(*arguments, "--on-problem=skip")
+    assert result.output.startswith("Skipped: ")
+    (skipped,) = read_json(tmp_path / "out" / "summary.json")["skipped"]
+    assert "07_1.png" in skipped
+    assert len(_rows(tmp_path / "out" / "samples.csv")) == 8
+
+
 def test_weights_go_with_a_known_data_set(run, data):
     weights = run / "active" / "best.safetensors"
     with pytest.raises(ValueError, match=r"dataset must be one of tnbc.*, got atlas"):
@@ -338,6 +380,7 @@ def test_a_second_evaluation_replaces_the_first_and_a_failed_one_does_not(run, d
         ([], "the folder of a run or --weights, got neither"),
         (["RUN", "--weights=x"], "got both"),
         (["RUN", "--model=unet"], "--model goes with --weights only"),
+        (["RUN", "--on-problem=skip"], "--on-problem goes with --weights only"),
         (["RUN", "--base-channels=2"], "--base-channels goes with --weights only"),
         (["--weights=x", "--part=test"], "--part goes with the folder of a run only"),
         (["--weights=x"], "--output must name a folder"),

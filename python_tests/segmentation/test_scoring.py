@@ -11,7 +11,7 @@ from fdkernels import models
 from fdkernels.segmentation.data import DATASETS, SegmentationDataset
 from fdkernels.segmentation.metrics import sample_scores
 from fdkernels.segmentation.scoring import SYMMETRIES, Candidate, discrepancy_losses, score, symmetric
-from tiny_tnbc import write_tiny_tnbc
+from tiny_data import write_tiny_tnbc
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from fdkernels.segmentation.data import DATASETS
 from fdkernels.segmentation.metrics import COUNTS
 from fdkernels.segmentation.scoring import SampleScores
 from fdkernels.segmentation.summary import (
-    TABLE_1,
     describe,
     of_folds,
     of_layers,
@@ -45,19 +45,19 @@ def _row(image, dice, *, loss=0.0, fold=None, counts=(1, 1, 1, 1), precision=0.5
         ("ad-128", 2000, 100),
         ("us-tnbc", 15, 10),
         ("us-tnbc", 3, 2),
-        ("another", 50, 10),
+        ("busi", 50, 10),
         ("another", 2, 1),
     ],
 )
 def test_the_worst_off_are_as_many_as_their_share_in_table_1(dataset, samples, expected):
-    assert worst_off_count(samples, TABLE_1.get(dataset)).count == expected
+    assert worst_off_count(samples, DATASETS.get(dataset)).count == expected
 
 
 def test_the_user_may_say_how_many_are_worst_off():
-    assert worst_off_count(5, (10, 50), 3).count == 3
+    assert worst_off_count(5, DATASETS["tnbc"], 3).count == 3
     for asked in (0, 6):
         with pytest.raises(ValueError, match=f"from 1 to the number of samples, 5, got {asked}"):
-            worst_off_count(5, (10, 50), asked)
+            worst_off_count(5, DATASETS["tnbc"], asked)
 
 
 def test_the_worst_off_have_the_lowest_dice_and_ties_go_by_name():
@@ -92,7 +92,7 @@ def test_sets_by_hand():
 
 
 def test_a_single_image_leaves_no_best_off():
-    sets = of_phase([_row("a", 0.5)], [], (10, 50), None)["sets"]
+    sets = of_phase([_row("a", 0.5)], [], DATASETS["tnbc"], None)["sets"]
     assert sets["worst_off"]["images"] == 1
     assert sets["best_off"]["images"] == 0
     assert sets["best_off"]["dice"]["mean"] is sets["best_off"]["pooled"] is None
