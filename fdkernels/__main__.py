@@ -7,14 +7,15 @@ import sys
 
 from fdkernels.info import info_text
 
-# Modules of the extras "train" and "demo", with the extra that brings them.
+# Modules of the extras, with the extra that brings them.
 _EXTRAS = {
     **dict.fromkeys(
         ("lightning", "matplotlib", "PIL", "rich", "safetensors", "torchmetrics", "typer"), "train"
     ),
+    "pydicom": "dicom",
     "skimage": "demo",
 }
-_USAGE = "usage: fdkernels info | train | evaluate | demo"
+_USAGE = "usage: fdkernels info | train | evaluate | prepare | demo"
 
 
 def _missing_extra(error: ModuleNotFoundError) -> str | None:

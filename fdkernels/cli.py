@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fdkernels.commands.evaluate import evaluate
+from fdkernels.commands.prepare import prepare
 from fdkernels.info import info_text
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ app = typer.Typer(
 
 # What may differ from the run that is resumed: where it lies and what it runs on.
 _FREE_ON_RESUME = ("data", "output", "workers", "accelerator")
+
+
+app.command()(prepare)
 
 
 @app.command()

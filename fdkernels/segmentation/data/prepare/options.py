@@ -1,0 +1,106 @@
+"""What a user chooses, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+MaskPolarity = Literal["auto", "dark", "light"]
+AnnotationEvidence = Literal["both", "tag", "pixels", "none"]
+OnProblem = Literal["refuse", "skip"]
+Grouping = Literal["patient-id", "file"]
+
+# A shorter secret could be found by trying all of them.
+_LEAST_KEY_BYTES = 16
+
+
+class Box(NamedTuple):
+    """A part of a picture: columns x0 to x1 and rows y0 to y1, the last ones not included."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def area(self) -> int:
+        """Pixels inside; 0 where the corners have passed each other."""
+        return max(self.x1 - self.x0, 0) * max(self.y1 - self.y0, 0)
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Index of rows and columns for an array [H, W, ...]."""
+        return slice(self.y0, self.y1), slice(self.x0, self.x1)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How pairs are made.
+
+    Attributes:
+        crop: the part of every frame to keep, in place of the ultrasound region found.
+        mask_polarity: how the lesion is drawn: "dark" on light, "light" on dark, or "auto": the
+            value that at least two thirds of the mask's outermost pixels have is background.
+        annotations: what leaves a frame out: "tag" (BurnedInAnnotation is YES), "pixels" (marks
+            seen inside the crop), "both" for either, or "none".
+        force: files (STEM) and frames (STEM_frameN) that are taken whatever is burnt in.
+        exclude: files and frames that are left out.
+        on_problem: "refuse" the whole run when something cannot be used, or "skip" it.
+        group_by: whose pictures share the first part of their names: those of one "patient-id",
+            or those of one "file".
+        hash_key: secret from which names are hashed; None for running numbers.
+
+    Raises:
+        ValueError: a choice is unknown, the crop is empty, a frame is both forced and excluded,
+            or the key has fewer than 16 bytes.
+    """
+
+    crop: Box | None = None
+    mask_polarity: MaskPolarity = "auto"
+    annotations: AnnotationEvidence = "both"
+    force: frozenset[str] = frozenset()
+    exclude: frozenset[str] = frozenset()
+    on_problem: OnProblem = "refuse"
+    group_by: Grouping = "patient-id"
+    hash_key: bytes | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("mask_polarity", self.mask_polarity, get_args(MaskPolarity))
+        _check_choice("annotations", self.annotations, get_args(AnnotationEvidence))
+        _check_choice("on_problem", self.on_problem, get_args(OnProblem))
+        _check_choice("group_by", self.group_by, get_args(Grouping))
+        if self.crop is not None and (min(self.crop) < 0 or self.crop.area == 0):
+            raise ValueError(
+                f"crop must be x0,y0,x1,y1 with 0 <= x0 < x1 and 0 <= y0 < y1, got {_text(self.crop)}"
+            )
+        both = sorted(self.force & self.exclude)
+        if both:
+            raise ValueError(f"force and exclude must not name the same frame, got {both[0]} in both")
+        if self.hash_key is not None and len(self.hash_key) < _LEAST_KEY_BYTES:
+            raise ValueError(
+                f"hash_key must have at least {_LEAST_KEY_BYTES} bytes, got {len(self.hash_key)}"
+            )
+
+
+def parse_crop(text: str) -> Box:
+    """The box that "x0,y0,x1,y1" names.
+
+    Raises:
+        ValueError: `text` is not four integers between commas.
+    """
+    try:
+        return Box(*(int(part) for part in text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"crop must be four whole numbers x0,y0,x1,y1, got {text!r}") from error
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _text(box: Box) -> str:
+    return ",".join(map(str, box))
+
+
+__all__ = ["Box", "PrepareOptions", "parse_crop"]

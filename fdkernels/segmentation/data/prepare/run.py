@@ -1,0 +1,226 @@
+"""The whole way from folders of DICOM files and drawn masks to a folder of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fdkernels.segmentation.data.prepare.dicom import DicomFile
+from fdkernels.segmentation.data.prepare.drawn_masks import read_drawn_mask
+from fdkernels.segmentation.data.prepare.names import PairNames
+from fdkernels.segmentation.data.prepare.options import Box, PrepareOptions
+from fdkernels.segmentation.data.prepare.output import MappingRow, OutputFolder
+from fdkernels.segmentation.data.prepare.pairing import Recording, frame_name, pair
+from fdkernels.segmentation.data.prepare.screen import annotation, content_box
+
+# A hand that draws slips over the edge of the picture by a few pixels; more is a lesion cut off.
+_LOST_LESION = 0.01
+
+
+@dataclass
+class PrepareReport:
+    """What became of the input.
+
+    Attributes:
+        pairs: how many pairs the output folder holds.
+        left_out: frames that were not selected, each with the reason.
+        problems: what could not be used, each a sentence.
+        unchanged: whether the output folder held these very pairs before.
+    """
+
+    pairs: int = 0
+    left_out: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unchanged: bool = False
+
+
+def prepare(
+    dicom: Path,
+    masks: Path,
+    output: Path,
+    options: PrepareOptions | None = None,
+    mapping: Path | None = None,
+) -> PrepareReport:
+    """Makes the folder `output` with images/NAME.png and masks/NAME.png, whole or not at all.
+
+    Args:
+        dicom: folder of DICOM files, searched with its subfolders.
+        masks: folder of PNG and TIFF masks named STEM or STEM_frameN (N from 1), searched alike.
+        output: a folder outside these two that is new, empty, or holds the very same pairs.
+        options: how pairs are made; None for the defaults.
+        mapping: CSV file outside `output` to say which pair came from which file; None for none.
+
+    Returns:
+        How many pairs there are, and what was left out or could not be used.
+
+    Raises:
+        ValueError: something cannot be used and `options.on_problem` is "refuse"; nothing is
+            left; a forced or excluded frame does not exist; or a folder or file is in the way.
+    """
+    options = options or PrepareOptions()
+    folder = OutputFolder(output, mapping, inputs=(dicom, masks))
+    recordings, problems = pair(dicom, masks)
+    _check_chosen(options, recordings)
+    report = PrepareReport(problems=problems)
+    with folder.writing() as writer:
+        names = PairNames(options.hash_key)
+        seen: dict[str, Path] = {}
+        for recording in recordings:
+            for made in _pairs_of(recording, options, seen, report):
+                name = names.next(made.group, made.image)
+                writer.add(
+                    MappingRow(name, recording.path, made.frame, made.mask, made.box),
+                    made.picture,
+                    made.lesion,
+                )
+                report.pairs += 1
+        if report.problems and options.on_problem == "refuse":
+            raise ValueError(_refusal(report))
+        if not report.pairs:
+            listed = "".join(f"\n  {line}" for line in report.left_out + report.problems)
+            raise ValueError(f"no pair of {dicom} and {masks} can be used:{listed}")
+        report.unchanged = writer.finish()
+    return report
+
+
+@dataclass
+class _Pair:
+    """A frame with its lesion, cropped."""
+
+    group: str
+    image: str
+    frame: int
+    mask: Path
+    box: Box
+    picture: np.ndarray
+    lesion: np.ndarray
+
+
+def _check_chosen(options: PrepareOptions, recordings: list[Recording]) -> None:
+    """Refuses a forced or excluded frame that nothing is called by, for it is a slip of the pen."""
+    known = {recording.stem for recording in recordings}
+    known |= {frame_name(r.stem, frame) for r in recordings for frame in (*r.masks, 1) if frame}
+    for option, chosen in (("force", options.force), ("exclude", options.exclude)):
+        unknown = sorted(chosen - known)
+        if unknown:
+            raise ValueError(
+                f"{option} must name a DICOM file, STEM, or a frame with a mask, STEM_frameN, "
+                f"got {unknown[0]!r}"
+            )
+
+
+def _pairs_of(
+    recording: Recording, options: PrepareOptions, seen: dict[str, Path], report: PrepareReport
+) -> Iterator[_Pair]:
+    """The usable pairs of one DICOM file; the others go to the report."""
+    if recording.stem in options.exclude:
+        report.left_out.append(f"{recording.stem} is excluded")
+        return
+    if not recording.masks:
+        report.problems.append(
+            f"{recording.path} has no mask {recording.stem}.png or {recording.stem}_frameN.png"
+        )
+        return
+    try:
+        file = DicomFile(recording.path)
+        _check_new(file, seen)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return
+    drawn = [frame for frame in recording.masks if frame is None or frame <= file.frames]
+    if len(drawn) < file.frames:
+        report.left_out.append(
+            f"{recording.stem}: {file.frames - len(drawn)} of {file.frames} frames have no mask"
+        )
+    for frame, mask in sorted(recording.masks.items(), key=lambda item: item[0] or 0):
+        try:
+            made = _pair_of(recording.stem, file, frame, mask, options)
+        except ValueError as error:
+            report.problems.append(str(error))
+            continue
+        if isinstance(made, str):
+            report.left_out.append(made)
+        else:
+            yield made
+
+
+def _check_new(file: DicomFile, seen: dict[str, Path]) -> None:
+    """Refuses a copy of an earlier file, which would leak from one part of a split to another."""
+    uid = file.text("SOPInstanceUID")
+    earlier = seen.setdefault(uid, file.path) if uid else file.path
+    if earlier is not file.path:
+        raise ValueError(f"{file.path} is the same recording as {earlier}: they share a SOP Instance UID")
+
+
+def _pair_of(
+    stem: str, file: DicomFile, frame: int | None, mask: Path, options: PrepareOptions
+) -> _Pair | str:
+    """The pair, or why its frame is not selected.
+
+    Raises:
+        ValueError: frame or mask cannot be used.
+    """
+    called = frame_name(stem, frame)
+    if frame is None and file.frames > 1:
+        raise ValueError(f"{mask} must name one of the {file.frames} frames of {file.path}: {stem}_frameN")
+    number = frame or 1
+    spellings = {stem, called, frame_name(stem, number)}
+    if spellings & options.exclude:
+        return f"{called} is excluded"
+    forced = bool(spellings & options.force)
+    if file.says_annotated and options.annotations in ("both", "tag") and not forced:
+        return f"{called}: the tag Burned In Annotation is YES"
+    picture = file.picture(number)
+    lesion = read_drawn_mask(mask, options.mask_polarity)
+    if lesion.shape != picture.shape[:2]:
+        raise ValueError(
+            f"{mask} must have the size of its frame in {file.path.name}, "
+            f"{picture.shape[1]}x{picture.shape[0]}, got {lesion.shape[1]}x{lesion.shape[0]}"
+        )
+    box = _box(file, picture, lesion, options)
+    cut = picture[box.slices]
+    marks = annotation(cut) if options.annotations in ("both", "pixels") and not forced else None
+    if marks:
+        return f"{called}: {marks} inside the crop look like annotation"
+    if cut.min() == cut.max():
+        raise ValueError(f"{file.path} has nothing to see in frame {number}: every pixel is {cut.min()}")
+    kept = lesion[box.slices]
+    lost = 1 - kept.sum() / lesion.sum()
+    if lost > _LOST_LESION:
+        raise ValueError(f"{mask} has {lost:.0%} of its lesion outside the crop {','.join(map(str, box))}")
+    group = file.text("PatientID") if options.group_by == "patient-id" else ""
+    image = f"{file.text('SOPInstanceUID') or stem} {number}"
+    return _Pair(group or f"file {stem}", image, number, mask, box, cut, kept)
+
+
+def _box(file: DicomFile, picture: np.ndarray, lesion: np.ndarray, options: PrepareOptions) -> Box:
+    """What to keep of a frame: the crop given, else the region with most of the lesion, else the content."""
+    height, width = lesion.shape
+    if options.crop is not None:
+        if options.crop.x1 > width or options.crop.y1 > height:
+            raise ValueError(
+                f"{file.path} has {width}x{height} pixels, so the crop {','.join(map(str, options.crop))} "
+                "does not lie inside"
+            )
+        return options.crop
+    regions = file.regions(width, height)
+    if regions is not None:
+        return max(regions, key=lambda box: (int(lesion[box.slices].sum()), box.area))
+    box = content_box(picture)
+    if box is None:
+        raise ValueError(
+            f"{file.path} is black, so no ultrasound region can be found; give the crop yourself"
+        )
+    return box
+
+
+def _refusal(report: PrepareReport) -> str:
+    count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+    listed = "".join(f"\n  {problem}" for problem in report.problems)
+    return f"nothing was written, {count}:{listed}\nMend them, or pass over them with --on-problem skip."
+
+
+__all__ = ["PrepareReport", "prepare"]
