@@ -106,8 +106,11 @@ class Study:
         self.masks.mkdir()
 
     def add(self, name="US1.dcm", pixels=None, mask="fiji", photometric="MONOCHROME2", **tags):
-        """A recording with a mask of its name; `mask` None for none, an array for its pixels."""
-        pixels = screen() if pixels is None else pixels
+        """A recording with a mask of its name: `mask` None for none, an array for its pixels.
+
+        Without `pixels`, the first recording shows screen(), the others other tissue.
+        """
+        pixels = screen(seed=len(list(self.dicom.rglob("*.dcm")))) if pixels is None else pixels
         tags.setdefault("regions", [region(REGION)])
         path = write_dicom(self.dicom / name, pixels, photometric, **tags)
         if mask is not None:
@@ -124,7 +127,7 @@ class Study:
         self.output = to or self.output
         return prepare(self.dicom, self.masks, self.output, PrepareOptions(**options), mapping)
 
-    def read(self, name="001_1"):
+    def read(self, name="patient001_1"):
         """The picture and the mask of a pair, as they lie on the disk."""
         return tuple(np.array(Image.open(self.output / part / f"{name}.png")) for part in ("images", "masks"))
 

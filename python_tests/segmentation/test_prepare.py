@@ -48,9 +48,9 @@ def test_the_frames_with_masks_are_taken_from_a_recording(study):
     study.draw("cine_frame2.png")
     study.draw("cine_frame4.tif")
     report = study.prepare()
-    assert study.names() == ["001_1", "001_2"]
+    assert study.names() == ["patient001_1", "patient001_2"]
     assert report.left_out == ["cine: 2 of 4 frames have no mask"]
-    for name, number in (("001_1", 1), ("001_2", 3)):
+    for name, number in (("patient001_1", 1), ("patient001_2", 3)):
         assert np.array_equal(study.read(name)[0], frames[number][Y0:Y1, X0:X1])
 
 
@@ -78,7 +78,7 @@ def test_files_are_paired_across_subfolders_and_with_masks_beside_them(study):
     study.draw("b/c/US1.png")
     (study.dicom / "DICOMDIR").write_bytes(b"index")
     (study.dicom / ".DS_Store").write_bytes(b"")
-    write_dicom(study.dicom / "1.2.840.77", screen(), regions=[region(REGION)])  # a name without suffix
+    write_dicom(study.dicom / "1.2.840.77", screen(seed=9), regions=[region(REGION)])  # a name without suffix
     study.draw("1.2.840.77.png")
     assert study.prepare().pairs == 2
     for mask in study.masks.rglob("*.png"):
@@ -219,8 +219,8 @@ def test_everything_that_cannot_be_used_is_named_in_one_report_or_skipped(study)
         "good.tif is a second mask beside",
         "notes.txt is not a DICOM file",
         "rois.zip is not a PNG or TIFF file",
-        "good.dcm has the name of",
-        "good.dcm is the same recording as",
+        "has the name of",
+        "good.dcm shows the same pixels as frame 1 of",
         "black.dcm has nothing to see in frame 1: every pixel is 0",
         "dark.dcm is black, so no ultrasound region can be found",
     ):
@@ -228,7 +228,7 @@ def test_everything_that_cannot_be_used_is_named_in_one_report_or_skipped(study)
     assert not study.output.exists()
     report = study.prepare(on_problem="skip")
     assert len(report.problems) == 9
-    assert study.names() == ["001_1"]
+    assert study.names() == ["patient001_1"]
 
 
 def test_no_pair_at_all_is_refused_with_the_reasons(study):

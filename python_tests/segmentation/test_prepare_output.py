@@ -57,13 +57,13 @@ def test_pictures_of_one_patient_share_the_first_part_of_their_names(study):
     for number, patient in enumerate(("P1", "P2", "P1", "")):
         study.add(f"US{number}.dcm", PatientID=patient)
     study.prepare()
-    assert study.names() == ["001_1", "001_2", "002_1", "003_1"]
+    assert study.names() == ["patient001_1", "patient001_2", "patient002_1", "patient003_1"]
     assert prepare(study.dicom, study.masks, study.root / "b", PrepareOptions(group_by="file")).pairs == 4
     assert sorted(f.stem for f in (study.root / "b" / "masks").iterdir()) == [
-        "001_1",
-        "002_1",
-        "003_1",
-        "004_1",
+        "patient001_1",
+        "patient002_1",
+        "patient003_1",
+        "patient004_1",
     ]
 
 
@@ -82,7 +82,7 @@ def test_hashed_names_depend_on_key_and_recording_and_not_on_the_others(study):
 
 def test_a_hash_is_the_hmac_of_what_it_names():
     """HMAC-SHA256 of "group\\0P1" and "image\\0P1\\0x" under sixteen k, by openssl."""
-    assert PairNames(b"k" * 16).next("P1", "x") == "51b49d44c6e67a2b_1409bb60a31789da"
+    assert PairNames(b"k" * 16).next("P1", "x") == "patient51b49d44c6e67a2b_1409bb60a31789da"
 
 
 def test_a_short_key_and_unknown_choices_are_refused():
@@ -104,7 +104,7 @@ def test_the_mapping_says_where_each_pair_came_from_and_only_its_owner_reads_it(
     with mapping.open(newline="", encoding="utf-8") as lines:
         assert list(csv.reader(lines)) == [
             ["name", "dicom", "frame", "mask", "x0", "y0", "x1", "y1"],
-            ["001_1", str(path), "2", str(mask), "24", "16", "88", "64"],
+            ["patient001_1", str(path), "2", str(mask), "24", "16", "88", "64"],
         ]
     assert mapping.stat().st_mode & 0o077 == 0
 
@@ -133,7 +133,7 @@ def test_a_second_run_finds_the_pairs_there_and_other_pairs_are_refused(study):
     study.add("b.dcm")
     with pytest.raises(ValueError, match=r"output must be new or empty, got .*, which holds other pairs"):
         study.prepare()
-    assert study.names() == ["001_1"]
+    assert study.names() == ["patient001_1"]
 
 
 def test_an_empty_output_folder_is_taken(study):

@@ -10,11 +10,11 @@ _HASH_DIGITS = 16
 
 
 class PairNames:
-    """Gives pairs the names GROUP_IMAGE, in which pairs of one patient share the group.
+    """Gives pairs the names patientGROUP_IMAGE, in which pairs of one patient share the group.
 
-    Both parts are running numbers in the order of the calls (001_1, 001_2, 002_1), or with a key
-    the first 64 bits of an HMAC-SHA256, which stay the same when further pairs are added and
-    which nobody can compute or invert without the key.
+    Both parts are running numbers in the order of the calls (patient001_1, patient001_2,
+    patient002_1), or with a key the first 64 bits of an HMAC-SHA256, which stay the same when
+    further pairs are added and which nobody can compute or invert without the key.
 
     Args:
         hash_key: the secret, or None for running numbers.
@@ -33,10 +33,10 @@ class PairNames:
             image: what no other pair of that patient has.
         """
         if self._key is not None:
-            return f"{_hash(self._key, 'group', group)}_{_hash(self._key, 'image', group, image)}"
+            return f"patient{_hash(self._key, 'group', group)}_{_hash(self._key, 'image', group, image)}"
         number = self._groups.setdefault(group, len(self._groups) + 1)
         self._images[group] += 1
-        return f"{number:03d}_{self._images[group]}"
+        return f"patient{number:03d}_{self._images[group]}"
 
 
 def _hash(key: bytes, *parts: str) -> str:

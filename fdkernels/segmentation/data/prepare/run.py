@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ def prepare(
     report = PrepareReport(problems=problems)
     with folder.writing() as writer:
         names = PairNames(options.hash_key)
-        seen: dict[str, Path] = {}
+        seen: dict[bytes, str] = {}
         for recording in recordings:
             for made in _pairs_of(recording, options, seen, report):
                 name = names.next(made.group, made.image)
@@ -88,7 +89,7 @@ def prepare(
 
 @dataclass
 class _Pair:
-    """A frame with its lesion, cropped."""
+    """A frame with its lesion, cropped; `group` and `image` are what its name is made from."""
 
     group: str
     image: str
@@ -113,7 +114,7 @@ def _check_chosen(options: PrepareOptions, recordings: list[Recording]) -> None:
 
 
 def _pairs_of(
-    recording: Recording, options: PrepareOptions, seen: dict[str, Path], report: PrepareReport
+    recording: Recording, options: PrepareOptions, seen: dict[bytes, str], report: PrepareReport
 ) -> Iterator[_Pair]:
     """The usable pairs of one DICOM file; the others go to the report."""
     if recording.stem in options.exclude:
@@ -126,7 +127,6 @@ def _pairs_of(
         return
     try:
         file = DicomFile(recording.path)
-        _check_new(file, seen)
     except ValueError as error:
         report.problems.append(str(error))
         return
@@ -138,6 +138,8 @@ def _pairs_of(
     for frame, mask in sorted(recording.masks.items(), key=lambda item: item[0] or 0):
         try:
             made = _pair_of(recording.stem, file, frame, mask, options)
+            if isinstance(made, _Pair):
+                _check_new(made, file, seen)
         except ValueError as error:
             report.problems.append(str(error))
             continue
@@ -147,12 +149,16 @@ def _pairs_of(
             yield made
 
 
-def _check_new(file: DicomFile, seen: dict[str, Path]) -> None:
-    """Refuses a copy of an earlier file, which would leak from one part of a split to another."""
-    uid = file.text("SOPInstanceUID")
-    earlier = seen.setdefault(uid, file.path) if uid else file.path
-    if earlier is not file.path:
-        raise ValueError(f"{file.path} is the same recording as {earlier}: they share a SOP Instance UID")
+def _check_new(made: _Pair, file: DicomFile, seen: dict[bytes, str]) -> None:
+    """Refuses a copy of an earlier picture, which would leak from one part of a split to another."""
+    called = f"frame {made.frame} of {file.path}"
+    earlier = seen.setdefault(_digest(made.picture), called)
+    if earlier is not called:
+        raise ValueError(f"{called} shows the same pixels as {earlier}")
+
+
+def _digest(picture: np.ndarray) -> bytes:
+    return hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).digest()
 
 
 def _pair_of(
@@ -192,8 +198,7 @@ def _pair_of(
     if lost > _LOST_LESION:
         raise ValueError(f"{mask} has {lost:.0%} of its lesion outside the crop {','.join(map(str, box))}")
     group = file.text("PatientID") if options.group_by == "patient-id" else ""
-    image = f"{file.text('SOPInstanceUID') or stem} {number}"
-    return _Pair(group or f"file {stem}", image, number, mask, box, cut, kept)
+    return _Pair(group or f"file {stem}", _digest(picture).hex(), number, mask, box, cut, kept)
 
 
 def _box(file: DicomFile, picture: np.ndarray, lesion: np.ndarray, options: PrepareOptions) -> Box:
