@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["FeatureTaps"]
@@ -49,8 +50,9 @@ class FeatureTaps:
             raise ValueError(f"names must differ from one another, got {list(self.names)}")
         modules = _find(model, self.names)
         self._outputs: list[Tensor | None] = [None] * len(self.names)
+        self._versions: list[int | None] = [None] * len(self.names)
         self._handles = [
-            module.register_forward_hook(_Keep(self._outputs, index, name))
+            module.register_forward_hook(_Keep(self._outputs, self._versions, index, name))
             for index, (name, module) in enumerate(zip(self.names, modules, strict=True))
         ]
 
@@ -59,11 +61,18 @@ class FeatureTaps:
         """The features of the last forward pass, in the order of `names`.
 
         Raises:
-            RuntimeError: a submodule has not run since the taps were set or cleared.
+            RuntimeError: a submodule has not run since the taps were set or cleared; or what it put out
+                was written over since, as by the in-place activation behind it.
         """
         missing = [name for name, output in zip(self.names, self._outputs, strict=True) if output is None]
         if missing:
             raise RuntimeError(f"features are there after a forward pass; not run yet: {missing}")
+        for name, output, version in zip(self.names, self._outputs, self._versions, strict=True):
+            if output is not None and version not in (None, _version(output)):
+                raise RuntimeError(
+                    f"features of {name!r} were written over in place after they were put out; tap the "
+                    "module that wrote (such as an in-place activation), or make it not work in place"
+                )
         return [output for output in self._outputs if output is not None]
 
     def clear(self) -> None:
@@ -91,8 +100,11 @@ class FeatureTaps:
 class _Keep:
     """The hook of one tap."""
 
-    def __init__(self, outputs: list[Tensor | None], index: int, name: str) -> None:
+    def __init__(
+        self, outputs: list[Tensor | None], versions: list[int | None], index: int, name: str
+    ) -> None:
         self.outputs = outputs
+        self.versions = versions
         self.index = index
         self.name = name
 
@@ -102,6 +114,14 @@ class _Keep:
                 f"a tapped submodule must put out one tensor, got {type(output).__name__} from {self.name!r}"
             )
         self.outputs[self.index] = output
+        self.versions[self.index] = _version(output)
+
+
+def _version(output: Tensor) -> int | None:
+    """How often the tensor was written to; None where torch does not count that."""
+    if torch.compiler.is_compiling() or output.is_inference():
+        return None
+    return output._version  # noqa: SLF001 (public in the documentation of autograd, but for its name)
 
 
 def _find(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:

@@ -115,6 +115,24 @@ def test_two_taps_on_one_network_do_not_disturb_each_other():
     assert inner.features[0].shape[0] == 1
 
 
+def test_features_that_were_written_over_are_refused():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 1, 1))
+    with fdk.FeatureTaps(net, ["1"]) as taps:
+        net(torch.randn(2, 1, 8, 8))
+        with pytest.raises(RuntimeError, match="features of '1' were written over in place"):
+            _ = taps.features
+    with fdk.FeatureTaps(net, ["0", "2"]) as taps:
+        net(torch.randn(2, 1, 8, 8))
+        assert taps.features[1].min() == 0
+
+
+def test_features_can_be_read_in_inference_mode():
+    net = Net()
+    with torch.inference_mode(), fdk.FeatureTaps(net, ["enc1"]) as taps:
+        net(torch.randn(2, 1, 8, 8))
+        assert taps.features[0].shape == (2, 4, 8, 8)
+
+
 def test_networks_of_the_package_name_their_taps():
     net = fdk.models.create("unet", in_channels=1, num_classes=1, base_channels=4)
     with fdk.FeatureTaps(net, net.tap_names) as taps:

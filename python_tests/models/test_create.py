@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
+import fdkernels as fdk
 from fdkernels import models
 
 NAMES = ["unet", "attention_unet", "nucleisegnet", "cmunet"]
@@ -89,6 +91,91 @@ def test_flops_are_the_published_ones(name: str, flops: int) -> None:
     assert counter.get_total_flops() == flops
 
 
+def conv(kernel: int, inputs: int, outputs: int) -> int:
+    return kernel**2 * inputs * outputs + outputs
+
+
+def norm(channels: int) -> int:
+    return 2 * channels
+
+
+def block(inputs: int, outputs: int) -> int:
+    """Two times a 3x3 convolution and a norm."""
+    return conv(3, inputs, outputs) + conv(3, outputs, outputs) + 2 * norm(outputs)
+
+
+def unet_count(i: int, k: int, b: int) -> int:
+    widths = [b, 2 * b, 4 * b, 8 * b]
+    encoder = block(i, b) + sum(block(f, 2 * f) for f in widths)
+    decoder = sum(conv(3, 2 * f, f) + norm(f) + block(2 * f, f) for f in widths)
+    return encoder + decoder + conv(1, b, k)
+
+
+def attention_unet_count(i: int, k: int, b: int) -> int:
+    gates = (
+        2 * (conv(1, f, f // 2) + norm(f // 2)) + conv(1, f // 2, 1) + norm(1)
+        for f in (b, 2 * b, 4 * b, 8 * b)
+    )
+    return unet_count(i, k, b) + sum(gates)
+
+
+def cmunet_count(i: int, k: int, b: int) -> int:
+    c = 16 * b
+    mixer = 7 * (49 * c + c + norm(c) + conv(1, c, c) + norm(c))
+    gates = (
+        conv(1, f, f) + 2 * conv(3, f, f) + 3 * norm(f) + conv(1, 3 * f, f) + norm(f)
+        for f in (b, 2 * b, 4 * b, 8 * b)
+    )
+    return unet_count(i, k, b) + mixer + sum(gates)
+
+
+def nucleisegnet_count(i: int, k: int, b: int) -> int:
+    def residual(inputs: int, f: int) -> int:
+        separable = 9 * f + conv(1, f, f)
+        return conv(3, inputs, f) + separable + conv(3, f, f) + conv(3, inputs + f, f) + 4 * norm(f)
+
+    def decoder(f: int) -> int:
+        gate = conv(1, 2 * f, f) + 2 * conv(3, f, f // 2) + conv(1, f // 2, f) + norm(f)
+        return gate + conv(2, 2 * f, f) + block(2 * f, f)
+
+    encoder = residual(i, b) + residual(b, 2 * b) + residual(2 * b, 4 * b) + residual(4 * b, 8 * b)
+    bottleneck = block(8 * b, 16 * b) + conv(3, 16 * b, 16 * b) + norm(16 * b)
+    return encoder + bottleneck + sum(decoder(f) for f in (b, 2 * b, 4 * b, 8 * b)) + conv(1, b, k)
+
+
+COUNTS = {
+    "unet": unet_count,
+    "attention_unet": attention_unet_count,
+    "nucleisegnet": nucleisegnet_count,
+    "cmunet": cmunet_count,
+}
+
+
+@pytest.mark.parametrize(("channels", "classes", "width"), [(3, 1, 32), (1, 4, 16), (5, 2, 6)])
+def test_parameter_count_follows_channels_classes_and_width(
+    name: str, channels: int, classes: int, width: int
+) -> None:
+    """Counted layer by layer; the published counts are those of width 64, or 32 for NucleiSegNet."""
+    with torch.device("meta"):
+        model = models.create(name, channels, classes, base_channels=width)
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name](channels, classes, width)
+
+
+@pytest.mark.parametrize("name", ["unet", "attention_unet", "cmunet"])
+def test_layers_have_torchs_defaults(name: str) -> None:
+    model = models.create(name, base_channels=16)
+    for key, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.eps, module.momentum) == (1e-5, 0.1), key
+            assert torch.equal(module.weight, torch.ones_like(module.weight)), key
+            assert torch.equal(module.bias, torch.zeros_like(module.bias)), key
+        elif isinstance(module, nn.Conv2d):
+            limit = module.weight[0].numel() ** -0.5  # uniform within 1/sqrt(fan_in), the bias too
+            assert module.bias is not None, key
+            assert module.bias.abs().max() <= limit, key
+            assert limit * (1 - 20 / module.weight.numel()) <= module.weight.abs().max() <= limit, key
+
+
 def test_taps_are_nine_submodules_with_doubling_widths(name: str) -> None:
     model = models.create(name, base_channels=4)
     _, seen = run_with_taps(model, torch.rand(2, 3, 48, 32))
@@ -126,17 +213,30 @@ def test_every_parameter_is_used(name: str) -> None:
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_no_tap_is_overwritten_after_it_is_seen(name: str) -> None:
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_feature_taps_hand_out_what_nothing_writes_over(name: str, training: bool) -> None:
     """An activation in place behind a tap would change what the loss reads."""
-    model = models.create(name, base_channels=4)
+    model = models.create(name, base_channels=4).train(training)
     copies: dict[str, Tensor] = {}
     for tap in TAPS:
         model.get_submodule(tap).register_forward_hook(
-            lambda _module, _args, output, tap=tap: copies.__setitem__(tap, output.clone())
+            lambda _module, _args, output, tap=tap: copies.__setitem__(tap, output.detach().clone())
         )
-    _, seen = run_with_taps(model, torch.rand(2, 3, 32, 32))
-    for tap in TAPS:
-        assert torch.equal(seen[tap], copies[tap]), tap
+    with fdk.FeatureTaps(model, model.tap_names) as taps:
+        logits = model(torch.rand(2, 3, 32, 32))
+        loss = fdk.feature_discrepancy_loss(taps.features, torch.rand(2, 32, 32))
+        (loss + logits.square().mean()).backward()
+        for tap, features in zip(TAPS, taps.features, strict=True):
+            assert torch.equal(features, copies[tap]), tap
+
+
+def test_the_loss_on_one_tap_reaches_every_layer_before_it(name: str) -> None:
+    model = models.create(name, base_channels=4)
+    with fdk.FeatureTaps(model, ["bottleneck"]) as taps:
+        model(torch.rand(2, 3, 32, 32))
+        fdk.feature_discrepancy_loss(taps.features, torch.rand(2, 32, 32)).backward()
+    reached = {key.partition(".")[0] for key, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"enc1", "enc2", "enc3", "enc4", "bottleneck"}
 
 
 @pytest.mark.parametrize("size", [(30, 32), (32, 33), (8, 8), (100, 100), (0, 16)])
@@ -194,16 +294,33 @@ def test_even_mixer_kernel_is_refused() -> None:
         models.create("cmunet", base_channels=2, mixer_kernel=4)
 
 
-def test_channels_last_gives_the_contiguous_logits_and_channels_last_taps(name: str) -> None:
-    model = models.create(name, base_channels=4).eval()
-    image = torch.rand(2, 3, 32, 32)
-    plain = model(image)
-    logits, seen = run_with_taps(
-        model.to(memory_format=torch.channels_last),
-        image.contiguous(memory_format=torch.channels_last),
-    )
-    torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
-    for tap, features in seen.items():
+def step(model: nn.Module, call: nn.Module, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Taps and logits of a step with the loss on every tap, and the gradients of all parameters."""
+    with fdk.FeatureTaps(call, model.tap_names) as taps:
+        logits = call(image)
+        mask = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0))
+        (fdk.feature_discrepancy_loss(taps.features, mask) + logits.square().mean()).backward()
+        outputs = [*(features.detach() for features in taps.features), logits.detach()]
+    gradients = [p.grad for p in model.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return outputs, gradients
+
+
+def assert_equal_steps(got: tuple[list[Tensor], ...], expected: tuple[list[Tensor], ...]) -> None:
+    """In float64; batch norm of few pixels magnifies rounding in the gradients."""
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-9, atol=1e-9)
+    scale = max(gradient.abs().max().item() for gradient in expected[1])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-9 * scale)
+
+
+def test_channels_last_gives_equal_steps_and_channels_last_taps(name: str) -> None:
+    model = models.create(name, base_channels=4).double()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    image = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    expected = step(model, model, image)
+    got = step(other, other, image.contiguous(memory_format=torch.channels_last))
+    assert_equal_steps(got, expected)
+    for tap, features in zip(TAPS, got[0][:9], strict=True):
         assert features.is_contiguous(memory_format=torch.channels_last), tap
 
 
@@ -224,8 +341,12 @@ def test_same_seed_gives_the_same_weights(name: str) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiles_without_a_graph_break(name: str) -> None:
-    model = models.create(name, base_channels=2).eval()
-    image = torch.rand(1, 3, 32, 32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(image), model(image), rtol=1e-5, atol=1e-5)
+def test_compiles_to_one_graph_with_its_taps_and_gives_equal_steps(name: str) -> None:
+    model = models.create(name, base_channels=2).double()
+    compiled = copy.deepcopy(model)
+    image = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    expected = step(model, model, image)
+    got = step(compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"), image)
+    assert_equal_steps(got, expected)
+    for (key, statistic), other in zip(model.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(other, statistic, rtol=1e-9, atol=1e-9, msg=key)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from fdkernels import models
@@ -61,6 +62,20 @@ def test_other_weights_are_truncated_normal_with_glorot_std(model: nn.Module) ->
         assert weight.mean().abs().item() <= std * standard_error(weight)
         # A plain normal would reach beyond, a uniform of that std would end at 1.73 std.
         assert 1.8 * std < weight.abs().max().item() <= 2 * std / 0.87962566
+
+
+def test_weights_are_distributed_as_keras_draws_them(model: nn.Module) -> None:
+    """Kolmogorov-Smirnov over all weights, in units of their nominal spread."""
+    uniform, normal = [], []
+    for key, conv in convolutions(model).items():
+        weight = conv.weight.detach().flatten().double()
+        if is_uniform(key, conv):
+            uniform.append(weight / math.sqrt(6 / keras_fans(conv)))
+        else:
+            normal.append(weight / math.sqrt(2 / keras_fans(conv)))
+    cut = stats.truncnorm(-2, 2, scale=1 / 0.87962566103423978)
+    assert stats.kstest(torch.cat(uniform).numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert stats.kstest(torch.cat(normal).numpy()[::10], cut.cdf).pvalue > 1e-3
 
 
 def test_truncated_std_is_that_of_a_normal_cut_at_two() -> None:
