@@ -9,7 +9,10 @@ from typer.testing import CliRunner
 
 from fdkernels import __main__ as program
 from fdkernels.cli import app
+from fdkernels.segmentation.data import us_tnbc
+from fdkernels.segmentation.data.finding import natural
 from fdkernels.segmentation.data.prepare import PrepareOptions, parse_crop, prepare
+from fdkernels.segmentation.data.reading import load_pair
 from made_dicom import LESION, REGION, drawn_mask, region, screen, write_dicom
 
 X0, Y0, X1, Y1 = REGION
@@ -25,6 +28,21 @@ def test_the_region_is_cut_out_and_the_lesion_becomes_white(study):
     assert np.array_equal(picture, screen()[Y0:Y1, X0:X1])
     assert np.array_equal(mask, CUT_LESION)
     assert sorted(f.name for f in study.output.iterdir()) == ["images", "masks"]
+
+
+def test_the_loader_of_us_tnbc_finds_the_pairs_and_their_patients(study):
+    for number, patient in enumerate(("P1", "P2", "P1")):
+        study.add(f"US{number}.dcm", PatientID=patient)
+    for options in ({}, {"hash_key": b"k" * 16, "to": study.root / "hashed"}):
+        study.prepare(**options)
+        found = us_tnbc.find(study.output)
+        assert found.skipped == ()
+        assert [sample.image.stem for sample in found.samples] == sorted(study.names(), key=natural)
+        assert len({sample.patient for sample in found.samples}) == 2
+        for sample in found.samples:
+            image, mask = load_pair(sample)
+            assert image.size == mask.size == (X1 - X0, Y1 - Y0)
+            assert np.array_equal(np.array(mask), CUT_LESION)
 
 
 @pytest.mark.parametrize(

@@ -177,16 +177,16 @@ def test_the_environment_raises_the_limit_and_lowers_it(tmp_path, monkeypatch):
     Image.new("L", (30, 20)).save(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
     monkeypatch.setenv(reading.LIMIT_VARIABLE, "600")
-    reading._apply_pixel_limit.cache_clear()
+    reading.apply_pixel_limit.cache_clear()
     try:
         assert read_image(file).size == (30, 20)
         monkeypatch.setenv(reading.LIMIT_VARIABLE, "many")
-        reading._apply_pixel_limit.cache_clear()
+        reading.apply_pixel_limit.cache_clear()
         with pytest.raises(ValueError, match="must be a number of pixels, 1 or more, got 'many'"):
             read_image(file)
     finally:
         monkeypatch.undo()
-        reading._apply_pixel_limit.cache_clear()
+        reading.apply_pixel_limit.cache_clear()
 
 
 def test_a_png_with_a_text_bomb_is_refused(file):

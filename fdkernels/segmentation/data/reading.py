@@ -34,7 +34,7 @@ _GREY = 0.2  # the greatest share of middle greys, in pixels of foreground
 
 
 @cache
-def _apply_pixel_limit() -> None:
+def apply_pixel_limit() -> None:
     """Takes Pillow's limit against decompression bombs from the environment, where it is set."""
     wanted = os.environ.get(LIMIT_VARIABLE)
     if wanted is None:
@@ -45,9 +45,9 @@ def _apply_pixel_limit() -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """The image at `path`; what Pillow raises on opening or decoding it becomes a ValueError."""
-    _apply_pixel_limit()
+    apply_pixel_limit()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -83,7 +83,7 @@ def read_image(path: Path) -> Image.Image:
         ValueError: the file cannot be read, holds several images, is larger than Pillow's limit
             against decompression bombs, or holds 32-bit or float pixels.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if _is_16_bit(image):
             values = np.array(image).astype(np.uint32)  # [H, W]
             return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -132,7 +132,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         if size is None:
             raise ValueError(f"size must be given for the polygons in {path}, got None")
         return polygon_mask(path, size)
-    with _opened(path) as image:
+    with opened(path) as image:
         mode = image.mode
         if mode.startswith("I"):
             white = 65535 if _is_16_bit(image) else 2**31 - 1
@@ -163,4 +163,11 @@ def load_pair(sample: SegmentationSample) -> tuple[Image.Image, Image.Image]:
     return image, Image.fromarray(union.astype(np.uint8) * 255)
 
 
-__all__ = ["LIMIT_VARIABLE", "load_pair", "read_image", "read_mask"]
+__all__ = [
+    "LIMIT_VARIABLE",
+    "apply_pixel_limit",
+    "load_pair",
+    "opened",
+    "read_image",
+    "read_mask",
+]

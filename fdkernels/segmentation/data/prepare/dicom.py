@@ -17,6 +17,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply
 from pydicom.pixels.utils import iter_pixels
 
 from fdkernels.segmentation.data.prepare.options import Box
+from fdkernels.segmentation.data.reading import LIMIT_VARIABLE, apply_pixel_limit
 
 # Region Spatial Format (0018,6012) and Region Data Type (0018,6014) of a B-mode picture.
 _TWO_DIMENSIONAL = 1
@@ -77,9 +78,11 @@ class DicomFile:
             self.frames = int(self._dataset.get("NumberOfFrames") or 1)
         if not has_pictures:
             raise ValueError(f"{path} holds no pictures: it has no Pixel Data")
+        apply_pixel_limit()
         if Image.MAX_IMAGE_PIXELS is not None and rows * columns > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
-                f"{path} must have at most {Image.MAX_IMAGE_PIXELS} pixels a frame, got {columns}x{rows}"
+                f"{path} must have at most {Image.MAX_IMAGE_PIXELS} pixels a frame, got {columns}x{rows}; "
+                f"if you trust the file, set the environment variable {LIMIT_VARIABLE} to more"
             )
         self._check_decoder()
 

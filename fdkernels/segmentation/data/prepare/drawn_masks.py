@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fdkernels.segmentation.data.prepare.options import MaskPolarity
+from fdkernels.segmentation.data.reading import opened
 
 # So much of a mask's outermost pixels must agree on what is background.
 _MAJORITY = 2 / 3
@@ -21,14 +21,15 @@ def read_drawn_mask(path: Path, polarity: MaskPolarity) -> np.ndarray:
     writes TIFF files, is applied; an alpha channel is dropped.
 
     Args:
-        path: a PNG or TIFF file of one page and two grey values.
+        path: a PNG or TIFF file of one image and two grey values.
         polarity: see `PrepareOptions`.
 
     Raises:
-        ValueError: the file cannot be read, has several pages or more than two grey values, is
+        ValueError: the file cannot be read, holds several images or more than two grey values, is
             empty, or its outermost pixels do not decide what is background.
     """
-    values = _read_grey(path)
+    with opened(path) as image:
+        values = np.array(_flat(image))  # [H, W]
     grey = np.unique(values)
     if grey.size > 2:
         raise ValueError(
@@ -41,27 +42,6 @@ def read_drawn_mask(path: Path, polarity: MaskPolarity) -> np.ndarray:
     if polarity == "auto":
         polarity = _drawn(path, light)
     return light if polarity == "light" else ~light
-
-
-def _read_grey(path: Path) -> np.ndarray:
-    """The values [H, W] of a picture of one page, in its own depth."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                pages = getattr(image, "n_frames", 1)
-                values = np.array(_flat(image))
-    except (
-        OSError,
-        SyntaxError,  # Pillow's word for a broken PNG
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if pages != 1:
-        raise ValueError(f"{path} must have one page, got {pages}; save each frame's mask as STEM_frameN")
-    return values
 
 
 def _flat(image: Image.Image) -> Image.Image:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fdkernels.segmentation.data.finding import natural
+
 _DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
 _MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
 _FRAME = re.compile(r"(?P<stem>.+)_frame(?P<frame>\d+)")
@@ -31,11 +33,6 @@ class Recording:
 def frame_name(stem: str, frame: int | None) -> str:
     """What reports and options call a frame: STEM_frameN, or STEM for the only one."""
     return stem if frame is None else f"{stem}_frame{frame}"
-
-
-def natural_key(text: str) -> list[tuple[int, str]]:
-    """Sorting key under which a2 comes before a10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
@@ -95,7 +92,7 @@ def _files(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in _visible(names)]
-    return sorted(found, key=lambda file: (natural_key(file.name), str(file)))
+    return sorted(found, key=lambda file: (natural(file.name), str(file)))
 
 
 def _visible(names: Iterable[str]) -> list[str]:
