@@ -203,6 +203,14 @@ def test_a_missing_decoder_is_named(tmp_path, monkeypatch, syntax, said):
         DicomFile(tmp_path / "y.dcm")
 
 
+@pytest.mark.parametrize("syntax", ["1.2.3.4", "1.2.840.113619.5.2"], ids=["unknown", "private"])
+def test_a_transfer_syntax_that_is_none_of_the_standards_is_refused(tmp_path, syntax):
+    path = write_dicom(tmp_path / "x.dcm", GREY)
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", syntax.encode().ljust(20, b"\0")))
+    with pytest.raises(ValueError, match=r"x\.dcm (cannot be read|is compressed as)"):
+        DicomFile(path).picture(1)
+
+
 def test_broken_and_empty_files_are_named(tmp_path):
     whole = write_dicom(tmp_path / "whole.dcm", GREY).read_bytes()
     (tmp_path / "cut.dcm").write_bytes(whole[:-6])

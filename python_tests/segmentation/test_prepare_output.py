@@ -143,6 +143,15 @@ def test_an_empty_output_folder_is_taken(study):
     assert study.output.stat().st_mode == study.masks.stat().st_mode
 
 
+def test_a_link_to_an_empty_folder_is_followed(study):
+    study.add()
+    (study.root / "place").mkdir()
+    study.output.symlink_to(study.root / "place", target_is_directory=True)
+    assert study.prepare().pairs == 1
+    assert study.output.is_symlink()
+    assert study.names() == ["patient001_1"]
+
+
 @pytest.mark.parametrize("foreign", ["notes.txt", "images/notes.txt", "images/a/b.png", "other/x.png"])
 def test_an_output_folder_that_holds_something_else_is_refused(study, foreign):
     study.add()

@@ -87,11 +87,10 @@ class DicomFile:
         self._check_decoder()
 
     def _check_decoder(self) -> None:
-        syntax = self._dataset.file_meta.get("TransferSyntaxUID")
-        if syntax is None:
-            raise ValueError(f"{self.path} does not say its transfer syntax")
-        if not syntax.is_private and not syntax.is_encapsulated:
-            return
+        with _readable(self.path):
+            syntax = self._dataset.file_meta.TransferSyntaxUID
+            if not syntax.is_private and not syntax.is_encapsulated:
+                return
         named = f"{self.path} is compressed as {syntax.name} ({syntax})"
         try:
             available = get_decoder(syntax).is_available

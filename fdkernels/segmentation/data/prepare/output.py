@@ -45,8 +45,8 @@ class OutputFolder:
 
     def __init__(self, path: Path, mapping: Path | None, inputs: tuple[Path, ...]) -> None:
         self.path = path
+        self.place = resolved = path.resolve()
         self.mapping = mapping
-        resolved = path.resolve()
         for folder in inputs:
             if resolved.is_relative_to(folder.resolve()):
                 raise ValueError(f"output must lie outside the folders that are read, got {path} in {folder}")
@@ -63,9 +63,8 @@ class OutputFolder:
     @contextmanager
     def writing(self) -> Iterator[PairWriter]:
         """A writer into a hidden folder beside the output, which is gone when the block is left."""
-        parent = self.path.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.path.absolute().name}."))
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(dir=self.place.parent, prefix=f".{self.place.name}."))
         try:
             yield PairWriter(self, hidden)
         finally:
@@ -114,9 +113,8 @@ class PairWriter:
     def _move(self, unchanged: bool) -> None:
         if unchanged:
             return
-        output = self._folder.path.absolute()
-        _remove_empty(output)
-        self._built.rename(output)
+        _remove_empty(self._folder.place)
+        self._built.rename(self._folder.place)
 
     def _mapping_text(self) -> bytes:
         lines = [["name", "dicom", "frame", "mask", "x0", "y0", "x1", "y1"]]
