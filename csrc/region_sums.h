@@ -6,7 +6,18 @@
 
 namespace fdk {
 
-enum class DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kUInt8 = 4 };
+// The last four are of masks as a user gives them; bool counts as uint8.
+enum class DType : int64_t {
+  kFloat32 = 0,
+  kFloat64 = 1,
+  kBFloat16 = 2,
+  kFloat16 = 3,
+  kUInt8 = 4,
+  kInt8 = 5,
+  kInt16 = 6,
+  kInt32 = 7,
+  kInt64 = 8
+};
 
 // One layer of a pyramid. All strides count elements and may be 0; masks are contiguous [N, P] with P = d0*d1*d2.
 // The field order is that of `_layer_words` in fdkernels/region_sums/impl/native.py: 64-bit words, no padding.
