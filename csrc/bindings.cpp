@@ -1,10 +1,17 @@
 // Module fdkernels._C: raw pointers, sizes, strides and a stream. It knows nothing of torch, so one binary serves every
 // release of it. fdkernels/native.py and fdkernels/log_norm/impl/native.py make the arguments.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <functional>
+
 #include "checks.h"
 #include "cpu/parallel.h"
+#include "layer_losses.h"
+#include "layer_masks.h"
 #include "log_norm.h"
 #include "region_sums.h"
 
@@ -21,6 +28,9 @@ using Words = std::vector<int64_t>;
 // eps, accumulate
 using LogNormWords = std::tuple<int64_t, Words, Words, uintptr_t, int64_t, int64_t, bool, int64_t, int64_t, int64_t,
                                 double, double, int64_t>;
+// mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value, ignore_number, resize, accumulate
+using LayerMasksWords = std::tuple<uintptr_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, std::array<int64_t, 3>,
+                                   bool, double, int64_t, int64_t, int64_t>;
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -47,6 +57,26 @@ fdk::LogNorm as_log_norm(const LogNormWords& words) {
           log_scale,
           eps,
           static_cast<fdk::DType>(accumulate)};
+}
+
+// `sizes` must outlive the result.
+[[maybe_unused]] fdk::LayerMasks as_layer_masks(const LayerMasksWords& words, const Words& sizes) {
+  const auto& [mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value, ignore_number, resize,
+               accumulate] = words;
+  fdk::LayerMasks args = {};
+  args.mask = pointer(mask);
+  args.dtype = static_cast<fdk::DType>(dtype);
+  args.batch = batch;
+  std::copy(size.begin(), size.end(), args.size);
+  args.stride_n = stride_n;
+  std::copy(stride.begin(), stride.end(), args.stride);
+  args.has_ignore = has_ignore;
+  args.ignore_value = ignore_value;
+  args.ignore_number = ignore_number;
+  args.resize = static_cast<fdk::MaskResize>(resize);
+  args.accumulate = static_cast<fdk::DType>(accumulate);
+  fdk::set_sizes(args, sizes);
+  return args;
 }
 
 void bind_cpu(py::module_& m) {
@@ -107,6 +137,26 @@ void bind_cuda(py::module_& m) {
           fdk::cuda::region_sums_mask_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
                                                pointer(stream));
         });
+  // `allocate` is asked for scratch memory of so many bytes; it needs to live until this returns.
+  m.def("cuda_layer_losses_forward",
+        [](const Words& words, int64_t batch, int64_t accumulate, const LogNormWords& options, uintptr_t sums,
+           uintptr_t masses, uintptr_t loss, uintptr_t slopes, const std::function<uintptr_t(int64_t)>& allocate,
+           int device, uintptr_t stream) {
+          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
+          const fdk::LogNorm args = as_log_norm(options);
+          fdk::check_layer_losses(pyramid, args);
+          void* workspace = pointer(allocate(fdk::cuda::layer_losses_workspace(pyramid)));
+          fdk::cuda::layer_losses_forward(pyramid, args, pointer(sums), pointer(masses), pointer(loss), pointer(slopes),
+                                          workspace, device, pointer(stream));
+        });
+  m.def("cuda_layer_losses_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_loss,
+                                         int64_t grad_loss_stride, uintptr_t slopes, int device, uintptr_t stream) {
+    fdk::cuda::layer_losses_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_loss), grad_loss_stride,
+                                     pointer(slopes), device, pointer(stream));
+  });
+  m.def("cuda_layer_masks", [](const LayerMasksWords& words, const Words& sizes, int device, uintptr_t stream) {
+    fdk::cuda::layer_masks(as_layer_masks(words, sizes), device, pointer(stream));
+  });
   m.def("cuda_log_norm_forward",
         [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss, int device, uintptr_t stream) {
           fdk::cuda::log_norm_forward(as_log_norm(words), pointer(sums), pointer(masses), pointer(loss), device,

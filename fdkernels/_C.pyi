@@ -1,8 +1,10 @@
 # The types of csrc/bindings.cpp.
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 _LogNorm: TypeAlias = tuple[int, list[int], list[int], int, int, int, bool, int, int, int, float, float, int]
+_LayerMasks: TypeAlias = tuple[int, int, int, list[int], int, list[int], bool, float, int, int, int]
 
 __version__: str
 with_cuda: bool
@@ -41,6 +43,30 @@ def cuda_region_sums_backward(
 def cuda_region_sums_mask_backward(
     words: list[int], batch: int, accumulate: int, grad_sums: int, device: int, stream: int
 ) -> None: ...
+def cuda_layer_losses_forward(
+    words: list[int],
+    batch: int,
+    accumulate: int,
+    options: _LogNorm,
+    sums: int,
+    masses: int,
+    loss: int,
+    slopes: int,
+    allocate: Callable[[int], int],
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_layer_losses_backward(
+    words: list[int],
+    batch: int,
+    accumulate: int,
+    grad_loss: int,
+    grad_loss_stride: int,
+    slopes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_layer_masks(args: _LayerMasks, sizes: list[int], device: int, stream: int) -> None: ...
 def cuda_log_norm_forward(
     args: _LogNorm, sums: int, masses: int, loss: int, device: int, stream: int
 ) -> None: ...

@@ -45,9 +45,48 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Whether code for compute capability 9.0 or later is what a device of that kind runs: it may compile older PTX.
+constexpr bool has_code_for_hopper() {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int archs[] = {__CUDA_ARCH_LIST__};
+  for (const int arch : archs)
+    if (arch >= 900) return true;
+#endif
+  return false;
+}
+
+// A kernel launched early may run its first instructions while the launch before it ends; it has to call
+// `wait_for_previous_launch` before it touches memory. Graphs know such launches from CUDA 12.3 on.
+inline bool may_launch_early(int device) {
+  int major = 0, driver = 0;
+  if constexpr (has_code_for_hopper()) {
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  }
+  return major >= 9 && driver >= 12030;
+}
+
+__device__ inline void allow_next_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline void wait_for_previous_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+struct Stream {
+  void* handle;
+  bool early; // see may_launch_early
+  Stream(void* handle, bool early = false) : handle(handle), early(early) {}
+};
+
 // Puts `kernel` on the stream; nothing at all where there are no blocks.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, const Stream& stream,
             Arguments&&... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) {
@@ -57,7 +96,12 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = stream.early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
 }
 

@@ -1,6 +1,8 @@
 // Stage region_sums on CUDA: (R2) in one launch and a second pass, (R3) and (R4) in one launch each, for all layers.
 #include "region_sums/along_channels.cuh"
 #include "region_sums/along_pixels.cuh"
+#include "region_sums/finish.cuh"
+#include "region_sums/launch.cuh"
 
 namespace fdk::cuda {
 namespace {
@@ -17,7 +19,9 @@ template <typename Acc>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     region_sums_forward_kernel(const __grid_constant__ Work work, const Outputs<Acc> out) {
   alignas(16) __shared__ char shared[kForwardShared<Acc>];
-  const int index = layer_of(work, blockIdx.x, &LayerWork::first_block);
+  allow_next_launch();
+  if (blockIdx.x == 0 && threadIdx.x < out.num_counters) out.counters[threadIdx.x] = 0;
+  const int index = layer_of(work, blockIdx.x);
   const LayerWork& layer = work.layers[index];
   const uint32_t block = blockIdx.x - layer.first_block;
   with_pack<Acc>(layer, [&](auto pack) {
@@ -29,35 +33,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
   });
 }
 
-// Adds the partial sums of a layer: `reduce_lanes` lanes for each output, always in the same order.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    region_sums_reduce_kernel(const __grid_constant__ Work work, const Outputs<Acc> out) {
-  const int index = layer_of(work, blockIdx.x, &LayerWork::first_reduce_block);
-  const LayerWork& layer = work.layers[index];
-  const int64_t thread = static_cast<int64_t>(blockIdx.x - layer.first_reduce_block) * kThreads + threadIdx.x;
-  const int64_t output = thread / layer.reduce_lanes;
-  const uint32_t lane = threadIdx.x % layer.reduce_lanes;
-  const int slots = layer.channels + 1;
-  const bool valid = output < 2 * work.batch * slots;
-  double total = 0;
-  if (valid) {
-    const Acc* partials = out.partials + layer.partial_start + output * layer.tiles;
-#pragma unroll 16
-    for (uint32_t tile = lane; tile < layer.tiles; tile += layer.reduce_lanes)
-      total += partials[tile];
-  }
-  total = lane_sum(total, layer.reduce_lanes);
-  if (!valid || lane != 0) return;
-  const int64_t row = output / 2; // [N, C + 1]
-  put_total(work, index, row / slots, static_cast<int>(row % slots), output % 2, static_cast<Acc>(total), out);
+    region_sums_reduce_kernel(const __grid_constant__ Finish finish, const Outputs<Acc> out) {
+  const int index = layer_of(finish, blockIdx.x);
+  finish_sums(finish, index, blockIdx.x - finish.layers[index].first_block, out);
 }
 
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
-    region_sums_backward_kernel(const __grid_constant__ Work work, const Acc* grad_sums) {
+    region_sums_backward_kernel(const __grid_constant__ Work work, const SumGradients<Acc> grad_sums) {
   alignas(16) __shared__ char shared[kStagedPixels<Acc> * sizeof(Weights<Acc>)];
-  const int index = layer_of(work, blockIdx.x, &LayerWork::first_block);
+  const int index = layer_of(work, blockIdx.x);
   const LayerWork& layer = work.layers[index];
   const uint32_t block = blockIdx.x - layer.first_block;
   with_pack<Acc>(layer, [&](auto pack) {
@@ -73,7 +60,7 @@ template <typename Acc>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     region_sums_mask_backward_kernel(const __grid_constant__ Work work, const Acc* grad_sums) {
   alignas(16) __shared__ char shared[2 * kWarps * kMaskRow<Acc> * sizeof(Acc)];
-  const int index = layer_of(work, blockIdx.x, &LayerWork::first_block);
+  const int index = layer_of(work, blockIdx.x);
   const LayerWork& layer = work.layers[index];
   const uint32_t block = blockIdx.x - layer.first_block;
   with_pack<Acc>(layer, [&](auto pack) {
@@ -85,24 +72,44 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
   });
 }
 
+} // namespace
+
+template <typename Acc>
+void launch_forward(const Work& work, const Outputs<Acc>& out, void* stream) {
+  launch("region_sums_forward_kernel", region_sums_forward_kernel<Acc>, work.blocks, kThreads, stream, work, out);
+}
+
+template <typename Acc>
+void launch_backward(const Pyramid& pyramid, const SumGradients<Acc>& grad_sums, void* stream) {
+  for (int64_t first = 0; first < pyramid.num_layers; first += kMaxLayers) {
+    const Work work = make_work(pyramid, first, Stage::kBackward);
+    launch("region_sums_backward_kernel", region_sums_backward_kernel<Acc>, work.blocks, kThreads, stream, work,
+           grad_sums);
+  }
+}
+
+template void launch_forward(const Work&, const Outputs<float>&, void*);
+template void launch_forward(const Work&, const Outputs<double>&, void*);
+template void launch_backward(const Pyramid&, const SumGradients<float>&, void*);
+template void launch_backward(const Pyramid&, const SumGradients<double>&, void*);
+
+namespace {
+
 template <typename Acc>
 void forward(const Pyramid& pyramid, void* sums, void* masses, void* workspace, void* stream) {
-  const Outputs<Acc> out = {static_cast<Acc*>(sums), static_cast<Acc*>(masses), static_cast<Acc*>(workspace)};
+  const Outputs<Acc> out = {static_cast<Acc*>(sums), static_cast<Acc*>(masses), static_cast<Acc*>(workspace), nullptr,
+                            0};
   for (int64_t first = 0; first < pyramid.num_layers; first += kMaxLayers) {
     const Work work = make_work(pyramid, first, Stage::kForward);
-    launch("region_sums_forward_kernel", region_sums_forward_kernel<Acc>, work.blocks, kThreads, stream, work, out);
-    launch("region_sums_reduce_kernel", region_sums_reduce_kernel<Acc>, work.reduce_blocks, kThreads, stream, work,
-           out);
+    const Finish finish = make_finish(work);
+    launch_forward(work, out, stream);
+    launch("region_sums_reduce_kernel", region_sums_reduce_kernel<Acc>, finish.blocks, kThreads, stream, finish, out);
   }
 }
 
 template <typename Acc>
 void backward(const Pyramid& pyramid, const void* grad_sums, void* stream) {
-  for (int64_t first = 0; first < pyramid.num_layers; first += kMaxLayers) {
-    const Work work = make_work(pyramid, first, Stage::kBackward);
-    launch("region_sums_backward_kernel", region_sums_backward_kernel<Acc>, work.blocks, kThreads, stream, work,
-           static_cast<const Acc*>(grad_sums));
-  }
+  launch_backward(pyramid, SumGradients<Acc>{static_cast<const Acc*>(grad_sums), nullptr, 0}, stream);
 }
 
 template <typename Acc>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -38,6 +39,8 @@ SOURCES = {
     "cuda/region_sums.cu": ["-O1", "-x", "c++"],
     "bindings.cpp": ["-O0"],
     "cuda/log_norm.cu": ["-O1", "-x", "c++"],
+    "cuda/layer_losses.cu": ["-O1", "-x", "c++"],
+    "cuda/layer_masks.cu": ["-O1", "-x", "c++"],
     "cpu/region_sums.cpp": ["-O0"],
     "cpu/region_sums_isa.cpp": ["-O0"],
     "cpu/log_norm.cpp": ["-O0"],
@@ -74,6 +77,31 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Launches:
+    """How the emulation launches kernels: in which order it runs their blocks, and how many there were."""
+
+    def __init__(self, module: ModuleType) -> None:
+        assert module.__file__ is not None
+        self._library = ctypes.CDLL(module.__file__)  # the module itself, which is loaded already
+
+    def order(self, seed: int) -> None:
+        """0: blocks run from the first to the last; -1: backwards; else shuffled, as the seed says."""
+        self._library.cuda_emulation_set_order(seed)
+
+    def count(self) -> int:
+        """The kernels launched since the last call of this."""
+        return int(self._library.cuda_emulation_take_launches())
+
+
+@pytest.fixture
+def launches(emulated: ModuleType) -> Iterator[Launches]:
+    """The launches of the emulated module from here on, in their usual order."""
+    control = Launches(emulated)
+    control.count()
+    yield control
+    control.order(0)
 
 
 @pytest.fixture(scope="session")

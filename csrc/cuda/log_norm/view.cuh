@@ -6,16 +6,8 @@
 
 namespace fdk::cuda {
 
-constexpr int kMaxLayers = 64; // of a launch, which carries their shapes by value
-
 struct LayerShape {
   int64_t channels, pixels, channel_start;
-};
-
-struct Arguments {
-  LayerShape layers[kMaxLayers];
-  int64_t first_layer;
-  LogNorm options; // without its pointers to host memory
 };
 
 // One sample of a layer and its region features (L1).
@@ -39,20 +31,11 @@ struct Pair {
 // A layer; `exchanged` chooses between the samples' own pairs and the exchanged ones.
 template <typename T>
 struct View {
-  const Arguments& arguments;
   const LogNorm& options;
   const LayerShape& shape;
   const T* sums;   // [2, N, total_channels]
   const T* masses; // [2, N, L]
   int64_t index;   // among all layers
-
-  __device__ View(const Arguments& arguments, int64_t layer, const T* sums, const T* masses)
-      : arguments(arguments),
-        options(arguments.options),
-        shape(arguments.layers[layer]),
-        sums(sums),
-        masses(masses),
-        index(arguments.first_layer + layer) {}
 
   __device__ int64_t sum_at(int region, int64_t n) const {
     return (region * options.batch + n) * options.total_channels + shape.channel_start;

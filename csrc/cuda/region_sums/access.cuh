@@ -6,9 +6,10 @@
 namespace fdk::cuda {
 
 // The layer that a block works for, by the first blocks of the layers.
-__device__ inline int layer_of(const Work& work, uint32_t block, uint32_t LayerWork::* first_block) {
+template <typename AnyWork>
+__device__ int layer_of(const AnyWork& work, uint32_t block) {
   int index = work.count - 1;
-  while (block < work.layers[index].*first_block)
+  while (block < work.layers[index].first_block)
     --index;
   return index;
 }
@@ -88,17 +89,15 @@ __device__ Weights<Acc> weights_at(const LayerWork& layer, int64_t pixel) {
 }
 
 template <typename Acc>
-struct Outputs {
-  Acc* sums;     // [2, N, total_channels]
-  Acc* masses;   // [2, N, L]
-  Acc* partials; // layer by layer [N, C + 1, 2, tiles]
-};
+__device__ Acc factor_of(const Work& work, int index, const SumGradients<Acc>& grad_sums) {
+  return grad_sums.factors ? grad_sums.factors[(work.first_layer + index) * grad_sums.factor_stride] : Acc(1);
+}
 
 // A final sum or mass; `slot` counts the channels and, after them, the mass.
-template <typename Acc>
-__device__ void put_total(const Work& work, int index, int64_t n, int slot, int region, Acc total,
+template <typename Acc, typename AnyWork>
+__device__ void put_total(const AnyWork& work, int index, int64_t n, int slot, int region, Acc total,
                           const Outputs<Acc>& out) {
-  const LayerWork& layer = work.layers[index];
+  const auto& layer = work.layers[index];
   const int64_t row = region * work.batch + n;
   if (slot < layer.channels) {
     out.sums[row * work.total_channels + layer.channel_start + slot] = total;

@@ -103,7 +103,7 @@ __device__ void sum_along_channels(Pack<T, kCount>, const Work& work, int index,
 // (R3) for a block's tile of pixels and a group of adjacent channels.
 template <typename Acc, typename T, int kCount>
 __device__ void gradient_along_channels(Pack<T, kCount>, const Work& work, int index, uint32_t block,
-                                        const Acc* grad_sums, char* shared) {
+                                        const SumGradients<Acc>& grad_sums, char* shared) {
   const LayerWork& layer = work.layers[index];
   const Item item = item_of(layer, block, true);
   const Place<kCount> place(layer, item.group);
@@ -113,12 +113,13 @@ __device__ void gradient_along_channels(Pack<T, kCount>, const Work& work, int i
   stage_weights(layer, item.n * layer.pixels + first, count, weights);
   if (!place.active) return;
 
-  const Acc* g = grad_sums + item.n * work.total_channels + layer.channel_start + place.channel; // [C]
+  const Acc factor = factor_of(work, index, grad_sums);
+  const Acc* g = grad_sums.values + item.n * work.total_channels + layer.channel_start + place.channel; // [C]
   Acc g_fg[kCount], g_bg[kCount];
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
-    g_fg[c] = g[c];
-    g_bg[c] = g[work.batch * work.total_channels + c];
+    g_fg[c] = factor * g[c];
+    g_bg[c] = factor * g[work.batch * work.total_channels + c];
   }
   T* grad = static_cast<T*>(layer.features) + item.n * layer.stride_n + place.channel;
   const int64_t upstream = item.n * layer.upstream_stride_n + place.channel * layer.upstream_stride_c;

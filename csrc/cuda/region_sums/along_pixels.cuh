@@ -113,7 +113,7 @@ __device__ void sum_along_pixels(Pack<T, kCount>, const Work& work, int index, u
 // (R3) for a warp's run of adjacent pixels and up to kGradientChannels channels.
 template <typename Acc, typename T, int kCount>
 __device__ void gradient_along_pixels(Pack<T, kCount>, const Work& work, int index, uint32_t warp,
-                                      const Acc* grad_sums) {
+                                      const SumGradients<Acc>& grad_sums) {
   using Run = PixelRun<Acc, T, kCount>;
   const LayerWork& layer = work.layers[index];
   const Item item = item_of(layer, warp, false);
@@ -121,9 +121,10 @@ __device__ void gradient_along_pixels(Pack<T, kCount>, const Work& work, int ind
   const int channel = item.group * kGradientChannels;
   const int channels = min(kGradientChannels, layer.channels - channel);
   const int lane = threadIdx.x % kWarp;
-  const Acc* g = grad_sums + item.n * work.total_channels + layer.channel_start + channel; // [C]
-  const Acc g_fg = lane < channels ? g[lane] : Acc(0);
-  const Acc g_bg = lane < channels ? g[work.batch * work.total_channels + lane] : Acc(0);
+  const Acc factor = factor_of(work, index, grad_sums);
+  const Acc* g = grad_sums.values + item.n * work.total_channels + layer.channel_start + channel; // [C]
+  const Acc g_fg = lane < channels ? factor * g[lane] : Acc(0);
+  const Acc g_bg = lane < channels ? factor * g[work.batch * work.total_channels + lane] : Acc(0);
 
   const int64_t first = static_cast<int64_t>(item.tile) * layer.tile_pixels;
   Run run;

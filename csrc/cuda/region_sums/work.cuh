@@ -36,6 +36,23 @@ struct alignas(2 * sizeof(Acc)) Weights {
 template <typename Acc>
 constexpr int kStagedPixels = 16384 / sizeof(Weights<Acc>); // weights that a block holds in shared memory
 
+template <typename Acc>
+struct Outputs {
+  Acc* sums;          // [2, N, total_channels]
+  Acc* masses;        // [2, N, L]
+  Acc* partials;      // layer by layer [N, C + 1, 2, tiles]
+  uint32_t* counters; // to be set to 0 for the launch that follows, or null
+  uint32_t num_counters;
+};
+
+// The gradients of the sums: those of each layer times one number, or as they are where `factors` is null.
+template <typename Acc>
+struct SumGradients {
+  const Acc* values;  // [2, N, total_channels]
+  const Acc* factors; // [L]
+  int64_t factor_stride;
+};
+
 enum class Stage { kForward, kBackward, kMaskBackward };
 
 struct LayerWork {
@@ -51,25 +68,24 @@ struct LayerWork {
   int64_t channel_start; // of the layer's channels in the sums
   int64_t partial_start; // of the layer's partial sums in the workspace
   DType dtype, mask_dtype;
-  uint32_t first_block, first_reduce_block;
+  uint32_t first_block;
   uint32_t tiles, groups; // of pixels and of channels
   int32_t channels;
   int32_t tile_pixels;
-  int32_t lanes, rows;   // threads along the channels and along the pixels, where channels are adjacent
-  uint32_t reduce_lanes; // lanes that add the partial sums of one output
-  bool along_channels;   // channels are adjacent in memory, not pixels
-  bool vector;           // 16 bytes of the features move together
-  bool upstream_vector;  // and of the upstream gradient as well
+  int32_t lanes, rows;  // threads along the channels and along the pixels, where channels are adjacent
+  bool along_channels;  // channels are adjacent in memory, not pixels
+  bool vector;          // 16 bytes of the features move together
+  bool upstream_vector; // and of the upstream gradient as well
 };
 
 struct Work {
   LayerWork layers[kMaxLayers];
   int64_t batch, total_channels, num_layers;
   int64_t partials; // of these layers
-  int64_t blocks, reduce_blocks;
+  int64_t blocks;
   int32_t first_layer, count;
 };
-static_assert(sizeof(Work) + 4 * sizeof(void*) <= 4096, "the descriptors fit the kernel parameters");
+static_assert(sizeof(Work) + 5 * sizeof(void*) <= 4096, "the descriptors fit the kernel parameters");
 
 // Merges the spatial dimensions of which one continues the other, in the features and in the upstream gradient alike.
 inline void merge_dimensions(const Layer& layer, LayerWork& work) {
@@ -236,15 +252,10 @@ inline Work make_work(const Pyramid& pyramid, int64_t first, Stage stage) {
     work.first_block = static_cast<uint32_t>(result.blocks);
     result.blocks += item_is_warp ? ceil_div<int64_t>(items, kWarps) : items;
 
-    work.reduce_lanes = 1;
-    while (work.reduce_lanes < kWarp && work.reduce_lanes * 4 < work.tiles)
-      work.reduce_lanes *= 2;
-    const int64_t outputs = 2 * pyramid.batch * (work.channels + 1);
-    const bool in_parts = stage == Stage::kForward && work.tiles > 1;
     work.partial_start = result.partials;
-    result.partials += in_parts ? outputs * work.tiles : 0;
-    work.first_reduce_block = static_cast<uint32_t>(result.reduce_blocks);
-    result.reduce_blocks += in_parts ? ceil_div<int64_t>(outputs * work.reduce_lanes, kThreads) : 0;
+    if (stage == Stage::kForward && work.tiles > 1) {
+      result.partials += 2 * pyramid.batch * (work.channels + 1) * work.tiles;
+    }
   }
   // So that the index of a warp fits 32 bits.
   if (result.blocks > UINT32_MAX / kWarps) {

@@ -1,7 +1,8 @@
 // Runs CUDA C++ on the CPU, so that kernels can be tested where there is no GPU: g++ -x c++ -I<this folder> kernels.cu.
 // Stands in for the CUDA runtime as far as csrc/cuda uses it. Blocks run one after the other; the threads of a block
 // are fibers that take turns at barriers and shuffles. What is undefined on a GPU makes the launch fail: a shuffle that
-// a lane never reaches, a barrier at which threads wait for ever, a cached access off its alignment.
+// a lane never reaches, a barrier at which threads wait for ever, a cached access off its alignment; and so does a block
+// that waits for one that starts after it, which a GPU need not run at the same time.
 #pragma once
 
 #include <setjmp.h>
@@ -13,8 +14,11 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef _FORTIFY_SOURCE
@@ -198,6 +202,16 @@ class Block {
 
 inline Block block;
 inline const char* last_failure = nullptr;
+inline int order = 0; // of blocks: 0 as they are numbered, -1 backwards, else the seed of a shuffle
+inline int launches = 0;
+
+inline std::vector<unsigned> ordered_blocks(unsigned count) {
+  std::vector<unsigned> blocks(count);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (order < 0) std::reverse(blocks.begin(), blocks.end());
+  if (order > 0) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(order));
+  return blocks;
+}
 
 template <typename T>
 void check_alignment(const T* address) {
@@ -205,6 +219,23 @@ void check_alignment(const T* address) {
 }
 
 } // namespace cuda_emulation
+
+// For the tests, which find them in the module.
+extern "C" {
+__attribute__((visibility("default"), used)) inline void cuda_emulation_set_order(int order) {
+  cuda_emulation::order = order;
+}
+__attribute__((visibility("default"), used)) inline int cuda_emulation_take_launches() {
+  return std::exchange(cuda_emulation::launches, 0);
+}
+}
+
+inline void __threadfence() {}
+
+// Called in a loop that waits for another block.
+inline void __nanosleep(unsigned) { cuda_emulation::block.fail("a block waits for one that has not run"); }
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
 
 inline void __syncthreads() { cuda_emulation::block.sync_threads(); }
 
@@ -233,14 +264,39 @@ void __stcs(T* address, const T& value) {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed; // has no effect: launches never overlap
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 9;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  std::memset(address, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -259,7 +315,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   cuda_emulation::last_failure =
       blockDim.x <= cuda_emulation::kMaxThreads ? nullptr : "the block has more threads than a GPU allows";
-  for (unsigned i = 0; i < gridDim.x && !cuda_emulation::last_failure; ++i) {
+  ++cuda_emulation::launches;
+  for (const unsigned i : cuda_emulation::ordered_blocks(gridDim.x)) {
+    if (cuda_emulation::last_failure) break;
     blockIdx = {i, 0, 0};
     cuda_emulation::last_failure = cuda_emulation::block.run(blockDim.x, body);
   }
