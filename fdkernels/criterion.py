@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fdkernels import checks
 from fdkernels.conventions import Convention, get_convention
 from fdkernels.loss import Partners, Settings, check_features_and_mask, layer_losses
+from fdkernels.taps import FeatureTaps
 
 __all__ = ["ALPHA_RULES", "FeatureDiscrepancyLoss"]
 
@@ -162,7 +163,7 @@ class FeatureDiscrepancyLoss(nn.Module):
 
     def forward(
         self,
-        features: Tensor | Sequence[Tensor],
+        features: Tensor | Sequence[Tensor] | FeatureTaps,
         mask: Tensor,
         *,
         pairing: Tensor | None = None,
@@ -172,7 +173,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         """Compute Σ_ℓ α_ℓ·L_ℓ, a scalar.
 
         Args:
-            features: one tensor [N, C_l, *S_l] for each of the L layers.
+            features: one tensor [N, C_l, *S_l] for each of the L layers, or the `FeatureTaps` that hold them.
             mask: [N, 1, *S0] or [N, *S0].
             pairing, domains, generator: as for `fdkernels.feature_discrepancy_loss`.
 
@@ -197,7 +198,8 @@ class FeatureDiscrepancyLoss(nn.Module):
             return losses.new_zeros(())
         if self.training:
             self._begin_step()
-        losses, _ = layer_losses(layers, mask, self.settings, partners)
+        taps = features if isinstance(features, FeatureTaps) else None
+        losses, _ = layer_losses(layers, mask, self.settings, partners, taps=taps)
         self.layer_losses = losses.detach()
         return self._weigh(losses)
 

@@ -13,12 +13,13 @@ from fdkernels import backend as backends
 from fdkernels import checks
 from fdkernels.conventions import MASK_RESIZES, Convention, get_convention
 from fdkernels.discrepancy import draw_pairing, gather_batch
-from fdkernels.layer_losses import fused_layer_losses
+from fdkernels.layer_losses import fused_layer_losses, tapped_layer_losses
 from fdkernels.layer_masks import layer_masks
 from fdkernels.log_norm import Options, log_norm
 from fdkernels.log_norm.options import EXCHANGES, REDUCTIONS
 from fdkernels.region_sums.api import sum_regions
 from fdkernels.region_sums.geometry import accumulate_dtype
+from fdkernels.taps import FeatureTaps
 
 __all__ = ["feature_discrepancy_loss", "tap"]
 
@@ -26,7 +27,7 @@ Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
 
 def feature_discrepancy_loss(
-    features: Tensor | Sequence[Tensor],
+    features: Tensor | Sequence[Tensor] | FeatureTaps,
     mask: Tensor,
     *,
     convention: str | Convention = "paper",
@@ -58,7 +59,8 @@ def feature_discrepancy_loss(
 
     Args:
         features: [N, C, *S] with 1 to 3 spatial dimensions, float32, float64, bfloat16 or float16, in any
-            layout; or a sequence of them, one for each of L layers, of one batch size and device.
+            layout; or a sequence of them, one for each of L layers, of one batch size and device; or the
+            `FeatureTaps` that hold them.
         mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1].
         convention: the reading of the paper, one of `fdkernels.CONVENTIONS`, or a `Convention`.
         exchange: the cross-sample term that is added: `"none"`; `"shuffle"`, the foreground of a random
@@ -105,7 +107,8 @@ def feature_discrepancy_loss(
     )
     layers, mask = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
-    per_layer, _ = layer_losses(layers, mask, settings, partners)
+    taps = features if isinstance(features, FeatureTaps) else None
+    per_layer, _ = layer_losses(layers, mask, settings, partners, taps=taps)
     return _combine(per_layer, layers, layer_weights, reduction)
 
 
@@ -194,11 +197,11 @@ class Partners(NamedTuple):
 
 
 def check_features_and_mask(
-    features: Tensor | Sequence[Tensor], mask: Tensor, settings: Settings
+    features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor, settings: Settings
 ) -> tuple[list[Tensor], Tensor]:
     """The layers as a list and the mask as [N, 1, *S0], all checked, and the settings with them."""
     settings.check()
-    layers = checks.as_layers(features)
+    layers = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
     return layers, checks.check_mask(mask, layers, settings.ignore_index)
 
 
@@ -208,8 +211,11 @@ def layer_losses(
     settings: Settings,
     partners: Partners,
     tapped: bool = False,
+    taps: FeatureTaps | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The stages in order: layer_masks, region_sums, discrepancy, log_norm.
+
+    `taps` are those from which the layers come, if any.
 
     Returns:
         The loss of each layer as `log_norm` gives it ([L], [N, L] or [ΣC]; over a group without reduction
@@ -239,6 +245,9 @@ def layer_losses(
         settings.reduction,
     )
     if group is None and options.reduction != "none" and not mask.requires_grad:
+        fused = None if taps is None else taps.take_stand_ins()
+        if fused is not None:
+            return tapped_layer_losses(layers, *fused, masks, pairing, options, backend), []
         per_layer, *aliases = fused_layer_losses(layers, masks, pairing, options, backend, tapped)
         return per_layer, aliases
     sums, masses, *aliases = sum_regions(layers, masks, backend, tapped)

@@ -113,6 +113,17 @@ def test_pairs_drawn_from_domains(compiled):
     check_same(loss, compiled, layers()[0], torch.rand(3, 8, 8), torch.tensor([0, 1, 0]))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("ignore_index", [None, 1])
+def test_layers_of_one_size_share_their_weights(compiled, ignore_index, reduction):
+    def loss(first: Tensor, second: Tensor, third: Tensor, mask: Tensor) -> Tensor:
+        options = {"ignore_index": ignore_index, "reduction": reduction}
+        return fdk.feature_discrepancy_loss([first, second, third], mask, **options).sum()
+
+    same = torch.randn(3, 2, 8, 8, requires_grad=True)
+    check_same(loss, compiled, *layers(), same, torch.randint(0, 2, (3, 8, 8)))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_tap(compiled, channels_last):
     def through(features: Tensor, mask: Tensor) -> Tensor:

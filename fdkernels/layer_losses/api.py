@@ -18,7 +18,7 @@ from fdkernels.layer_masks import LayerMasks
 from fdkernels.log_norm.options import Options
 from fdkernels.region_sums import geometry as geo
 
-__all__ = ["fused_layer_losses", "write_gradients"]
+__all__ = ["fused_layer_losses", "through_log_norm"]
 
 # Where the features begin among the arguments of the autograd function.
 _FIRST_FEATURE = 6
@@ -165,8 +165,10 @@ class _LayerLosses(torch.autograd.Function):
             added = [upstream[layer] for layer in wanted] if upstream else []
             if grad_loss is None or grad_sums is not None or (ctx.twice and torch.is_grad_enabled()):
                 pairing, sums, masses = weights[-3:]
-                through = _through_log_norm(ctx, grad_loss, sums, masses, pairing, grad_sums)
-                through = geo.select_layers(through, ctx.geometry, wanted)
+                total = torch.zeros_like(sums) if grad_sums is None else grad_sums
+                if grad_loss is not None:
+                    total = total + through_log_norm(ctx, grad_loss, sums, masses, pairing)
+                through = geo.select_layers(total, ctx.geometry, wanted)
                 tapped, places = _present(added)
                 written = torch.ops.fdkernels.region_sums_backward(
                     through, fg, bg, tapped, places, [], geo.pack(geometry), ctx.backend
@@ -174,13 +176,13 @@ class _LayerLosses(torch.autograd.Function):
             else:
                 chosen = grad_loss if len(wanted) == num_layers else grad_loss[wanted]
                 chosen_slopes = geo.select_layers(slopes, ctx.geometry, wanted)
-                written = write_gradients(chosen, chosen_slopes, fg, bg, added, geometry, ctx.backend)
+                written = _write_gradients(chosen, chosen_slopes, fg, bg, added, geometry, ctx.backend)
             for layer, grad in zip(wanted, written, strict=True):
                 grads[layer] = grad
         return (*([None] * _FIRST_FEATURE), *grads, *([None] * (num_layers * (2 if ctx.has_bg else 1))))
 
 
-def write_gradients(
+def _write_gradients(
     grad_loss: Tensor,
     slopes: Tensor,
     fg: Sequence[Tensor],
@@ -207,23 +209,20 @@ def _present(upstream: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]
     return [grad for grad, _ in present], [place for _, place in present]
 
 
-def _through_log_norm(
+def through_log_norm(
     ctx: Any,
-    grad_loss: Tensor | None,
+    grad_loss: Tensor,
     sums: Tensor,
     masses: Tensor,
     pairing: Tensor | None,
-    grad_sums: Tensor | None,
 ) -> Tensor:
-    """The gradient of the sums, by ops that can be differentiated again."""
-    if grad_loss is None:
-        return grad_sums  # type: ignore[return-value]
+    """The gradient of the sums, by an op that can be differentiated again."""
     channels = [layer.shape[1] for layer in ctx.geometry]
     pixels = [torch.Size(layer.shape[2:]).numel() for layer in ctx.geometry]
-    own: Tensor = torch.ops.fdkernels.log_norm_backward(
+    grad_sums: Tensor = torch.ops.fdkernels.log_norm_backward(
         grad_loss, sums, masses, pairing, channels, pixels, *ctx.options, ctx.backend
     )[0]
-    return own if grad_sums is None else own + grad_sums
+    return grad_sums
 
 
 def fused_layer_losses(

@@ -119,9 +119,11 @@ def layer_masks(
         flat = [extent for size in missing for extent in size]
         fg, bg = torch.ops.fdkernels.layer_masks(mask, flat, dtype, mask_resize, ignore_index, backend)
         made_fg, made_bg = made_fg + list(fg), list(bg)
-    return LayerMasks(
-        [made_fg[place] for place in places], [made_bg[place] for place in places] if made_bg else []
-    )
+    fg, bg = [made_fg[place] for place in places], [made_bg[place] for place in places] if made_bg else []
+    if torch.compiler.is_compiling():
+        # torch.compile does not trace an autograd function that is given one tensor twice.
+        fg, bg = ([weight.view_as(weight) for weight in weights] for weights in (fg, bg))
+    return LayerMasks(fg, bg)
 
 
 def _find(size: torch.Size, sizes: Sequence[torch.Size]) -> int | None:
