@@ -39,6 +39,8 @@ namespace fdk::cpu {
 void log_norm_forward(const LogNorm& args, const void* sums, const void* masses, void* loss);
 void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* sums, const void* masses,
                        void* grad_sums, void* grad_masses);
+// Forward, and the slopes [2, N, total_channels] of each layer's loss; not without reduction.
+void log_norm_forward_with_slopes(const LogNorm& args, const void* sums, const void* masses, void* loss, void* slopes);
 
 } // namespace fdk::cpu
 

@@ -68,14 +68,18 @@ def same_dtype(upstream: Sequence[Tensor | None], geometry: Sequence[Geometry]) 
     ]
 
 
-def _layer(pointer: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+def _layer(pointer: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    if len(shape) == 4:  # the common case, written out because small calls are made of this
+        c, h, w = shape[1:]
+        s_n, s_c, s_h, s_w = stride
+        return pointer, DTYPE_CODES[dtype], c, 1, h, w, s_n, s_c, 0, s_h, s_w
     padding = [1] * (5 - len(shape))
-    return [pointer, DTYPE_CODES[dtype], shape[1], *padding, *shape[2:], *_strides(stride)]
+    return (pointer, DTYPE_CODES[dtype], shape[1], *padding, *shape[2:], *_strides(stride))
 
 
 def _strides(stride: Sequence[int]) -> list[int]:
     return [stride[0], stride[1], *[0] * (5 - len(stride)), *stride[2:]]
 
 
-def _mask(fg: Tensor, bg: Tensor | None) -> list[int]:
-    return [fg.data_ptr(), 0 if bg is None else bg.data_ptr(), DTYPE_CODES[fg.dtype]]
+def _mask(fg: Tensor, bg: Tensor | None) -> tuple[int, int, int]:
+    return fg.data_ptr(), 0 if bg is None else bg.data_ptr(), DTYPE_CODES[fg.dtype]

@@ -280,6 +280,7 @@ void write_through_weights(const LayerFeatures& x, const std::vector<double>& gr
       write(grad_sums, args.accumulate, x.sum_index(0, n, c), g_fg);
       write(grad_sums, args.accumulate, x.sum_index(1, n, c), g_bg);
     }
+    if (grad_masses == nullptr) continue;
     double g_m_fg = 0, g_m_bg = 0;
     if (args.region_weight == RegionWeight::kValid) g_m_fg = g_m_bg = grad_w_fg + grad_w_bg;
     if (args.region_weight == RegionWeight::kRegion) {
@@ -291,50 +292,71 @@ void write_through_weights(const LayerFeatures& x, const std::vector<double>& gr
   }
 }
 
-} // namespace
-
-void log_norm_forward(const LogNorm& args, const void* sums, const void* masses, void* loss) {
-  int64_t first_channel = 0;
+// Writes the loss of one layer, or its entries.
+void write_loss(const LayerFeatures& x, void* loss) {
+  const LogNorm& args = x.args;
   std::vector<double> entries;
+  const int64_t counted = entries_of(x, entries);
+  if (args.reduction == Reduction::kNone) {
+    for (size_t e = 0; e < entries.size(); ++e) {
+      write(loss, args.accumulate, entry_index(x, static_cast<int64_t>(e)), entries[e]);
+    }
+    return;
+  }
+  double total = 0;
+  for (const double entry : entries)
+    total += entry;
+  if (args.reduction == Reduction::kMean) total /= static_cast<double>(std::max<int64_t>(counted, 1));
+  write(loss, args.accumulate, x.layer, total);
+}
+
+// Writes the gradients of the sums and, unless null, the masses of one layer. Without grad_loss it is 1: slopes.
+void write_gradients(const LayerFeatures& x, const void* grad_loss, void* grad_sums, void* grad_masses) {
+  const LogNorm& args = x.args;
+  const int64_t samples = std::count(x.counts.begin(), x.counts.end(), 1);
+  const bool over_batch = args.norm == Norm::kBatch;
+  const int64_t num_entries = over_batch ? x.channels : args.batch;
+  const int64_t counted = over_batch ? (samples > 0 ? x.channels : 0) : samples;
+  const double share = args.reduction == Reduction::kMean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
+  std::vector<double> upstream(num_entries, share);
+  for (int64_t e = 0; grad_loss != nullptr && e < num_entries; ++e) {
+    const int64_t at = args.reduction == Reduction::kNone ? entry_index(x, e) : x.layer;
+    upstream[e] *= read(grad_loss, args.accumulate, at);
+  }
+  std::vector<double> grad_f(args.batch * x.channels, 0), grad_b(args.batch * x.channels, 0);
+  over_batch ? add_batch_gradient(x, upstream, grad_f.data(), grad_b.data())
+             : add_sample_gradient(x, upstream, grad_f.data(), grad_b.data());
+  write_through_weights(x, grad_f, grad_b, grad_sums, grad_masses);
+}
+
+// Calls body with the region features of each layer.
+template <class Body>
+void for_each_layer(const LogNorm& args, const void* sums, const void* masses, const Body& body) {
+  int64_t first_channel = 0;
   for (int64_t layer = 0; layer < args.num_layers; ++layer) {
     const LayerFeatures x(args, layer, first_channel, sums, masses);
     first_channel += x.channels;
-    const int64_t counted = entries_of(x, entries);
-    if (args.reduction == Reduction::kNone) {
-      for (size_t e = 0; e < entries.size(); ++e) {
-        write(loss, args.accumulate, entry_index(x, static_cast<int64_t>(e)), entries[e]);
-      }
-      continue;
-    }
-    double total = 0;
-    for (const double entry : entries)
-      total += entry;
-    if (args.reduction == Reduction::kMean) total /= static_cast<double>(std::max<int64_t>(counted, 1));
-    write(loss, args.accumulate, layer, total);
+    body(x);
   }
+}
+
+} // namespace
+
+void log_norm_forward(const LogNorm& args, const void* sums, const void* masses, void* loss) {
+  for_each_layer(args, sums, masses, [&](const LayerFeatures& x) { write_loss(x, loss); });
 }
 
 void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* sums, const void* masses,
                        void* grad_sums, void* grad_masses) {
-  int64_t first_channel = 0;
-  for (int64_t layer = 0; layer < args.num_layers; ++layer) {
-    const LayerFeatures x(args, layer, first_channel, sums, masses);
-    first_channel += x.channels;
-    const int64_t samples = std::count(x.counts.begin(), x.counts.end(), 1);
-    const bool over_batch = args.norm == Norm::kBatch;
-    const int64_t num_entries = over_batch ? x.channels : args.batch;
-    const int64_t counted = over_batch ? (samples > 0 ? x.channels : 0) : samples;
-    const double share = args.reduction == Reduction::kMean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
-    std::vector<double> upstream(num_entries);
-    for (int64_t e = 0; e < num_entries; ++e) {
-      const int64_t at = args.reduction == Reduction::kNone ? entry_index(x, e) : layer;
-      upstream[e] = share * read(grad_loss, args.accumulate, at);
-    }
-    std::vector<double> grad_f(args.batch * x.channels, 0), grad_b(args.batch * x.channels, 0);
-    over_batch ? add_batch_gradient(x, upstream, grad_f.data(), grad_b.data())
-               : add_sample_gradient(x, upstream, grad_f.data(), grad_b.data());
-    write_through_weights(x, grad_f, grad_b, grad_sums, grad_masses);
-  }
+  for_each_layer(args, sums, masses,
+                 [&](const LayerFeatures& x) { write_gradients(x, grad_loss, grad_sums, grad_masses); });
+}
+
+void log_norm_forward_with_slopes(const LogNorm& args, const void* sums, const void* masses, void* loss, void* slopes) {
+  for_each_layer(args, sums, masses, [&](const LayerFeatures& x) {
+    write_loss(x, loss);
+    write_gradients(x, nullptr, slopes, nullptr);
+  });
 }
 
 } // namespace fdk::cpu

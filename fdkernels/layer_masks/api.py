@@ -116,8 +116,12 @@ def layer_masks(
     made_fg = [] if as_is is None else [as_is]
     made_bg: list[Tensor] = []
     if missing:
-        flat = [extent for size in missing for extent in size]
-        fg, bg = torch.ops.fdkernels.layer_masks(mask, flat, dtype, mask_resize, ignore_index, backend)
+        if backends.may_call_directly([mask]):
+            stage = backends.implementation("layer_masks", backend)
+            fg, bg = stage.forward(mask, missing, dtype, mask_resize, ignore_index)
+        else:
+            flat = [extent for size in missing for extent in size]
+            fg, bg = torch.ops.fdkernels.layer_masks(mask, flat, dtype, mask_resize, ignore_index, backend)
         made_fg, made_bg = made_fg + list(fg), list(bg)
     fg, bg = [made_fg[place] for place in places], [made_bg[place] for place in places] if made_bg else []
     if torch.compiler.is_compiling():
