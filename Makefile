@@ -20,6 +20,8 @@ BUILD_TOOLS := cmake ninja pybind11 setuptools
 SOURCES := pyproject.toml setup.py CMakeLists.txt LICENSE $(wildcard README.md) \
 	$(shell find csrc fdkernels -name '__pycache__' -prune -o \( -type d -o -name '*.py' -o -name '*.md' \
 	-o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name 'py.typed' \) -print)
+BENCH = $(BIN)/pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-sort=name \
+	--benchmark-columns=median,iqr,rounds
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # PYTHONPATH could put this source tree, which has no compiled module, before the installed package; so would
@@ -28,7 +30,7 @@ unexport PYTHONPATH
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(VENV)/.demo ## Train a small UNet without and with the loss; the results lie in demo_output/
@@ -44,13 +46,27 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes
 	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(int(not torch.cuda.is_available()))") \
 		$(BIN)/pytest -m slow
 
-.PHONY: bench bench-report
-bench: $(VENV)/.bench ## Measure the op beside its floors and its peers
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json \
-		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH_FLAGS)
+# What is measured lies in a folder for the kind of machine: a new run takes the place of the last one. Training steps
+# under torch.compile and autocast are those of one network, as CPUs are slow at both.
+.PHONY: bench bench-full bench-instructions bench-report
+bench: $(VENV)/.bench ## Measure the op beside its floors and its peers (about ten minutes)
+	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.record); \
+	$(BENCH) --set core,scaling --results=$$folder/calls.json $(BENCH_FLAGS); \
+	$(BIN)/python -m benchmarks.steps --modes eager channels_last --output $$folder/steps.json; \
+	$(BIN)/python -m benchmarks.steps --modes amp compiled --networks unet --output $$folder/steps-compiled.json; \
+	$(BIN)/python -m benchmarks.launches --output benchmarks/results/launches.json
 	$(MAKE) bench-report
 
-bench-report: $(VENV)/.bench ## Make the table in benchmarks/README.md from the measured results
+bench-full: $(VENV)/.bench ## Measure every case in every dtype and layout (an hour and more)
+	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.record); \
+	$(BENCH) --set full,scaling --results=$$folder/calls.json $(BENCH_FLAGS)
+	$(MAKE) bench-report
+
+bench-instructions: $(VENV)/.bench ## Count the instructions of a call with callgrind, and compare with the last count
+	$(BIN)/python -m benchmarks.instructions
+	$(MAKE) bench-report
+
+bench-report: $(VENV)/.bench ## Make benchmarks/README.md from the measured results
 	$(BIN)/python -m benchmarks.report
 
 .PHONY: lint format

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,20 +15,31 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record
-from benchmarks.cases import Case, cases, dtype_name
-from benchmarks.prepared import Prepared, too_little_memory
+from benchmarks.case_sets import SETS, cases
+from benchmarks.cases import Case
+from benchmarks.memory import does_not_fit
+from benchmarks.prepared import Measure, Prepared
+from benchmarks.results import write_results
+from benchmarks.timing import Functions
 
-# One case of each kind: a layer and a pyramid, in the dtype of which torch.compile is quickest.
-QUICK_NAMES, QUICK_DTYPE = ("enc1-128", "pyramid-32"), "float32"
 # Seconds of measuring for each test. A GPU's times scatter less, and a lent one is short of time.
-BUDGETS, QUICK_BUDGET = {"cpu": 0.5, "cuda": 0.15}, 0.05
+BUDGETS, QUICK_BUDGET = {"cpu": 0.4, "cuda": 0.15}, 0.05
 
 _BEGIN = time.monotonic()
+_ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fdkernels")
-    group.addoption("--quick", action="store_true", help="few cases and rounds: does it run?")
+    group.addoption(
+        "--set",
+        default="core,scaling",
+        type=_sets,
+        metavar="NAMES",
+        help=f"which cases, separated by commas: {', '.join(SETS)}; the default is core,scaling",
+    )
+    group.addoption("--quick", action="store_true", help="two cases and few rounds: does it run?")
+    group.addoption("--results", type=Path, metavar="FILE", help="write what is measured, after each case")
     group.addoption(
         "--device",
         choices=("all", "cpu", "cuda"),
@@ -40,16 +50,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="start no case after this time; the report has what was measured until then",
+        help="start no case after this time; the results have what was measured until then",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel: a measurement of the kernels, which every mask has alike")
     config.addinivalue_line("markers", "cpu_only: a measurement that a GPU does not need")
-    # pytest-benchmark would find only at the end that there is no such folder.
-    path = config.getoption("--benchmark-json")
-    if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    config.stash[_ENTRIES] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,6 +65,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = _chosen_cases(metafunc.config)
         if metafunc.definition.get_closest_marker("cpu_only"):
             chosen = [case for case in chosen if case.device == "cpu"]
+        if metafunc.definition.get_closest_marker("kernel"):
+            chosen = [case for case in chosen if case.is_plain]
         # Scope session, so that all tests of a case follow one another and it is prepared once.
         metafunc.parametrize(
             "prepared", chosen, indirect=True, scope="session", ids=[case.id for case in chosen]
@@ -70,7 +80,7 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     limit = request.config.getoption("--time-limit")
     if limit is not None and time.monotonic() - _BEGIN > limit:
         pytest.skip(f"the time limit of {limit:g} s has passed")
-    reason = too_little_memory(case)
+    reason = does_not_fit(case)
     if reason is not None:
         pytest.skip(f"too little memory: {reason}")
     yield Prepared(case)
@@ -80,34 +90,36 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
 
 
 @pytest.fixture
-def budget(request: pytest.FixtureRequest, prepared: Prepared) -> float:
-    """Seconds of measuring."""
-    quick = request.config.getoption("--quick")
-    return QUICK_BUDGET if quick else BUDGETS[prepared.case.device]
+def measure(request: pytest.FixtureRequest, prepared: Prepared, benchmark: Any) -> Measure:
+    """Times the functions of a mode and writes the results so far."""
+    config = request.config
+    budget = QUICK_BUDGET if config.getoption("--quick") else BUDGETS[prepared.case.device]
+
+    def run(mode: str, functions: Functions) -> None:
+        entry = prepared.measure(benchmark, mode, functions, budget)
+        if entry is not None:
+            config.stash[_ENTRIES].append(entry)
+            _write(config)
+
+    return run
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Replace what names the machine and not its kind by what decides speed."""
-    machine_info.clear()
-    machine_info.update(record.machine(config.getoption("--device")))
+def _write(config: pytest.Config) -> None:
+    path: Path | None = config.getoption("--results")
+    if path is None:
+        return
+    header = record.header(
+        ["pytest", *config.invocation_params.args], config.getoption("--device"), config.getoption("--quick")
+    )
+    write_results(path, header, config.stash[_ENTRIES])
 
 
-def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """A copy of the tree without its history is told its commit by FDKERNELS_COMMIT."""
-    if "FDKERNELS_COMMIT" in os.environ:
-        commit_info["id"] = os.environ["FDKERNELS_COMMIT"]
-
-
-def pytest_benchmark_update_json(
-    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
-) -> None:
-    """Add the command; leave out single rounds, of which `extra_info` holds the quartiles."""
-    output_json["command"] = record.command([str(arg) for arg in config.invocation_params.args])
-    output_json["quick"] = config.getoption("--quick")
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)
-        for name in ("params", "options"):  # `extra_info` says it all
-            entry.pop(name, None)
+def _sets(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in SETS:
+            raise pytest.UsageError(f"--set takes {', '.join(SETS)}, got {name!r}")
+    return names
 
 
 def _chosen_cases(config: pytest.Config) -> list[Case]:
@@ -115,9 +127,5 @@ def _chosen_cases(config: pytest.Config) -> list[Case]:
     devices = ["cpu", "cuda"] if device == "all" else [device]
     if device == "all" and not torch.cuda.is_available():
         devices = ["cpu"]
-    chosen = [case for name in devices for case in cases(name)]
-    if config.getoption("--quick"):
-        chosen = [
-            case for case in chosen if case.name in QUICK_NAMES and dtype_name(case.dtype) == QUICK_DTYPE
-        ]
-    return chosen
+    sets = ("quick",) if config.getoption("--quick") else config.getoption("--set")
+    return [case for name in devices for case in cases(name, sets)]

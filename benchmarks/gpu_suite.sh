@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and without network: builds, runs the tests on the device, checks memory
-# accesses and races with compute-sanitizer, and measures.
+# accesses and races with compute-sanitizer, and measures the op, the training step with it, and the trainings.
 #
 #     benchmarks/gpu_suite.sh [FOLDER]
 #
-# writes suite.log, summary.json, benchmarks.json and their page README.md into FOLDER, by default
-# benchmarks/results/gpu. PYTHON names the interpreter, FDKERNELS_SUITE_SECONDS the time for all steps (570), and
-# FDKERNELS_COMMIT the commit, for the record, where the tree comes without its history.
+# writes into FOLDER, by default benchmarks/results/gpu: suite.log, summary.json, calls.json, steps.json, training.json,
+# what each step said, and the page README.md with its pictures.
+#
+# PYTHON names the interpreter; FDKERNELS_SUITE_SECONDS is the time for all steps (570); FDKERNELS_SUITE_STEPS chooses
+# among them, by default all of "build backends tests calls sanitizer benchmarks steps training page"; FDKERNELS_SUITE_SET
+# names the cases (brief: a minute or two; core and full take longer); FDKERNELS_COMMIT is the commit, for the record,
+# where the tree comes without its history.
 # A step that fails does not stop the next. Exit status: 0 if all passed, 1 if one did not, 2 if nothing could start.
 set -uo pipefail
 
@@ -14,6 +18,19 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:-$root/benchmarks/results/gpu}"
 python="${PYTHON:-python3}"
 total_seconds="${FDKERNELS_SUITE_SECONDS:-570}"
+page_seconds=20
+chosen="${FDKERNELS_SUITE_STEPS:-build backends tests calls sanitizer benchmarks steps training page}"
+cases="${FDKERNELS_SUITE_SET:-brief}"
+
+for name in $chosen; do
+  case "$name" in
+    build | backends | tests | calls | sanitizer | benchmarks | steps | training | page) ;;
+    *)
+      echo "FDKERNELS_SUITE_STEPS must name steps of this suite, got $name" >&2
+      exit 2
+      ;;
+  esac
+done
 
 if ! "$python" -c "import torch" 2>/dev/null; then
   echo "torch is missing: $python cannot import it. Set PYTHON to the interpreter that can." >&2
@@ -43,26 +60,31 @@ unset TRITON_INTERPRET
 summary=()
 failed=0
 
+wanted() { [[ " $chosen " == *" $1 "* ]]; }
+
 # step NAME SECONDS COMMAND...: run with a time limit, write down how it went.
 step() {
   local name="$1" limit="$2" left status begin seconds
   shift 2
   left=$((total_seconds - SECONDS))
+  # What was measured must still come onto the page.
+  if [[ "$name" != page ]]; then left=$((left - page_seconds)); fi
   if ((left < limit)); then limit=$left; fi
   begin=$SECONDS
-  say "== $name"
+  say "== $name, at most $limit s"
   if ((limit < 5)); then
     say "no time is left for $name"
     status=124
   else
     # INT, so that pytest still writes what it has measured.
-    timeout --kill-after=20 --signal=INT "$limit" "$@" 2>&1 | tee -a "$log"
+    timeout --kill-after=20 --signal=INT "$limit" "$@" 2>&1 | tee "$out/${name// /-}.log" | tee -a "$log"
     status="${PIPESTATUS[0]}"
   fi
   seconds=$((SECONDS - begin))
   if ((status != 0)); then failed=1; fi
   say "== $name: exit status $status after $seconds s"
   summary+=("$name" "$status" "$seconds")
+  summarize
 }
 
 # skip NAME REASON: a step that cannot run counts as not passed.
@@ -70,6 +92,26 @@ skip() {
   say "== $1: not run, $2"
   summary+=("$1" "-1" "0")
   failed=1
+  summarize
+}
+
+# summary.json after each step, so that it is there if the suite is cut off.
+summarize() {
+  "$python" - "$out/summary.json" "${missing[*]-}" "${summary[@]}" <<'PYTHON'
+import json
+import os
+import sys
+
+path, missing, *rest = sys.argv[1:]
+steps = [
+    {"name": name, "exit_status": int(status), "seconds": int(seconds)}
+    for name, status, seconds in zip(*[iter(rest)] * 3)
+]
+with open(path + ".new", "w", encoding="utf-8") as file:
+    json.dump({"missing": missing.split(), "steps": steps}, file, indent=2)
+    file.write("\n")
+os.replace(path + ".new", path)
+PYTHON
 }
 
 has_module() { "$python" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)" 2>/dev/null; }
@@ -112,10 +154,16 @@ build() {
 export -f build has_module
 export python site work
 
-step build 180 bash -c build
+if wanted build; then
+  # An interrupted pip is no reason to ask CMake.
+  step build 180 bash -c 'trap "exit 130" INT; build'
+else
+  say "== build: not asked for; $python must find a built fdkernels"
+fi
 
 # Both backends of the GPU must be there: without this a test that skips would look like one that passes.
-step backends 60 "$python" -c "
+if wanted backends; then
+  step backends 60 "$python" -c "
 import sys
 sys.path[:] = [p for p in sys.path if p]
 import fdkernels
@@ -124,51 +172,63 @@ print(fdkernels.__file__)
 print(info_text())
 sys.exit(any(fdkernels.backends()[name] for name in ('cuda', 'triton')))
 "
+fi
 
-if has_module pytest; then
-  step tests 150 "$python" -c "$run_pytest" -p no:cacheprovider -q -m "not slow" --benchmark-skip python_tests
-else
-  skip tests "pytest is missing"
+if wanted tests; then
+  if has_module pytest; then
+    step tests 130 "$python" -c "$run_pytest" -p no:cacheprovider -q -m "not slow" --benchmark-skip python_tests
+  else
+    skip tests "pytest is missing"
+  fi
 fi
 
 calls=("$python" -c "import runpy, sys; sys.path[:] = [p for p in sys.path if p]
 sys.argv[0] = 'small_calls.py'; runpy.run_path('benchmarks/small_calls.py', run_name='__main__')")
-step "small calls" 60 "${calls[@]}"
-for tool in memcheck racecheck initcheck synccheck; do
-  if command -v compute-sanitizer >/dev/null; then
-    # Each tensor an allocation of its own, whose bounds and writes the tool can see.
-    step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      compute-sanitizer --tool "$tool" --error-exitcode 1 "${calls[@]}"
-  else
-    skip "$tool" "compute-sanitizer is missing"
-  fi
-done
-
-if has_module pytest && has_module pytest_benchmark; then
-  left=$((total_seconds - SECONDS - 20))
-  # The time limit lets pytest end by itself: no case starts in the last minute.
-  step benchmarks "$left" "$python" -c "$run_pytest" -p no:cacheprovider -q benchmarks --device cuda \
-    --time-limit "$((left > 90 ? left - 60 : 30))" --benchmark-only --benchmark-json="$out/benchmarks.json" \
-    --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
-  step page 20 "$python" -m benchmarks.report --results "$out" --page "$out/README.md"
-else
-  skip benchmarks "pytest or pytest-benchmark is missing"
+if wanted calls; then step "small calls" 60 "${calls[@]}"; fi
+if wanted sanitizer; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    if command -v compute-sanitizer >/dev/null; then
+      # Each tensor an allocation of its own, whose bounds and writes the tool can see.
+      step "$tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 1 "${calls[@]}"
+    else
+      skip "$tool" "compute-sanitizer is missing"
+    fi
+  done
 fi
 
-"$python" - "$out/summary.json" "${missing[*]-}" "${summary[@]}" <<'PYTHON'
-import json
-import sys
+if wanted benchmarks; then
+  if has_module pytest && has_module pytest_benchmark; then
+    # The time limit lets pytest end by itself: no case starts in the last seconds.
+    step benchmarks 130 "$python" -c "$run_pytest" -p no:cacheprovider -q benchmarks --device cuda --set "$cases" \
+      --time-limit 100 --benchmark-only --results "$out/calls.json" \
+      --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+  else
+    skip benchmarks "pytest or pytest-benchmark is missing"
+  fi
+fi
 
-path, missing, *rest = sys.argv[1:]
-steps = [
-    {"name": name, "exit_status": int(status), "seconds": int(seconds)}
-    for name, status, seconds in zip(*[iter(rest)] * 3)
-]
-with open(path, "w", encoding="utf-8") as file:
-    json.dump({"missing": missing.split(), "steps": steps}, file, indent=2)
-    file.write("\n")
-for step in steps:
-    print(f"{step['name']:12} {'passed' if step['exit_status'] == 0 else 'NOT PASSED'} {step['seconds']:5d} s")
-PYTHON
+if wanted steps; then
+  # The modes that need a compiler last: a time limit cuts off the end.
+  step steps 90 "$python" -m benchmarks.steps --device cuda --output "$out/steps.json" --time-limit 70
+fi
+
+if wanted training; then
+  if [[ -f benchmarks/training.py ]]; then
+    step training 60 "$python" -m benchmarks.training --output "$out/training.json"
+  else
+    skip training "benchmarks/training.py is missing"
+  fi
+fi
+
+if wanted page; then
+  step page "$page_seconds" "$python" -m benchmarks.report --results "$out" --page "$out/README.md"
+fi
+
+for ((i = 0; i < ${#summary[@]}; i += 3)); do
+  word="NOT PASSED"
+  if ((summary[i + 1] == 0)); then word="passed"; fi
+  say "$(printf '%-12s %-10s %5d s' "${summary[i]}" "$word" "${summary[i + 2]}")"
+done
 
 exit "$failed"

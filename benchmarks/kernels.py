@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Inputs
+from benchmarks.cases import Case, Inputs
 from benchmarks.truth import Truth
 from fdkernels import native
 from fdkernels.backend import implementation, resolve
+from fdkernels.conventions import get_convention
 from fdkernels.layer_masks import layer_masks
 from fdkernels.region_sums.geometry import DTYPE_CODES, accumulate_dtype, geometry_of
 
@@ -22,11 +23,12 @@ class Kernels:
     same, as its allocator keeps what it has, and there is no `warm`.
     """
 
-    def __init__(self, inputs: Inputs, truth: Truth) -> None:
+    def __init__(self, case: Case, inputs: Inputs, truth: Truth) -> None:
         self.layers = [layer.detach() for layer in inputs.layers]
         dtype = accumulate_dtype(self.layers)
         sizes = [layer.shape[2:] for layer in self.layers]
-        self.masks = layer_masks(inputs.mask, sizes, dtype, "area", None)
+        resize = get_convention(case.convention).mask_resize
+        self.masks = layer_masks(inputs.mask, sizes, dtype, resize, case.ignore_index)
         self.backend = resolve("auto", self.layers[0].device)
         self.stage = implementation("region_sums", self.backend)
         coefficients = torch.cat(truth.coefficients, dim=1)  # [N, ΣC, 2]

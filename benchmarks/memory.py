@@ -1,11 +1,22 @@
-"""Peak memory of a call beyond what was there before it."""
+"""What a call takes beside time: peak memory, kernel launches, dispatched ops."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.cases import Case
+
+# Bytes that a contender's forward and backward hold at once, over those of the features, features included;
+# about, and rather more.
+_PEAK_FACTORS = {"eager": 7.0, "compiled": 4.0, "bmm": 4.0}
+_PEAK_FACTOR = 2.6  # features, gradient, and what the check against the truth takes
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
@@ -39,3 +50,45 @@ def kernel_launches(function: Callable[[], object]) -> int:
         function()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the ops that torch dispatches to a backend within the block, views and allocations too.
+
+    What a compiled graph or a custom op does inside is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched_ops(function: Callable[[], object]) -> int:
+    """How many ops a call dispatches, each of which costs the host about a microsecond or more."""
+    with Dispatched() as counter:
+        function()
+    return len(counter.names)
+
+
+def does_not_fit(case: Case, contender: str = "op") -> str | None:
+    """Why a contender's memory is not there on the device, or None."""
+    free = torch.cuda.mem_get_info()[0] if case.device == "cuda" else _available_bytes()
+    needed = _PEAK_FACTORS.get(contender, _PEAK_FACTOR) * case.feature_bytes
+    if free is None or free >= needed:
+        return None
+    return f"{needed / 2**30:.3g} GiB are needed for {case.name}, {free / 2**30:.3g} GiB are free"
+
+
+def _available_bytes() -> int | None:
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

@@ -12,13 +12,17 @@ from torch import Tensor
 from benchmarks.cases import Case, dtype_name, make_inputs
 from benchmarks.floors import Floors
 from benchmarks.kernels import Kernels
-from benchmarks.memory import kernel_launches, peak_bytes
-from benchmarks.peers import OP_BOUNDS, PEER_BOUNDS, contenders, is_op
+from benchmarks.memory import dispatched_ops, does_not_fit, kernel_launches, peak_bytes
+from benchmarks.peers import OP_BOUNDS, bounds, contenders, options
+from benchmarks.taps import Tapped
 from benchmarks.timing import Functions, Rounds, device_samples, summarize
 from benchmarks.truth import Truth, clear_gradients
+from fdkernels.backend import auto_backend
 
 # Bound on the region sums that the kernels alone give.
 SUMS_BOUND = 1e-6
+# The fixture by which a test measures: a mode, and functions by name.
+Measure = Callable[[str, Functions], None]
 
 
 class Prepared:
@@ -35,46 +39,65 @@ class Prepared:
     def __init__(self, case: Case, compiled: bool = True) -> None:
         self.case = case
         self.inputs = inputs = make_inputs(case)
-        truth = Truth(inputs)
+        self.truth = Truth(case, inputs)
         self.left_out: dict[str, str] = {}
         reason = compile_reason(case.device) if compiled else "not asked for"
         if reason is not None:
             self.left_out["compiled"] = reason
         self.losses = contenders(case, inputs, compiled=reason is None)
+        for name in list(self.losses):
+            too_large = does_not_fit(case, name)
+            if too_large is not None:
+                del self.losses[name]
+                self.left_out[name] = too_large
         self.errors = {
-            name: dict(zip(("loss", "gradient"), truth.errors(loss), strict=True))
+            name: dict(zip(("loss", "gradient"), self.truth.errors(loss), strict=True))
             for name, loss in self.losses.items()
         }
         self.steps = {name: self._step(loss) for name, loss in self.losses.items()}
         self.floors = Floors(inputs.layers)
-        self.kernels = Kernels(inputs, truth)
-        self.kernel_errors = _kernel_errors(self.kernels, truth)
-        self.backend = self.kernels.backend
 
-    def require_agreement(self) -> None:
-        """Raise AssertionError unless every contender and kernel gives the numbers of the truth."""
-        for name, errors in self.errors.items():
-            bounds = (OP_BOUNDS if is_op(name) else PEER_BOUNDS)[self.case.dtype]
-            for (what, error), bound in zip(errors.items(), bounds, strict=True):
-                _require(f"{what} of {name}", self.case, error, bound)
-        for name, error in self.kernel_errors.items():
+    @functools.cached_property
+    def kernels(self) -> Kernels:
+        """The stage alone, compared with the truth."""
+        kernels = Kernels(self.case, self.inputs, self.truth)
+        for name, error in _kernel_errors(kernels, self.truth).items():
             bound = SUMS_BOUND if name == "forward" else OP_BOUNDS[self.case.dtype][1]
             _require(f"kernel {name}", self.case, error, bound)
+        return kernels
+
+    @functools.cached_property
+    def tapped(self) -> Tapped:
+        """`tap` and what it replaces, compared with the truth."""
+        tapped = Tapped(self.inputs, self.truth, options(self.case, self.inputs))
+        bound = OP_BOUNDS[self.case.dtype][1]
+        errors = tapped.errors()
+        _require("gradient of tap", self.case, errors["tap"], bound)
+        # Rounded as the gradient of the loss, and again as the sum.
+        _require("gradient of separate", self.case, errors["separate"], 2 * bound)
+        return tapped
+
+    def require_agreement(self) -> None:
+        """Raise AssertionError unless every contender gives the numbers of the truth."""
+        for name, errors in self.errors.items():
+            for (what, error), bound in zip(errors.items(), bounds(self.case, name), strict=True):
+                _require(f"{what} of {name}", self.case, error, bound)
 
     def measure(
-        self,
-        benchmark: Any,
-        mode: str,
-        functions: Functions,
-        budget: float,
-    ) -> None:
-        """Time `functions`, the first by pytest-benchmark, and write all that is known into `extra_info`.
+        self, benchmark: Any, mode: str, functions: Functions, budget: float
+    ) -> dict[str, Any] | None:
+        """Time `functions`, the first by pytest-benchmark.
 
         Args:
-            benchmark: the fixture. mode: what of the case it is, such as `"forward"`. functions: by name,
-            `"floor"` among them; the first is the one of this package. Ratios are those of
+            benchmark: the fixture.
+            mode: what of the case it is, such as `"forward"`.
+            functions: by name, `"floor"` among them; the first is the one of this package. Ratios are those
+            of
                 the first to the floor and of the others to the first.
             budget: seconds.
+
+        Returns:
+            All that is known, as `results.read_results` reads it; None if pytest-benchmark is switched off.
         """
         self.require_agreement()
         case, first = self.case, next(iter(functions))
@@ -86,38 +109,44 @@ class Prepared:
         rounds = Rounds(functions, first, case.device)
         samples = rounds.run(benchmark, budget)
         if not samples:
-            return
+            return None
         seconds, ratios = summarize(samples, pairs)
-        benchmark.extra_info.update(
-            mode=mode,
-            case=case.name,
-            dtype=dtype_name(case.dtype),
-            layout=case.layout,
-            device=case.device,
-            layers=["x".join(map(str, shape)) for shape in case.layers],
-            mask="x".join(map(str, case.mask_size)),
-            feature_bytes=case.feature_bytes,
-            backend=self.backend,
-            rounds=len(samples[first]),
-            seconds=seconds,
-            ratios=ratios,
-            peak_bytes=peaks,
-            errors={
+        entry: dict[str, Any] = {
+            "mode": mode,
+            "case": case.name,
+            "dtype": dtype_name(case.dtype),
+            "layout": case.layout,
+            "device": case.device,
+            "layers": ["x".join(map(str, shape)) for shape in case.layers],
+            "mask": "x".join(map(str, case.mask_size)),
+            "mask_kind": case.mask_kind,
+            "convention": case.convention,
+            "exchange": case.exchange,
+            "feature_bytes": case.feature_bytes,
+            "backend": auto_backend(case.device),
+            "rounds": len(samples[first]),
+            "seconds": seconds,
+            "ratios": ratios,
+            "peak_bytes": peaks,
+            "ops": {
+                name: dispatched_ops(function)
+                for name, function in functions.items()
+                if name != "compiled" and name in self.losses
+            },
+            "errors": {
                 name: {what: float(f"{error:.2g}") for what, error in self.errors[name].items()}
                 for name in functions
                 if name in self.errors
             },
-            left_out=self.left_out,
-        )
+            "left_out": self.left_out,
+        }
         if case.device == "cuda":
             medians = {name: times["median"] for name, times in seconds.items()}
             on_device = device_samples(functions, medians, budget)
-            device_seconds, device_ratios = summarize(on_device, pairs)
-            launches = {name: kernel_launches(function) for name, function in functions.items()}
-            benchmark.extra_info.update(
-                device_seconds=device_seconds, device_ratios=device_ratios, launches=launches
-            )
+            entry["device_seconds"], entry["device_ratios"] = summarize(on_device, pairs)
+            entry["launches"] = {name: kernel_launches(function) for name, function in functions.items()}
         self._forget()
+        return entry
 
     def _step(self, loss: Callable[[], Tensor]) -> Callable[[], None]:
         def step() -> None:
@@ -133,7 +162,8 @@ class Prepared:
 
     def _forget(self) -> None:
         clear_gradients(self.inputs.layers)
-        self.kernels.grads = []
+        if "kernels" in self.__dict__:
+            self.kernels.grads = []
         self.floors.release()
 
 
@@ -164,13 +194,3 @@ def compile_reason(device: str) -> str | None:
     except Exception as error:  # noqa: BLE001 - a missing compiler or Triton shows in many ways
         return f"torch.compile does not work here: {str(error).splitlines()[0]}"
     return None
-
-
-def too_little_memory(case: Case) -> str | None:
-    """Why a case does not fit onto the GPU, or None. Eager PyTorch needs several times the features."""
-    if case.device != "cuda":
-        return None
-    free, needed = torch.cuda.mem_get_info()[0], 8 * case.feature_bytes
-    if free >= needed:
-        return None
-    return f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"

@@ -1,13 +1,15 @@
-"""What a result was measured on: machine, versions, command."""
+"""What a result was measured on: machine, versions, commit, command."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib.metadata
 import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 import fdkernels
 from fdkernels.build_info import build_info
 
+_ROOT = str(Path(__file__).resolve().parents[1])
 _PACKAGES = ("numpy", "triton", "pytest-benchmark")
 _COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 _COPY_ROUNDS = 15
@@ -73,11 +76,63 @@ def copy_rate(device: str) -> float:
     return float(f"{2 * source.nbytes / statistics.median(seconds):.4g}")
 
 
+def header(arguments: Sequence[str], device: str, quick: bool = False) -> dict[str, Any]:
+    """What stands at the head of a file of results: machine, commit, time and command."""
+    return {
+        "machine": machine(device),
+        "commit": commit(),
+        "when": _begin(),
+        "command": command(arguments),
+        "quick": quick,
+    }
+
+
+@functools.cache
+def commit() -> dict[str, Any]:
+    """The commit and whether there are changes beside results.
+
+    A copy of the tree without its history is told its commit by FDKERNELS_COMMIT.
+    """
+    if "FDKERNELS_COMMIT" in os.environ:
+        return {"id": os.environ["FDKERNELS_COMMIT"], "dirty": None}
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return {"id": None, "dirty": None}
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/README.md")
+    return {"id": head, "dirty": bool(changes)}
+
+
 def command(arguments: Sequence[str]) -> str:
     """The command as somebody else would type it: paths from the checkout, elsewhere the name alone."""
-    root = str(Path(__file__).resolve().parents[1])
-    inside = (argument.replace(f"{root}/", "") for argument in arguments)
-    return " ".join(["pytest", *(re.sub(r"(^|=)/.*/", r"\1", argument) for argument in inside)])
+    inside = (str(argument).replace(f"{_ROOT}/", "") for argument in arguments)
+    return " ".join(re.sub(r"(^|=)/.*/", r"\1", argument) for argument in inside)
+
+
+def folder_name(device: str) -> str:
+    """A name for the machine's kind, such as `nvidia-h100-80gb-hbm3` or `amd-epyc`."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_model()
+    words = re.sub(r"\((r|tm)\)|processor|cpu|@.*|\d+-core", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-") or platform.machine()
+
+
+def main() -> None:
+    """Print the folder of the results of this machine."""
+    print(folder_name("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@functools.cache
+def _begin() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=_ROOT, check=True, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _seconds(function: Callable[[], object], device: str) -> float:
@@ -110,3 +165,7 @@ def _cpu_cache_bytes() -> int | None:
         factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
         sizes.append(int(text.rstrip("KMG")) * factor)
     return max(sizes, default=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import DeviceResults, read_results
-from benchmarks.shortfalls import FORWARD, STEP, best_peer, losses, missed_figures
+from benchmarks.counted_report import counted_section, instructions_section
+from benchmarks.reasons import read_reasons
+from benchmarks.results import DeviceResults, ResultFile, read_files, read_results
+from benchmarks.shortfalls import FIGURES, FORWARD, STEP, Shortfall, best_peer, losses, missed_figures
+from benchmarks.steps_report import StepResult, folder_of, read_steps, steps_section
 from benchmarks.tables import (
     floors_table,
     launches_table,
     memory_table,
+    ops_table,
     peers_table,
     pyramids_table,
+    scaling_table,
     shortfalls_table,
+    tap_table,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -23,24 +31,31 @@ INTRODUCTION = """\
 # Benchmarks
 
 The feature discrepancy loss beside its floors and beside what a user would write instead. `make bench`
-measures, `make bench-report` makes this page from the JSON files under `results/`; no number in it was
-written by hand.
+measures (about ten minutes on two cores), `make bench-report` makes this page from the JSON files under
+`results/`; no number in it was written by hand. `make bench-instructions` counts the instructions of a call,
+`gpu_suite.sh` does all of it on a machine with a GPU, and [tuning.md](tuning.md) notes each variant of a
+kernel that was tried.
 
-**Cases.** `enc1-256` is the first encoder level of a UNet with 64 base channels on 4 images of 256×256:
-features [4, 64, 256, 256]; each level has twice the channels at half the side, and decoder levels have the
-shapes of encoder levels. `pyramid` is all nine taps in one call, `deep` the three smallest, `pyramid-32` nine
-small layers. A pyramid's mask has the size of the image, and everyone has to resize it. Features are random,
-the mask is random and binary.
+**Cases.** `enc1-256` is the first encoder level of the UNet on 4 images of 256×256, features
+[4, 64, 256, 256]; a decoder level has the shape of its encoder level. `unet-512` is all nine taps in one
+call on 4 images of 512×512, `unet-256` on 16 of 256×256; `attention_unet` and `cmunet` have the same shapes,
+`nucleisegnet` half the channels. `pyramid` is the nine taps of the UNet on 4 images, `deep` its three
+smallest, `pyramid-32` nine small layers. `bool`, `uint8`, `int64`, `soft` and `ignore` are `enc1` with
+another mask, `shuffle` and `pooled` are `deep` with an exchange, `released` is `enc1` under the convention of
+the authors' code, `volume` is 3-D. A pyramid's mask has the size of the image, and everyone has to resize it.
+Features and masks are random.
 
 **Contenders.** `op`: `fdkernels.feature_discrepancy_loss`, on a GPU also on its other backend. `eager`: the
-same loss in plain PyTorch, `features * mask` and `features * (1 - mask)`; `compiled`: that under
-`torch.compile`; `bmm`: one matrix product with the two columns `mask` and `1 - mask`; `single calls`: the op
-once for each layer. The peers get the mask in the features' dtype, converted beforehand. Everyone's loss and
-gradient are compared with a closed form in float64 first; a case in which one is wrong is not timed.
+same loss in plain PyTorch, `features * mask` and `features * (1 - mask)`, or the authors' own formula under
+`released`; `compiled`: that under `torch.compile`; `bmm`: one matrix product with the two columns `mask` and
+`1 - mask`; `single calls`: the op once for each layer. The peers get the mask in the features' dtype,
+converted beforehand. Everyone's loss and gradient are compared with a closed form in float64 first; a case in
+which one is wrong is not timed.
 
 **Floors.** forward: `features.sum()`; backward: `torch.empty_like(features).fill_(x)`; forward+backward:
-both; warm: `fill_` into memory that is there already. On a CPU fresh memory costs its page faults, which is
-most of the time of a large gradient, for everyone.
+both; warm: `fill_` into memory that is there already; `tap`: the features and the arriving gradient read, the
+sum written. On a CPU fresh memory costs its page faults, which is most of the time of a large gradient, for
+everyone.
 
 **Times.** Contenders are called in turn within a round, once untimed where a cache could help and once timed;
 a ratio is that of two times of one round, so that drift of the machine cancels. Numbers are medians, [ ]
@@ -49,32 +64,69 @@ a fresh gradient. On a GPU the time is that of the kernels of a call, without wa
 table says otherwise.
 """
 
+_ALT = {
+    "scaling": "Share of the copy rate by size of the features",
+    "times": "Times of forward and backward, over the op's",
+    "memory": "Peak memory beyond the gradient",
+    "steps": "Cost of the loss in a training step",
+}
 
-def report(results: list[DeviceResults], pictures: dict[str, str]) -> str:
+
+def report(files: Sequence[ResultFile], results: Sequence[DeviceResults], pictures: dict[str, str]) -> str:
     """The page as Markdown.
 
     Args:
-        results: what was measured.
-        pictures: address of the picture of `picture_name(...)`, for those that there are.
+        files: everything that was measured.
+        results: the calls of the loss among it.
+        pictures: the address of each picture, by `picture_name(...)`.
     """
     parts = [INTRODUCTION]
     if not results:
         parts.append("Nothing has been measured yet.\n")
-    parts += [_section(part, pictures.get(picture_name(part))) for part in results]
-    return "\n".join(parts)
+    reasons = read_reasons()
+    for part in results:
+        steps = read_steps(files, folder_of(part.stem), part.device)
+        parts.append(_section(part, steps, pictures, reasons))
+    parts += [counted_section(files), instructions_section(files)]
+    return "\n".join(part for part in parts if part)
 
 
-def picture_name(results: DeviceResults) -> str:
-    """The file of the picture, relative to the folder of the results."""
-    return f"{results.stem}-{results.device}.svg"
+def picture_name(results: DeviceResults, name: str) -> str:
+    """What a picture is called among those of all machines."""
+    return f"{folder_of(results.stem)}/{results.device}-{name}"
 
 
-def _section(results: DeviceResults, picture: str | None) -> str:
-    name = results.machine.get("gpu") if results.device == "cuda" else results.machine["cpu_model"]
-    parts = [f"## {name}\n", _conditions(results), _summary(results)]
-    if picture is not None:
-        parts.append(f"![Times of forward and backward, over the op's]({picture})\n")
-    parts += ["### Where we lose\n", _shortfalls(results)]
+def _section(
+    results: DeviceResults,
+    steps: Sequence[StepResult],
+    pictures: dict[str, str],
+    reasons: dict[str, str],
+) -> str:
+    def picture(name: str) -> list[str]:
+        address = pictures.get(picture_name(results, name))
+        return [] if address is None else [f"![{_ALT[name]}]({address})\n"]
+
+    machine = results.machine.get("gpu") if results.device == "cuda" else results.machine["cpu_model"]
+    parts = [f"## {machine}\n", _conditions(results), _summary(results)]
+    parts += picture("times")
+    parts += [
+        "### Where we lose\n",
+        _grouped(losses(results), reasons, "In no case does a peer take less time."),
+    ]
+    parts += [
+        "### Figures not reached\n",
+        _grouped(missed_figures(results), reasons, "Every figure is reached."),
+    ]
+    if steps:
+        parts += [
+            "### Cost of a training step\n",
+            *picture("steps"),
+            steps_section(steps, results.device) + "\n",
+        ]
+    scaling = scaling_table(results)
+    if scaling:
+        note = "Bytes that have to move, over the time, as a share of what a copy moves in that time.\n"
+        parts += ["### By size\n", note, *picture("scaling"), _folded("the series in numbers", scaling)]
     parts += ["### Over the floors\n", floors_table(results) + "\n"]
     parts += ["### Forward and backward\n", peers_table(results, STEP) + "\n"]
     parts += ["### Forward\n", peers_table(results, FORWARD) + "\n"]
@@ -85,30 +137,38 @@ def _section(results: DeviceResults, picture: str | None) -> str:
             "### Launches\n",
             launches_table(results) + "\n",
         ]
-    pyramids = pyramids_table(results)
-    if pyramids:
-        parts += ["### A pyramid in one call\n", pyramids + "\n"]
+    for title, text in (
+        ("### A pyramid in one call\n", pyramids_table(results)),
+        ("### A gradient from the rest of the network\n", tap_table(results)),
+    ):
+        parts += [title, text + "\n"] if text else []
     parts += [
         "### Memory\n",
         "Peak beyond inputs and, for forward+backward, beyond the gradient, as a share of the features.\n",
-        memory_table(results) + "\n",
+        *picture("memory"),
+        _folded("peak memory in numbers", memory_table(results)),
     ]
+    ops = ops_table(results)
+    if ops:
+        note = "What torch dispatches in a call; the inside of a compiled graph or a custom op is not seen.\n"
+        parts += ["### Ops dispatched\n", note, _folded("ops by contender", ops)]
     return "\n".join(parts)
 
 
 def _conditions(results: DeviceResults) -> str:
-    machine, commit = results.machine, results.commit
+    machine, conditions = results.machine, results.conditions
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     cpu = (
         f"CPU: {machine['cpu_model']}, {machine['cpu_cores']} cores, {machine['threads']} threads, "
         f"cache {_mib(machine['cpu_cache_bytes'])}; {machine['system']}"
     )
+    commit = conditions.commit
     lines = [
         cpu,
         f"Versions: {versions}",
         f"Built with: {_build(machine['build'])}",
         f"Commit: {commit.get('id') or 'unknown'}{', with changes' if commit.get('dirty') else ''}",
-        f"Measured: {results.when}, by `{results.command}`",
+        f"Measured: {conditions.when}, by `{conditions.command}`",
     ]
     if results.device == "cuda":
         gpu = (
@@ -116,10 +176,9 @@ def _conditions(results: DeviceResults) -> str:
             f"{_mib(machine['gpu_memory_bytes'])}, cache {_mib(machine['gpu_cache_bytes'])}"
         )
         lines.insert(0, gpu)
-    rate = machine["copy_bytes_per_second"].get(results.device)
-    if rate:
-        lines.append(f"Copy rate, read and written: {rate / 1e9:.3g} GB/s")
-    if results.quick:
+    if results.copy_rate:
+        lines.append(f"Copy rate, read and written: {results.copy_rate / 1e9:.3g} GB/s")
+    if conditions.quick:
         lines.append("A trial run of a few rounds: its numbers say little.")
     left_out = {
         f"`{name}` is missing: {reason}"
@@ -165,19 +224,26 @@ def _errors(results: DeviceResults) -> list[str]:
     return sentences
 
 
-def _shortfalls(results: DeviceResults) -> str:
-    slower, missed = losses(results), missed_figures(results)
+def _grouped(shortfalls: Sequence[Shortfall], reasons: dict[str, str], none: str) -> str:
+    """The shortfalls by figure: the worst number, what stands in the way, and all of them folded."""
+    if not shortfalls:
+        return none + "\n"
     parts = []
-    if slower:
-        parts += ["Cases in which something else takes less time than the op:\n"]
-        parts += [shortfalls_table(slower) + "\n"]
-    else:
-        parts.append("In no case does a peer take less time than the op.\n")
-    if missed:
-        parts += ["Figures that are not reached:\n", shortfalls_table(missed) + "\n"]
-    else:
-        parts.append("Every figure is reached.\n")
+    for key in dict.fromkeys(shortfall.key for shortfall in shortfalls):
+        of_key = [shortfall for shortfall in shortfalls if shortfall.key == key]
+        worst = of_key[0]
+        parts.append(
+            f"**{FIGURES[key][0].upper()}{FIGURES[key][1:]}**: at worst {worst.measured} "
+            f"(`{worst.case.name}` {worst.case.dtype} {worst.case.layout}, {worst.mode}). "
+            f"{reasons.get(key, 'Why is not known yet.')}\n"
+        )
+        count = "1 case" if len(of_key) == 1 else f"{len(of_key)} cases"
+        parts.append(_folded(count, shortfalls_table(of_key)))
     return "\n".join(parts)
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>\n"
 
 
 def _build(build: dict[str, Any]) -> str:
@@ -191,31 +257,33 @@ def _mib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 2**20:.0f} MiB"
 
 
+def draw_all(
+    files: Sequence[ResultFile], results: Sequence[DeviceResults], folder: Path, base: Path
+) -> dict[str, str]:
+    """Draw every picture beside its results; the address of each as seen from `base`, by its name."""
+    try:
+        from benchmarks.plot import draw
+    except ImportError:
+        print("Without matplotlib the page has no pictures.")
+        return {}
+    addresses = {}
+    for part in results:
+        steps = read_steps(files, folder_of(part.stem), part.device)
+        for name, path in draw(part, steps, folder / folder_of(part.stem)).items():
+            addresses[picture_name(part, name)] = Path(os.path.relpath(path, base)).as_posix()
+    return addresses
+
+
 def main() -> None:
     """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description="Make the benchmark page from the JSON files.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON")
     parser.add_argument("--page", type=Path, default=HERE / "README.md", help="file to write")
     arguments = parser.parse_args()
-    results = read_results(arguments.results)
-    pictures = _draw(results, arguments.results, arguments.page.parent)
-    arguments.page.write_text(report(results, pictures), encoding="utf-8")
+    files, results = read_files(arguments.results), read_results(arguments.results)
+    pictures = draw_all(files, results, arguments.results, arguments.page.resolve().parent)
+    arguments.page.write_text(report(files, results, pictures), encoding="utf-8")
     print(f"{arguments.page}: {sum(len(part.cases) for part in results)} cases")
-
-
-def _draw(results: list[DeviceResults], folder: Path, base: Path) -> dict[str, str]:
-    """Draw every picture; where it lies as seen from the page, by its name."""
-    try:
-        from benchmarks.plot import plot_times
-    except ImportError:
-        print("Without matplotlib the page has no pictures.")
-        return {}
-    addresses = {}
-    for part in results:
-        path = folder / picture_name(part)
-        plot_times(part, path)
-        addresses[picture_name(part)] = path.resolve().relative_to(base.resolve()).as_posix()
-    return addresses
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.results import CaseResult, DeviceResults, Measurement, Spread
-from benchmarks.shortfalls import FORWARD, PEERS, STEP, Shortfall, memory_share
+from benchmarks.shortfalls import FORWARD, PEERS, STEP, TAP, Shortfall, bytes_moved, memory_share
 
-_NONE = "–"
+NONE = "–"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -30,9 +30,9 @@ def floors_table(results: DeviceResults) -> str:
         ("kernel backward, warm", "kernel/floor"),
         (STEP, "op/floor"),
     )
-    copy_rate = results.machine["copy_bytes_per_second"].get(results.device)
+    copy_rate = results.copy_rate
     rows = []
-    for case in results.cases:
+    for case in results.listed:
         cells = [_ratio(case.modes.get(mode), key) for mode, key in columns]
         rate = _read_rate(case)
         share = None if rate is None or not copy_rate else rate / copy_rate
@@ -40,8 +40,8 @@ def floors_table(results: DeviceResults) -> str:
             label(case),
             f"{case.feature_bytes / 2**20:.3g}",
             *cells,
-            _NONE if rate is None else f"{rate / 1e9:.3g} GB/s",
-            _NONE if share is None else f"{share:.0%}",
+            NONE if rate is None else f"{rate / 1e9:.3g} GB/s",
+            NONE if share is None else f"{share:.0%}",
         ])  # fmt: skip
     return table(header, rows)
 
@@ -55,14 +55,14 @@ def peers_table(results: DeviceResults, mode: str, host: bool = False) -> str:
     ]
     header = ["case", "op, ms", *(f"`{name}`" for name in names)]
     rows = []
-    for case in results.cases:
+    for case in results.listed:
         measurement = case.modes.get(mode)
         if measurement is None:
             continue
         seconds = measurement.host_seconds if host else measurement.seconds
         ratios = measurement.host_ratios if host else measurement.ratios
         cells = [
-            f"{_ms(seconds[name])} ({_spread(ratios[f'{name}/op'])}×)" if name in seconds else _NONE
+            f"{_ms(seconds[name])} ({spread_text(ratios[f'{name}/op'])}×)" if name in seconds else NONE
             for name in names
         ]
         rows.append([label(case), _ms(seconds["op"]), *cells])
@@ -75,20 +75,76 @@ def pyramids_table(results: DeviceResults) -> str:
         "case", "layers", "forward, ms", "single calls", "forward+backward, ms", "single calls"
     ]  # fmt: skip
     rows = []
-    for case in results.cases:
+    for case in results.listed:
         if len(case.layers) == 1:
             continue
         cells = []
         for mode in (FORWARD, STEP):
             measurement = case.modes.get(mode)
             if measurement is None:
-                cells += [_NONE, _NONE]
+                cells += [NONE, NONE]
                 continue
             singles = _ms(measurement.seconds["single calls"])
-            factor = _spread(measurement.ratios["single calls/op"])
+            factor = spread_text(measurement.ratios["single calls/op"])
             cells += [_ms(measurement.seconds["op"]), f"{singles} ({factor}×)"]
         rows.append([label(case), str(len(case.layers)), *cells])
     return table(header, rows) if rows else ""
+
+
+def scaling_table(results: DeviceResults) -> str:
+    """The series by size: bytes moved over time as a share of the copy rate, of the op and of its peers."""
+    names = ("op", "floor", *PEERS)
+    rate = results.copy_rate
+    rows = []
+    for case in results.cases:
+        if not case.name.startswith("scaling") or not rate:
+            continue
+        cells = []
+        for mode in (FORWARD, STEP):
+            for name in names:
+                seconds = case.modes[mode].seconds.get(name) if mode in case.modes else None
+                share = None if seconds is None else bytes_moved(case, mode) / seconds.median / rate
+                cells.append(NONE if share is None else f"{share:.0%}")
+        rows.append([f"{case.feature_bytes / 2**20:g}", *cells])
+    header = ["MiB", *(f"{mode}: `{name}`" for mode in (FORWARD, STEP) for name in names)]
+    return table(header, rows) if rows else ""
+
+
+def tap_table(results: DeviceResults) -> str:
+    """`tap` beside a separate op, where the network sends a gradient to the same features."""
+    rows = []
+    for case in results.listed:
+        measurement = case.modes.get(TAP)
+        if measurement is not None:
+            rows.append(
+                [
+                    label(case),
+                    _ms(measurement.seconds["tap"]),
+                    _ms(measurement.seconds["separate"]),
+                    f"{spread_text(measurement.ratios['separate/tap'])}×",
+                    _ratio(measurement, "tap/floor"),
+                ]
+            )
+    header = ["case", "`tap`, ms", "separate, ms", "separate over `tap`", "`tap` over its floor"]
+    return table(header, rows) if rows else ""
+
+
+def ops_table(results: DeviceResults) -> str:
+    """Ops that each contender dispatches; what a compiled graph or a custom op does inside is not seen."""
+    names = [
+        name
+        for name in _contenders(results, STEP)
+        if any(name in case.modes[STEP].ops for case in results.listed if STEP in case.modes)
+    ]
+    rows = []
+    for case in results.listed:
+        cells = []
+        for mode in (FORWARD, STEP):
+            counts = case.modes[mode].ops if mode in case.modes else {}
+            cells += [str(counts.get(name, NONE)) for name in names]
+        rows.append([label(case), *cells])
+    header = ["case", *(f"{mode}: `{name}`" for mode in (FORWARD, STEP) for name in names)]
+    return table(header, rows) if names else ""
 
 
 def memory_table(results: DeviceResults) -> str:
@@ -96,13 +152,13 @@ def memory_table(results: DeviceResults) -> str:
     header = ["case", "MiB"]
     header += [f"{mode}: `{name}`" for mode in (FORWARD, STEP) for name in ("op", *PEERS)]
     rows = []
-    for case in results.cases:
+    for case in results.listed:
         cells = []
         for mode in (FORWARD, STEP):
             for name in ("op", *PEERS):
                 measurement = case.modes.get(mode)
                 share = measurement and memory_share(case, measurement, name, mode)
-                cells.append(_NONE if share is None else _percent(share))
+                cells.append(NONE if share is None else _percent(share))
         rows.append([label(case), f"{case.feature_bytes / 2**20:.3g}", *cells])
     return table(header, rows)
 
@@ -112,19 +168,21 @@ def launches_table(results: DeviceResults) -> str:
     names = [name for name in _contenders(results, STEP) if name != "floor"]
     header = ["case", *(f"{mode}: `{name}`" for mode in (FORWARD, STEP) for name in names)]
     rows = []
-    for case in results.cases:
+    for case in results.listed:
         cells = []
         for mode in (FORWARD, STEP):
             counts = case.modes[mode].launches if mode in case.modes else {}
-            cells += [str(counts.get(name, _NONE)) for name in names]
+            cells += [str(counts.get(name, NONE)) for name in names]
         rows.append([label(case), *cells])
     return table(header, rows)
 
 
 def shortfalls_table(shortfalls: Sequence[Shortfall]) -> str:
-    """One line for each number that is not as it should be."""
-    header = ["case", "mode", "what", "measured", "aim"]
-    rows = [[label(s.case), s.mode, s.what, s.measured, s.aim] for s in shortfalls]
+    """One line for each number that is not as it should be, with the bytes that it has to move."""
+    header = ["case", "mode", "measured", "MiB moved"]
+    rows = [
+        [label(s.case), s.mode, s.measured, f"{bytes_moved(s.case, s.mode) / 2**20:.3g}"] for s in shortfalls
+    ]
     return table(header, rows)
 
 
@@ -137,7 +195,7 @@ def _contenders(results: DeviceResults, mode: str) -> list[str]:
     """The names of all contenders of a mode, each once, in the order in which they were measured."""
     return list(
         dict.fromkeys(
-            name for case in results.cases if mode in case.modes for name in case.modes[mode].seconds
+            name for case in results.listed if mode in case.modes for name in case.modes[mode].seconds
         )
     )
 
@@ -150,7 +208,7 @@ def _read_rate(case: CaseResult) -> float | None:
 
 def _ratio(measurement: Measurement | None, key: str) -> str:
     if measurement is None:
-        return _NONE
+        return NONE
     ratio = measurement.ratios[key]
     return f"{ratio.median:.2f} [{ratio.q1:.2f}–{ratio.q3:.2f}]"
 
@@ -159,8 +217,10 @@ def _ms(seconds: Spread) -> str:
     return f"{seconds.median * 1e3:.3g}"
 
 
-def _spread(ratio: Spread) -> str:
-    return f"{ratio.median:.3g} [{ratio.q1:.3g}–{ratio.q3:.3g}]"
+def spread_text(ratio: Spread, decimals: int | None = None) -> str:
+    """Median and quartiles, in three digits or to so many decimals."""
+    form = ".3g" if decimals is None else f".{decimals}f"
+    return f"{ratio.median:{form}} [{ratio.q1:{form}}–{ratio.q3:{form}}]"
 
 
 def _percent(share: float) -> str:

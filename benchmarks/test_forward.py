@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import pytest
 
-from benchmarks.prepared import Prepared
-
-
-def test_forward(prepared: Prepared, benchmark: Any, budget: float) -> None:
-    functions = {**prepared.losses, "floor": prepared.floors.forward}
-    prepared.measure(benchmark, "forward", functions, budget)
+from benchmarks.prepared import Measure, Prepared
 
 
-def test_kernel_forward(prepared: Prepared, benchmark: Any, budget: float) -> None:
-    functions = {"kernel": prepared.kernels.forward, "floor": prepared.floors.forward}
-    prepared.measure(benchmark, "kernel forward", functions, budget)
+def test_forward(prepared: Prepared, measure: Measure) -> None:
+    measure("forward", {**prepared.losses, "floor": prepared.floors.forward})
+
+
+@pytest.mark.kernel
+def test_kernel_forward(prepared: Prepared, measure: Measure) -> None:
+    measure("kernel forward", {"kernel": prepared.kernels.forward, "floor": prepared.floors.forward})
