@@ -3,9 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,6 @@ import torch
 from benchmarks import instructions
 from benchmarks.cases import named_case
 from fdkernels import backends
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_instructions_of_a_call_are_the_difference_of_k_and_2k_calls():
@@ -71,31 +67,6 @@ def test_every_figure_of_the_driver_can_be_called():
     for function in figures.values():
         function()
     assert {name.split()[0] for name in figures} == {"kernel", "op", "criterion"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is missing")
-def test_callgrind_counts_the_same_twice(tmp_path):
-    script = tmp_path / "driver.py"
-    script.write_text(
-        "import json, torch\n"
-        "from benchmarks.instruction_driver import run\n"
-        "x = torch.ones(1000)\n"
-        "done = run(torch.get_num_interop_threads, {'first': lambda: x + 1, 'second': lambda: x + 1})\n"
-        "print(json.dumps(done))\n"
-    )
-    command = [
-        *("valgrind", "--tool=callgrind", f"--callgrind-out-file={tmp_path}/callgrind"),
-        *(f"--dump-before={instructions.MARK}", sys.executable, str(script)),
-    ]
-    env = {**instructions.environment(), "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, capture_output=True, env=env)
-    dumps = sorted(tmp_path.glob("callgrind.*"), key=lambda path: int(path.suffix[1:]))
-    totals = [instructions.total_of(path.read_text()) for path in dumps]
-    called = [{"figure": "first", "calls": 4}, {"figure": "second", "calls": 4}]
-    first, second = (entry["instructions"] for entry in instructions.per_call(totals, called, ""))
-    assert first == pytest.approx(second, rel=0.01)
-    assert 1000 < first < 100_000
 
 
 @pytest.mark.skipif(
