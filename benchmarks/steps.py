@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import record
 from benchmarks.memory import kernel_launches, peak_bytes
@@ -59,6 +60,7 @@ def run_case(case: StepCase, budget: float) -> dict[str, Any]:
     steps: dict[str, Step] = {}
     try:
         steps = {name: Step(case, name) for name in CONTENDERS if name not in left_out}
+        left_out |= _leave_out_uncompilable(steps)
         errors = check(case, steps)
         samples = measure(steps, case.device, budget)
         peaks = {name: peak_bytes(step, case.device) for name, step in steps.items()}
@@ -88,6 +90,18 @@ def run_case(case: StepCase, budget: float) -> dict[str, Any]:
     }
 
 
+def _leave_out_uncompilable(steps: dict[str, Step]) -> dict[str, str]:
+    """Take out the steps that torch.compile refuses; why, by name."""
+    reasons = {}
+    for name, step in list(steps.items()):
+        try:
+            step.backward()
+        except TorchDynamoException as error:
+            reasons[name] = f"torch.compile does not take it: {str(error).splitlines()[0]}"
+            steps.pop(name).close()
+    return reasons
+
+
 def check(case: StepCase, steps: Mapping[str, Step]) -> dict[str, dict[str, float]]:
     """How far the others' loss and gradients are from those of the plain loss.
 
@@ -99,7 +113,6 @@ def check(case: StepCase, steps: Mapping[str, Step]) -> dict[str, dict[str, floa
     errors = {}
     for name, step in steps.items():
         if name in (WITHOUT, PLAIN):
-            step.backward()  # compiles
             continue
         found = disagreement(step.outcome(), expected)
         for what, error, bound in zip(("loss", "gradient"), found, bounds, strict=True):

@@ -113,7 +113,10 @@ def _verdict(steps: Sequence[StepResult], device: str) -> str:
     best = []
     for step in steps:
         ratios = [ratio.median for name in ("op", "tap") if (ratio := step.over_without(name)) is not None]
-        best.append((min(ratios), step))
+        if ratios:
+            best.append((min(ratios), step))
+    if not best:
+        return "Neither `op` nor `tap` could be measured."
     worst, where = max(best, key=lambda pair: pair[0])
     aim = f", where at most {STEP_LIMIT:g} is asked for" if device == "cuda" else ""
     verdict = f"The better of `op` and `tap` costs at most {worst:.3f} ({where.network}, {where.mode}){aim}."

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import step_contenders, steps
 from benchmarks.step_contenders import OP, PLAIN, WITHOUT, Step, StepCase, disagreement, unavailable
@@ -61,8 +62,20 @@ def test_a_contender_of_a_later_version_is_left_out_with_the_reason(monkeypatch)
     assert unavailable(OP) is None
 
 
+def test_a_step_that_does_not_compile_is_left_out_with_the_reason(monkeypatch):
+    def refuse(self):
+        if self.contender == OP:
+            raise TorchDynamoException("made-up reason\nand where")
+        return torch.zeros((), requires_grad=True)
+
+    monkeypatch.setattr(Step, "backward", refuse)
+    chosen = {name: Step(TINY, name) for name in (WITHOUT, OP, PLAIN)}
+    assert steps._leave_out_uncompilable(chosen) == {OP: "torch.compile does not take it: made-up reason"}
+    assert list(chosen) == [WITHOUT, PLAIN]
+
+
 @pytest.mark.slow
-def test_a_compiled_step_agrees(tmp_path):
+def test_a_compiled_step_agrees():
     case = replace(TINY, mode="compiled")
     errors = steps.check(case, {name: Step(case, name) for name in (WITHOUT, OP, PLAIN)})
     assert errors[OP]["loss"] < 1e-4
