@@ -19,7 +19,7 @@ _CORE = {
     "enc1-256": 4,
     "pyramid-256": 4,
     "pyramid-32": 4,
-    "enc1-128": 4,
+    "enc1-128": 2,
     "enc3-256": 2,
     "bottleneck-256": 2,
     "deep-256": 2,
