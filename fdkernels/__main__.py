@@ -10,7 +10,8 @@ from fdkernels.info import info_text
 # Modules of the extras, with the extra that brings them.
 _EXTRAS = {
     **dict.fromkeys(
-        ("lightning", "matplotlib", "PIL", "rich", "safetensors", "torchmetrics", "typer"), "train"
+        ("lightning", "matplotlib", "PIL", "rich", "safetensors", "tensorboard", "torchmetrics", "typer"),
+        "train",
     ),
     "pydicom": "dicom",
     "skimage": "demo",

@@ -137,7 +137,7 @@ def test_a_users_error_is_one_sentence(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("FDKERNELS_TRACEBACK", raising=False)
     assert _main(monkeypatch, "train", "--output", tmp_path, "--data", tmp_path) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("fdkernels: data must be a folder in the TNBC layout")
+    assert printed.err.startswith("fdkernels: data must be a folder in the layout of TNBC")
     assert "Traceback" not in printed.err + printed.out
 
 
@@ -149,7 +149,7 @@ def test_a_wrong_accelerator_is_one_sentence(monkeypatch, capsys, data, tmp_path
 
 def test_the_traceback_is_shown_where_it_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("FDKERNELS_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="TNBC layout"):
+    with pytest.raises(ValueError, match="layout of TNBC"):
         _main(monkeypatch, "train", "--output", tmp_path, "--data", tmp_path)
 
 

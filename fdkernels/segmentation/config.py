@@ -10,6 +10,10 @@ from fdkernels import models
 from fdkernels.segmentation.data import DATASETS
 
 PHASES = ("warm", "active")
+FOLDS = 5
+
+# What stands in config.json beside the configuration, for whoever reads the run later.
+_RECORDED = frozenset({"versions"})
 
 
 @dataclass(frozen=True)
@@ -22,19 +26,31 @@ class TrainingConfig:
         output: folder of the run.
         model, base_channels: as `fdkernels.models.create` takes them.
         size: side in pixels that images are resized to.
-        batch_size: images a step.
+        batch_size: images a step on each device (with `accumulate`: each part of a step).
         epochs_warm: epochs of the first phase, with every alpha at 0.
         epochs_active: epochs of the second, with the loss acting.
         lr: Adam's learning rate for the network.
         alpha_lr: Adam's learning rate for the layers' weights alpha.
         alpha_target: the loss of a layer at which "ascent" stops raising its alpha; None sets it
-            by what the layers reach in the first phase (`protocol.alpha_target`).
+            by what the layers reach in the first phase (`phase.alpha_target`).
         fd_loss: False trains the same two phases on the segmentation objective alone.
         alpha_rule, convention, exchange, backend: as `fdkernels.FeatureDiscrepancyLoss` takes
-            them; exchange "none" or "shuffle", since "pooled" takes two data sets.
+            them; exchange "pooled" needs a second data set.
+        fold: 1 to 5 trains on that fold of a cross-validation, "all" on one after the other; None
+            on one split 70-20-10.
+        on_problem: what to do about files that cannot be used, "refuse" or "skip".
+        novel_dataset, novel_data: a second data set and its folder, whose images are added to
+            those trained on; validation and test stay those of `dataset`.
+        novel_images: how many of them, drawn by the seed; None for all.
         seed: of the split, the initial weights, the order of the images and their augmentation.
         workers: processes that read images; None chooses by the number of images.
-        accelerator, precision: as Lightning's Trainer takes them.
+        accelerator, devices, num_nodes, strategy, precision: as Lightning's Trainer takes them.
+        sync_batchnorm: whether batch norm takes its statistics over all devices; None does so
+            where several GPUs train, so that they equal one GPU with the whole batch.
+        channels_last: keep images and features in torch's channels_last memory format.
+        compile: run the network through `torch.compile`.
+        accumulate: batches whose gradients make one step of the optimizer.
+        tensorboard: write TensorBoard's files beside the CSV files.
         limit_batches: at most so many batches an epoch, of each part; for trying things out.
     """
 
@@ -55,14 +71,47 @@ class TrainingConfig:
     convention: str = "paper"
     exchange: str = "none"
     backend: str = "auto"
+    fold: int | str | None = None
+    on_problem: str = "refuse"
+    novel_dataset: str | None = None
+    novel_data: str | None = None
+    novel_images: int | None = None
     seed: int = 0
     workers: int | None = None
     accelerator: str = "auto"
+    devices: str = "1"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    sync_batchnorm: bool | None = None
     precision: str = "32-true"
+    channels_last: bool = False
+    compile: bool = False
+    accumulate: int = 1
+    tensorboard: bool = True
     limit_batches: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "size", "base_channels", "limit_batches"):
+        self._check_numbers()
+        if self.epochs_warm + self.epochs_active == 0:
+            raise ValueError("epochs_warm and epochs_active must not both be 0")
+        if self._needs_target and self.alpha_target is None and self.epochs_warm == 0:
+            raise ValueError(
+                "alpha_target must be given where epochs_warm is 0, since it is otherwise set by "
+                "the first phase"
+            )
+        if self.model not in models.names():
+            raise ValueError(f"model must be one of {', '.join(models.names())}, got {self.model}")
+        if self.fold not in (None, "all", *range(1, FOLDS + 1)):
+            raise ValueError(f"fold must be 1 to {FOLDS}, or all, got {self.fold}")
+        if self.on_problem not in ("refuse", "skip"):
+            raise ValueError(f'on_problem must be "refuse" or "skip", got "{self.on_problem}"')
+        self._check_exchange()
+
+    def _check_numbers(self) -> None:
+        for name in (
+            *("batch_size", "size", "base_channels", "limit_batches"),
+            *("novel_images", "num_nodes", "accumulate"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -74,21 +123,26 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if self.epochs_warm + self.epochs_active == 0:
-            raise ValueError("epochs_warm and epochs_active must not both be 0")
-        if self._needs_target and self.alpha_target is None and self.epochs_warm == 0:
+
+    def _check_exchange(self) -> None:
+        if self.exchange not in ("none", "shuffle", "pooled"):
+            raise ValueError(f'exchange must be "none", "shuffle" or "pooled", got "{self.exchange}"')
+        if (self.novel_dataset is None) != (self.novel_data is None):
             raise ValueError(
-                "alpha_target must be given where epochs_warm is 0, since it is otherwise set by "
-                "the first phase"
+                "novel_dataset and novel_data must be given together, the name of the second data set "
+                f"and its folder, got {self.novel_dataset} and {self.novel_data}"
             )
-        if self.model not in models.names():
-            raise ValueError(f"model must be one of {', '.join(models.names())}, got {self.model}")
-        if self.exchange not in ("none", "shuffle"):
+        if self.novel_images is not None and self.novel_dataset is None:
             raise ValueError(
-                f'exchange must be "none" or "shuffle" where one data set is trained on, '
-                f'got "{self.exchange}"'
+                f"novel_images counts images of novel_dataset, which must be given with it, got "
+                f"{self.novel_images} and no novel_dataset"
             )
-        if self.exchanges and self.batch_size < 2:
+        if self.exchange == "pooled" and self.fd_loss and self.novel_dataset is None:
+            raise ValueError(
+                'exchange="pooled" pairs images of two data sets: novel_dataset and novel_data must '
+                "name the second"
+            )
+        if self.exchanges and self.batch_size < 2 and self.devices == "1" and self.num_nodes == 1:
             raise ValueError(
                 f"batch_size must be at least 2 with exchange={self.exchange}, which pairs the "
                 f"samples of a batch, got {self.batch_size}"
@@ -111,10 +165,12 @@ class TrainingConfig:
         """The same with size and learning rate taken from the data set's preset where None.
 
         Raises:
-            ValueError: the data set is unknown.
+            ValueError: a data set is unknown.
         """
-        if self.dataset not in DATASETS:
-            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.dataset}")
+        for field in ("dataset", "novel_dataset"):
+            name = getattr(self, field)
+            if name is not None and name not in DATASETS:
+                raise ValueError(f"{field} must be one of {', '.join(DATASETS)}, got {name}")
         preset = DATASETS[self.dataset]
         return dataclasses.replace(
             self,
@@ -128,18 +184,18 @@ class TrainingConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainingConfig:
-        """The configuration that `as_json` gave.
+        """The configuration that `as_json` gave, from what config.json holds.
 
         Raises:
             ValueError: a field is unknown or missing.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
+        if unknown := sorted(set(fields) - known - _RECORDED):
             raise ValueError(f"the configuration has unknown fields: {', '.join(unknown)}")
         try:
-            return cls(**fields)
+            return cls(**{name: value for name, value in fields.items() if name in known})
         except TypeError as error:
             raise ValueError(f"the configuration is incomplete: {error}") from error
 
 
-__all__ = ["PHASES", "TrainingConfig"]
+__all__ = ["FOLDS", "PHASES", "TrainingConfig"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import (
@@ -21,13 +22,20 @@ from rich.progress import (
 )
 from rich.table import Table
 
+import fdkernels as fdk
+from fdkernels.backend import resolve
+from fdkernels.segmentation.config import TrainingConfig
+from fdkernels.segmentation.phase import RunData
+
 # Remarks that do not concern the user: the loaders choose their workers by the size of the data,
-# the folder of a run that is resumed is meant not to be empty, and LeafSpec is between Lightning
-# and torch.
+# the folder of a run that is resumed is meant not to be empty, scores are equal on all ranks before
+# they are logged and tests share no sample, and LeafSpec is between Lightning and torch.
 _CHATTER = (
     r".*does not have many workers.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*smaller than the logging interval.*",
+    r".*when logging on epoch level in distributed setting.*",
+    r".*it is recommended to use `Trainer\(devices=1, num_nodes=1\)`.*",
     r".*isinstance\(treespec, LeafSpec\).*",
 )
 
@@ -47,6 +55,46 @@ def quiet_lightning() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def run_text(config: TrainingConfig, data: RunData, device: torch.device, world: int) -> str:
+    """What is trained on what, in two lines: network, images, device, number format, backend."""
+    split = data.split
+    images = f"{len(split.train)} images"
+    if data.novel:
+        images += f" and {len(data.novel)} of {config.novel_dataset}"
+    side = "" if config.size is None else f" at {config.size}x{config.size}"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = [
+        f"{world} x {where}" if world > 1 else where,
+        config.precision,
+        *(["channels_last"] if config.channels_last else []),
+        *(["compiled"] if config.compile else []),
+        f"batches of {config.batch_size}" + (f" x {config.accumulate}" if config.accumulate > 1 else ""),
+        f"loss backend {resolve(config.backend, device)}" if config.fd_loss else "without the loss",
+        f"seed {config.seed}",
+        f"torch {torch.__version__}, fdkernels {fdk.__version__}",
+    ]
+    return (
+        f"{config.model} on {config.dataset}{side}: {images} to train on, "
+        f"{len(split.validation)} to validate, {len(split.test)} to test\n" + ", ".join(facts)
+    )
+
+
+class RunHeader(Callback):
+    """Says once, when the device is known, what is trained on what."""
+
+    def __init__(self, config: TrainingConfig, data: RunData, console: Console | None = None) -> None:
+        self.config = config
+        self.data = data
+        self.console = console or Console()
+        self._said = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._said:
+            text = run_text(self.config, self.data, trainer.strategy.root_device, trainer.world_size)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._said = True
 
 
 class PhaseProgress(Callback):
@@ -80,7 +128,7 @@ class PhaseProgress(Callback):
         self._task = self._progress.add_task(
             self.title,
             total=epochs * int(trainer.num_training_batches),
-            completed=trainer.global_step,
+            completed=trainer.current_epoch * int(trainer.num_training_batches),
             scores="",
         )
 
@@ -146,4 +194,25 @@ def results_table(metrics: Mapping[str, Any], fd_loss: bool) -> Table:
     return table
 
 
-__all__ = ["PhaseProgress", "phase_title", "quiet_lightning", "results_table"]
+def folds_table(summary: Mapping[str, Any], fd_loss: bool) -> Table:
+    """Dice and IoU on the test images of every fold, mean and standard deviation."""
+    table = Table(title=f"best model of each phase, {summary['folds']} folds, mean and standard deviation")
+    table.add_column("phase")
+    for name in ("validation Dice", "test Dice", "test IoU"):
+        table.add_column(name, justify="right")
+    for phase, scores in summary["phases"].items():
+        spread = [scores[name] for name in ("validation_dice", "dice", "iou")]
+        cells = [f"{score['mean']:.4f} ± {score['standard_deviation']:.4f}" for score in spread]
+        table.add_row(phase_title(phase, fd_loss), *cells)
+    return table
+
+
+__all__ = [
+    "PhaseProgress",
+    "RunHeader",
+    "folds_table",
+    "phase_title",
+    "quiet_lightning",
+    "results_table",
+    "run_text",
+]

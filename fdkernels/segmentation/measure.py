@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import Split
-from fdkernels.segmentation.protocol import run_phases
+from fdkernels.segmentation.run import run_phases
 
 
 class StepClock(Callback):

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn import functional as collectives
 from torch.nn import functional
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check_pair(logits: Tensor, mask: Tensor) -> None:
@@ -27,6 +35,9 @@ class DiceLoss(nn.Module):
 
     Args:
         eps: keeps the ratio defined where truth and prediction are both empty.
+        group: the ranks that share a batch, whose sums are added; None for a batch of one process.
+            The loss, on every rank, is that of the whole batch, and so is the gradient once
+            DistributedDataParallel has averaged it.
 
     Raises:
         ValueError: `eps` is not positive; in the call, mask and logits differ in shape.
@@ -35,19 +46,22 @@ class DiceLoss(nn.Module):
         Equation 3.
     """
 
-    def __init__(self, eps: float = 1e-6) -> None:
+    def __init__(self, eps: float = 1e-6, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         if eps <= 0:
             raise ValueError(f"eps must be positive, got {eps}")
         self.eps = eps
+        self.group = group
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
         """The loss of `logits` [N, 1, *S] against `mask` [N, 1, *S] in [0, 1]."""
         _check_pair(logits, mask)
-        soft = logits.float().sigmoid()  # [N, 1, *S]
-        truth = mask.float()  # [N, 1, *S]
-        overlap = (soft * truth).sum()
-        return 1 - (2 * overlap + self.eps) / (soft.sum() + truth.sum() + self.eps)
+        soft = _wide(logits).sigmoid()  # [N, 1, *S]
+        truth = mask.to(soft.dtype)  # [N, 1, *S]
+        sums = torch.stack([(soft * truth).sum(), soft.sum() + truth.sum()])  # [2]
+        if self.group is not None:
+            sums = collectives.all_reduce(sums, group=self.group)
+        return 1 - (2 * sums[0] + self.eps) / (sums[1] + self.eps)
 
 
 class SegmentationLoss(nn.Module):
@@ -60,20 +74,22 @@ class SegmentationLoss(nn.Module):
 
     Args:
         eps: of the Dice loss.
+        group: as for the Dice loss. The cross-entropy stays that of this rank's samples: of its mean
+            over ranks with equally many samples, DistributedDataParallel makes the whole batch's.
 
     References:
         Equations 3 to 5.
     """
 
-    def __init__(self, eps: float = 1e-6) -> None:
+    def __init__(self, eps: float = 1e-6, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        self.dice = DiceLoss(eps)
+        self.dice = DiceLoss(eps, group)
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
         """The loss of `logits` [N, 1, *S] against `mask` [N, 1, *S] in [0, 1]."""
         dice: Tensor = self.dice(logits, mask)
-        entropy = functional.binary_cross_entropy_with_logits(logits.float(), mask.float())
-        return dice + entropy
+        logits = _wide(logits)
+        return dice + functional.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype))
 
 
 __all__ = ["DiceLoss", "SegmentationLoss"]

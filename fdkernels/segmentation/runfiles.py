@@ -15,11 +15,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
+# Of files that are being written; a process that is killed leaves them behind.
+_UNFINISHED = ".unfinished"
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes: the first of those that train together.
+
+    They are told apart by what launchers set: torchrun, Slurm, and Lightning for those it starts.
+    """
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ), None)
+    if rank is not None:
+        return int(rank) == 0
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote has left in the folder of its run."""
+    for path in folder.glob(f"**/.*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path` that takes its place when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -112,4 +133,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-__all__ = ["read_json", "read_weights", "replacing", "replacing_folder", "write_json", "write_weights"]
+__all__ = [
+    "is_first_process",
+    "read_json",
+    "read_weights",
+    "remove_unfinished",
+    "replacing",
+    "replacing_folder",
+    "write_json",
+    "write_weights",
+]

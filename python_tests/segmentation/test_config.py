@@ -35,13 +35,28 @@ def test_json_gives_the_same_configuration():
         ({"epochs_warm": 0, "epochs_active": 0}, "must not both be 0"),
         ({"epochs_warm": 0}, "alpha_target must be given where epochs_warm is 0"),
         ({"model": "vnet"}, "model must be one of unet, .*, got vnet"),
-        ({"exchange": "pooled"}, 'exchange must be "none" or "shuffle"'),
+        ({"exchange": "mixed"}, 'exchange must be "none", "shuffle" or "pooled", got "mixed"'),
+        ({"exchange": "pooled"}, "novel_dataset and novel_data must name the second"),
+        ({"novel_dataset": "monuseg"}, "must be given together"),
+        ({"novel_images": 3}, "novel_dataset, which must be given with it"),
+        ({"fold": 6}, "fold must be 1 to 5, or all, got 6"),
+        ({"on_problem": "ask"}, 'on_problem must be "refuse" or "skip", got "ask"'),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"exchange": "shuffle", "batch_size": 1}, "batch_size must be at least 2"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_one_image_a_device_can_be_exchanged_among_several():
+    config = dataclasses.replace(CONFIG, exchange="shuffle", batch_size=1, devices="2")
+    assert config.exchanges
+
+
+def test_versions_beside_the_configuration_are_left_alone():
+    assert TrainingConfig.from_json({**CONFIG.as_json(), "versions": {"torch": "2"}}) == CONFIG
 
 
 def test_an_unknown_data_set_is_refused():

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback
 
 from fdkernels import models
 from fdkernels.segmentation.config import TrainingConfig
-from fdkernels.segmentation.protocol import alpha_target, build_module, train
+from fdkernels.segmentation.phase import alpha_target, build_module
+from fdkernels.segmentation.protocol import train
 from fdkernels.segmentation.runfiles import read_json, read_weights
 from tiny_data import write_tiny_tnbc
 

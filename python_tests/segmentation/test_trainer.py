@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 import fdkernels as fdk
-from fdkernels.segmentation.trainer import SeedEpochs, SegmentationModule
+from fdkernels.segmentation.trainer import SeedSteps, SegmentationModule
 
 
 def _module(active=True, **options):
@@ -114,10 +114,10 @@ def test_a_loss_that_is_no_longer_finite_ends_the_training():
         _fit(module)
 
 
-def test_epochs_are_seeded_by_seed_epoch_and_rank():
+def test_steps_are_seeded_by_seed_epoch_batch_and_rank():
     drawn = []
-    _fit(_module(), epochs=3, callbacks=[SeedEpochs(4, drawn.append)])
+    _fit(_module(), epochs=3, callbacks=[SeedSteps(4, drawn.append)])
     again = []
-    _fit(_module(), epochs=3, callbacks=[SeedEpochs(4, again.append)])
-    assert len(set(drawn)) == 3
+    _fit(_module(), epochs=3, callbacks=[SeedSteps(4, again.append)])
+    assert len(set(drawn)) == 3 * 2
     assert drawn == again
