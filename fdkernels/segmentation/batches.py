@@ -216,23 +216,24 @@ def training_loader(
         items, domains = ConcatDataset(parts), [len(part) for part in parts]
     else:
         items, domains = SegmentationDataset(samples, size, augment=True), [len(samples)]
-    return _loader(items, TrainingBatches(domains, batch_size, seed, ranks, pairs), workers)
+    return DataLoader(
+        Batches(items),
+        sampler=TrainingBatches(domains, batch_size, seed, ranks, pairs),
+        batch_size=None,  # an item of this data set is a batch
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def evaluation_loader(
     samples: Sequence[SegmentationSample], *, size: int | None, batch_size: int, ranks: Ranks
 ) -> DataLoader[Any]:
     """Batches as from `training_loader`, in order, not augmented, as `EvaluationBatches` has them."""
-    return _loader(SegmentationDataset(samples, size), EvaluationBatches(len(samples), batch_size, ranks), 0)
-
-
-def _loader(items: Dataset[dict[str, Tensor]], batches: Sampler[BatchKey], workers: int) -> DataLoader[Any]:
     return DataLoader(
-        Batches(items),
-        sampler=batches,
-        batch_size=None,  # an item of this data set is a batch
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        Batches(SegmentationDataset(samples, size)),
+        sampler=EvaluationBatches(len(samples), batch_size, ranks),
+        batch_size=None,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
+from fdkernels.segmentation.batches import TrainingBatches
 from fdkernels.segmentation.runfiles import replacing
 
 # A checkpoint of the largest network takes about a second to write.
@@ -38,35 +39,53 @@ class WholeFiles(TorchCheckpointIO):
         return loaded
 
 
-class SaveLast(Checkpoint):
-    """Keeps the end of an epoch from which a run that was broken off goes on.
+class SaveBestAndLast(Checkpoint):
+    """Keeps the epoch with the highest validation Dice, and one from which a broken run goes on.
 
-    Saved after an epoch that was the best so far, after the last one, and where `seconds` have passed
-    since; the same on all ranks.
+    The last epoch is saved where it was the best so far, at the end of the phase, and where `seconds`
+    have passed since. (Lightning's ModelCheckpoint forgets the best score when a folder is moved.)
+    A run that goes on has its batches told the epoch here: Lightning does so only after it has made
+    the first iterator, when workers have begun to read.
+
+    Attributes:
+        score: the highest validation Dice so far.
 
     Args:
-        path: the file.
-        best: saves the best epoch, before this callback in the list.
-        seconds: that may pass without.
+        folder: for best.ckpt, which holds weights alone, and last.ckpt.
+        batches: those that are trained on.
+        seconds: that may pass without a checkpoint.
     """
 
-    def __init__(self, path: Path, best: ModelCheckpoint, seconds: float = SECONDS_BETWEEN) -> None:
-        self.path = path
-        self.best = best
+    def __init__(self, folder: Path, batches: TrainingBatches, seconds: float = SECONDS_BETWEEN) -> None:
+        self.batches = batches
+        self.best = folder / "best.ckpt"
+        self.last = folder / "last.ckpt"
         self.seconds = seconds
-        self._best_saved = ""
+        self.score = -1.0
         self._saved_at = time.monotonic()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "next_epoch": self.batches.epoch + 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score = state_dict["score"]
+        self.batches.set_epoch(state_dict["next_epoch"])
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        best = str(self.best.best_model_score)
+        score = float(trainer.callback_metrics["val/dice"])
+        improved = score > self.score
+        if improved:
+            self.score = score
+            trainer.save_checkpoint(self.best, weights_only=True)
         due = (
-            best != self._best_saved
+            improved
             or trainer.current_epoch + 1 == trainer.max_epochs
             or time.monotonic() - self._saved_at >= self.seconds
         )
+        # The clocks of the ranks may disagree, and saving is done together.
         if trainer.strategy.broadcast(due):
-            trainer.save_checkpoint(self.path)
-            self._best_saved, self._saved_at = best, time.monotonic()
+            trainer.save_checkpoint(self.last)
+            self._saved_at = time.monotonic()
 
 
-__all__ = ["SaveLast", "WholeFiles"]
+__all__ = ["SaveBestAndLast", "WholeFiles"]

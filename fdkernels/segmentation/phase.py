@@ -9,14 +9,13 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 
 import fdkernels as fdk
 from fdkernels import models
-from fdkernels.segmentation.batches import Ranks, evaluation_loader, training_loader
-from fdkernels.segmentation.checkpoints import SaveLast, WholeFiles
+from fdkernels.segmentation.batches import Ranks, TrainingBatches, evaluation_loader, training_loader
+from fdkernels.segmentation.checkpoints import SaveBestAndLast, WholeFiles
 from fdkernels.segmentation.config import PHASES, TrainingConfig
 from fdkernels.segmentation.data import SegmentationSample, Split, default_workers, derive_seed
 from fdkernels.segmentation.runfiles import read_json, read_weights, write_json, write_weights
@@ -97,6 +96,7 @@ def make_trainer(config: TrainingConfig, callbacks: Sequence[Callback], **settin
         default_root_dir=config.output,
         accumulate_grad_batches=config.accumulate,
         use_distributed_sampler=False,  # the loaders know their rank
+        enable_checkpointing=False,  # `SaveBestAndLast` does it
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -136,40 +136,33 @@ def _fit(
     seed = derive_seed(config.seed, PHASES.index(phase))
     split, novel = data.split, data.novel
     images = len(split.train) + len(novel)
-    best = ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor="val/dice",
-        mode="max",
-        save_weights_only=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    last = folder / "last.ckpt"
     trainer = make_trainer(
         config,
-        [SeedSteps(seed), best, SaveLast(last, best), *callbacks],
+        [SeedSteps(seed), *callbacks],
         max_epochs=config.epochs(phase),
         logger=_loggers(folder, config),
     )
     ranks = Ranks(trainer.global_rank, trainer.world_size)
+    loader = training_loader(
+        split.train,
+        novel,
+        size=config.size,
+        batch_size=config.batch_size,
+        workers=default_workers(images) if config.workers is None else config.workers,
+        seed=seed,
+        ranks=ranks,
+        pairs=config.exchanges,
+    )
+    saved = SaveBestAndLast(folder, cast("TrainingBatches", loader.sampler))
+    trainer.callbacks.append(saved)  # type: ignore[attr-defined]
     trainer.fit(
         module,
-        training_loader(
-            split.train,
-            novel,
-            size=config.size,
-            batch_size=config.batch_size,
-            workers=default_workers(images) if config.workers is None else config.workers,
-            seed=seed,
-            ranks=ranks,
-            pairs=config.exchanges,
-        ),
+        loader,
         evaluation_loader(split.validation, size=config.size, batch_size=config.batch_size, ranks=ranks),
-        ckpt_path=last if resume and last.exists() else None,
+        ckpt_path=saved.last if resume and saved.last.exists() else None,
         weights_only=True,
     )
-    checkpoint: dict[str, Any] = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(saved.best, map_location="cpu", weights_only=True)
     if trainer.is_global_zero:
         write_weights(
             folder / "best.safetensors",
