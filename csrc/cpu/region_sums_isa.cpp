@@ -153,6 +153,46 @@ inline void store_float16(const float* source, int64_t count, uint16_t* out) {
     out[i] = float_to_float16(source[i]);
 }
 
+// As float_to_bfloat16. Not by AVX512_BF16, which takes subnormal numbers for zero.
+#if defined(FDK_ISA_AVX512)
+inline __m256i to_bfloat16(const float* source) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  const __m512i bits = _mm512_loadu_si512(source);
+  const __m512i high = _mm512_maskz_srli_epi32(kAll, bits, 16);
+  const __m512i even = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), even);
+  const __m512 value = _mm512_castsi512_ps(bits);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_maskz_srli_epi32(kAll, sum, 16);
+  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  return _mm512_maskz_cvtepi32_epi16(kAll, _mm512_mask_mov_epi32(rounded, nan, quiet));
+}
+#elif defined(FDK_ISA_AVX2)
+inline __m256i eight_to_bfloat16(const float* source) {
+  const __m256 value = _mm256_loadu_ps(source);
+  const __m256i bits = _mm256_castps_si256(value), high = _mm256_srli_epi32(bits, 16);
+  const __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
+}
+inline __m256i to_bfloat16(const float* source) {
+  const __m256i packed = _mm256_packus_epi32(eight_to_bfloat16(source), eight_to_bfloat16(source + 8));
+  return _mm256_permute4x64_epi64(packed, 0xD8); // packing goes by halves of 128 bits
+}
+#endif
+
+inline void store_bfloat16(const float* source, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+#if defined(FDK_ISA_AVX512) || defined(FDK_ISA_AVX2)
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_bfloat16(source + i));
+#endif
+  for (; i < count; ++i)
+    out[i] = float_to_bfloat16(source[i]);
+}
+
 // ---------------------------------------------------------------- runs of elements
 
 template <class T>
@@ -250,10 +290,8 @@ inline void store(const T* values, void* address, DType dtype, int64_t stride, i
     case DType::kUInt8:
       break;
     case DType::kBFloat16:
-      if (stride == 1) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i)
-          half[i] = float_to_bfloat16(static_cast<float>(values[i]));
+      if (stride == 1 && sizeof(T) == sizeof(float)) {
+        store_bfloat16(reinterpret_cast<const float*>(values), count, half);
       } else {
         for (int64_t i = 0; i < count; ++i)
           half[i * stride] = float_to_bfloat16(static_cast<float>(values[i]));
@@ -364,9 +402,58 @@ inline bool is_valid(T fg, T bg) {
 
 // ---------------------------------------------------------------- forward
 
+// A row of features as it lies in memory, read as T: from T itself, or from 16 bits widened in registers.
+template <class T>
+inline Vector<T> load_features(const T* source, T) {
+  return load_vector(source);
+}
+template <class T>
+inline T feature_at(const T* source, T) {
+  return *source;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+inline float feature_at(const BFloat16* source, float) { return bfloat16_to_float(source->bits); }
+inline float feature_at(const Float16* source, float) { return float16_to_float(source->bits); }
+#if defined(FDK_ISA_AVX512)
+inline Vector<float> load_features(const BFloat16* source, float) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (Vector<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, bits), 16);
+}
+inline Vector<float> load_features(const Float16* source, float) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (Vector<float>)_mm512_maskz_cvtph_ps(kAll, bits);
+}
+#elif defined(FDK_ISA_AVX2)
+inline Vector<float> load_features(const BFloat16* source, float) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+inline Vector<float> load_features(const Float16* source, float) {
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+#else
+template <class H>
+inline Vector<float> widened(const H* source) {
+  float lanes[kLanes<float>];
+  for (int64_t i = 0; i < kLanes<float>; ++i)
+    lanes[i] = feature_at(source + i, 0.0f);
+  return load_vector(lanes);
+}
+inline Vector<float> load_features(const BFloat16* source, float) { return widened(source); }
+inline Vector<float> load_features(const Float16* source, float) { return widened(source); }
+#endif
+
 // Pixels along the vector, kChannels rows at a time; weights from pixel p of the sample on.
-template <int kChannels, class T, class M, bool kHasBg>
-inline void add_rows(const T* const rows[kChannels], const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count,
+template <int kChannels, class T, class S, class M, bool kHasBg>
+inline void add_rows(const S* const rows[kChannels], const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count,
                      double* partial) {
   using V = Vector<T>;
   V f[kChannels] = {}, b[kChannels] = {};
@@ -375,7 +462,7 @@ inline void add_rows(const T* const rows[kChannels], const RawWeights<T, M, kHas
     const V w = weights.fg_vector(p + i), u = weights.bg_vector(p + i, w);
     for (int k = 0; k < kChannels; ++k) {
       prefetch(reinterpret_cast<const char*>(rows[k] + i) + kPrefetchBytes);
-      const V x = select_valid<kHasBg>(w, u, load_vector(rows[k] + i));
+      const V x = select_valid<kHasBg>(w, u, load_features(rows[k] + i, T()));
       f[k] += w * x;
       b[k] += u * x;
     }
@@ -384,12 +471,29 @@ inline void add_rows(const T* const rows[kChannels], const RawWeights<T, M, kHas
     T sum_fg = total<T>(f[k]), sum_bg = total<T>(b[k]);
     for (int64_t j = i; j < count; ++j) {
       const T w = weights.fg_at(p + j), u = weights.bg_at(p + j);
-      const T x = !kHasBg || is_valid(w, u) ? rows[k][j] : T(0);
+      const T x = !kHasBg || is_valid(w, u) ? feature_at(rows[k] + j, T()) : T(0);
       sum_fg += w * x;
       sum_bg += u * x;
     }
     partial[2 * k] += sum_fg;
     partial[2 * k + 1] += sum_bg;
+  }
+}
+
+// Calls add_rows for the channels of a tile, whose rows of S begin at `start` and lie `step` elements apart.
+template <class S, class T, class M, bool kHasBg>
+inline void add_channels(const S* start, int64_t step, const Tile& tile, const RawWeights<T, M, kHasBg>& weights,
+                         int64_t p, int64_t count, double* partial) {
+  int64_t c = tile.channel_begin;
+  for (; c + kGroup <= tile.channel_end; c += kGroup) {
+    const S* group[kGroup];
+    for (int64_t k = 0; k < kGroup; ++k)
+      group[k] = start + (c + k) * step;
+    add_rows<kGroup>(group, weights, p, count, partial + 2 * (c - tile.channel_begin));
+  }
+  for (; c < tile.channel_end; ++c) {
+    const S* row = start + c * step;
+    add_rows<1>(&row, weights, p, count, partial + 2 * (c - tile.channel_begin));
   }
 }
 
@@ -404,6 +508,20 @@ void forward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T,
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
     count = min(min(run, tile.pixel_end - p), rows.rest_of_row(p));
     const char* start = sample + rows.offset(p) * element;
+    if (rows.stride == 1 && layer.dtype == Is<T>::kDType) {
+      add_channels(reinterpret_cast<const T*>(start), layer.stride_c, tile, weights, p, count, partial);
+      continue;
+    }
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (rows.stride == 1 && layer.dtype == DType::kBFloat16) {
+        add_channels(reinterpret_cast<const BFloat16*>(start), layer.stride_c, tile, weights, p, count, partial);
+        continue;
+      }
+      if (rows.stride == 1 && layer.dtype == DType::kFloat16) {
+        add_channels(reinterpret_cast<const Float16*>(start), layer.stride_c, tile, weights, p, count, partial);
+        continue;
+      }
+    }
     for (int64_t c = tile.channel_begin, step; c < tile.channel_end; c += step) {
       step = c + kGroup <= tile.channel_end ? kGroup : 1;
       const T* group[kGroup];
@@ -559,6 +677,31 @@ inline void write_row(const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_
   }
 }
 
+// Under a mask of bytes the gradient of a channel has two values, and 0 where no weight is: their bits are chosen,
+// which needs no arithmetic and no rounding. What they are is computed as elsewhere, so that NaN comes out the same.
+template <class T>
+inline T value_at(T g_fg, T g_bg, T w, T u) {
+  return g_fg * w + g_bg * u;
+}
+
+template <class T>
+inline uint16_t half_bits(T value, DType dtype) {
+  uint16_t bits;
+  store(&value, &bits, dtype, 1, 1);
+  return bits;
+}
+
+template <bool kHasBg>
+inline void choose_row(const uint8_t* fg, const uint8_t* bg, int64_t count, uint16_t in_fg, uint16_t in_bg,
+                       uint16_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t w = static_cast<uint16_t>(-fg[i]);
+    const uint16_t u = kHasBg ? static_cast<uint16_t>(-bg[i]) : static_cast<uint16_t>(~w);
+    out[i] = static_cast<uint16_t>((w & in_fg) | (u & in_bg));
+  }
+}
+
 template <class T, class M, bool kHasBg>
 void backward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M, kHasBg>& weights, const T* g_fg,
                         const T* g_bg) {
@@ -579,6 +722,15 @@ void backward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T
         added = load(source, layer.dtype, upstream_rows.stride, count, upstream_buffer);
       }
       char* address = channel + rows.offset(p) * element;
+      if constexpr (sizeof(M) == 1) {
+        if (added == nullptr && element == 2 && rows.stride == 1) {
+          const uint16_t in_fg = half_bits(value_at(g_fg[c], g_bg[c], T(1), T(0)), layer.dtype);
+          const uint16_t in_bg = half_bits(value_at(g_fg[c], g_bg[c], T(0), T(1)), layer.dtype);
+          choose_row<kHasBg>(weights.fg + p, kHasBg ? weights.bg + p : nullptr, count, in_fg, in_bg,
+                             reinterpret_cast<uint16_t*>(address));
+          continue;
+        }
+      }
       T* out = target(address, layer.dtype, rows.stride, out_buffer);
       write_row(weights, p, count, g_fg[c], g_bg[c], added, out);
       store(out, address, layer.dtype, rows.stride, count);
@@ -627,10 +779,42 @@ void backward_by_channels(const Layer& layer, const Tile& tile, const T* g_fg, c
   }
 }
 
+// Under a mask of bytes a pixel of channels_last is one of three rows.
+template <class T>
+void backward_by_chosen_rows(const Layer& layer, const Tile& tile, const T* g_fg, const T* g_bg) {
+  T values[kMaxTileChannels] = {};
+  alignas(kCacheLine) char in_fg[kMaxTileChannels * sizeof(T)], in_bg[kMaxTileChannels * sizeof(T)];
+  alignas(kCacheLine) static const char nothing[kMaxTileChannels * sizeof(double)] = {};
+  const Rows rows(layer.size, layer.stride);
+  const int64_t element = size_of(layer.dtype), channels = tile.channel_end - tile.channel_begin;
+  const int64_t bytes = channels * element;
+  for (int64_t c = 0; c < channels; ++c)
+    values[c] = value_at(g_fg[tile.channel_begin + c], g_bg[tile.channel_begin + c], T(1), T(0));
+  store(values, in_fg, layer.dtype, 1, channels);
+  for (int64_t c = 0; c < channels; ++c)
+    values[c] = value_at(g_fg[tile.channel_begin + c], g_bg[tile.channel_begin + c], T(0), T(1));
+  store(values, in_bg, layer.dtype, 1, channels);
+  const uint8_t* fg = static_cast<const uint8_t*>(layer.fg) + tile.n * pixels_of(layer);
+  const uint8_t* bg = layer.bg == nullptr ? fg : static_cast<const uint8_t*>(layer.bg) + tile.n * pixels_of(layer);
+  for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
+    count = min(tile.pixel_end - p, rows.rest_of_row(p));
+    char* address = static_cast<char*>(layer.features) +
+                    (tile.n * layer.stride_n + tile.channel_begin * layer.stride_c + rows.offset(p)) * element;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool background = layer.bg == nullptr || bg[p + i] != 0;
+      const char* row = fg[p + i] != 0 ? in_fg : background ? in_bg : nothing;
+      std::memcpy(address + i * rows.stride * element, row, bytes);
+    }
+  }
+}
+
 template <class T>
 void backward(const Layer& layer, const Tile& tile, const void* g_fg, const void* g_bg) {
   const T *fg = static_cast<const T*>(g_fg), *bg = static_cast<const T*>(g_bg);
-  if (channels_are_inner(layer)) {
+  const bool choose = layer.mask_dtype == DType::kUInt8 && layer.upstream == nullptr;
+  if (channels_are_inner(layer) && choose && size_of(layer.dtype) == 2) {
+    backward_by_chosen_rows<T>(layer, tile, fg, bg);
+  } else if (channels_are_inner(layer)) {
     backward_by_channels<T>(layer, tile, fg, bg);
   } else {
     with_weights<T>(layer, tile.n, [&](const auto& weights) { backward_by_pixels(layer, tile, weights, fg, bg); });
