@@ -14,7 +14,6 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-
 # Of files that are being written; a process that is killed leaves them behind.
 _UNFINISHED = ".unfinished"
 
