@@ -149,6 +149,7 @@ def test_killed_by_a_signal(data, tmp_path, deadly):
     process = subprocess.Popen(
         [sys.executable, "-m", "fdkernels", "train", *options],
         env=environment,
+        cwd=tmp_path,  # `-m` would find a source tree in the folder of this process first
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
