@@ -109,17 +109,17 @@ class SegmentationModule(LightningModule):
     def _laid_out(self, image: Tensor) -> Tensor:
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
-    def _tapped(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and features of the layers."""
+    def _tapped(self, image: Tensor) -> tuple[Tensor, list[Tensor] | fdk.FeatureTaps]:
+        """Logits, and the features of the layers as the criterion takes them."""
         if self._compiled is not None and self._taps is not None:
             logits, features = self._compiled(image)
             self._taps.clear()
             return logits, features
         # The hooks live for this pass alone, so that no feature map outlives the step and
         # evaluation pays nothing for them.
-        with fdk.FeatureTaps(self.model, self.model.tap_names) as taps:
-            logits = self.model(image)
-            return logits, list(taps.features)
+        acts = self.criterion is not None and self.criterion.is_active
+        with fdk.FeatureTaps(self.model, self.model.tap_names, fused=acts) as taps:
+            return self.model(image), taps
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         image, mask = self._laid_out(batch["image"]), batch["mask"]
@@ -145,7 +145,7 @@ class SegmentationModule(LightningModule):
     def _discrepancy(
         self,
         criterion: fdk.FeatureDiscrepancyLoss,
-        features: list[Tensor],
+        features: list[Tensor] | fdk.FeatureTaps,
         batch: dict[str, Any],
         batch_idx: int,
     ) -> Tensor:
