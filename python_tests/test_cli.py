@@ -14,7 +14,7 @@ from fdkernels import __main__ as program
 from fdkernels.cli import app
 from fdkernels.info import info_text
 from fdkernels.segmentation.runfiles import read_json
-from tiny_data import write_tiny_tnbc
+from tiny_data import make_tiny, write_tiny_tnbc
 
 SHORT = [
     "--base-channels=2",
@@ -105,6 +105,15 @@ def test_train_takes_every_option(data, tmp_path):
         "--seed=3",
         "--workers=0",
         "--precision=bf16-mixed",
+        "--fold=2",
+        "--on-problem=skip",
+        "--accumulate=2",
+        "--devices=1",
+        "--num-nodes=1",
+        "--strategy=auto",
+        "--no-sync-batchnorm",
+        "--channels-last",
+        "--no-tensorboard",
     ]
     assert _invoke("train", "--data", data, "--output", tmp_path, *options).exit_code == 0
     saved = read_json(tmp_path / "config.json")
@@ -113,6 +122,45 @@ def test_train_takes_every_option(data, tmp_path):
     assert saved["convention"] == "region_mean"
     assert saved["fd_loss"] is False
     assert saved["precision"] == "bf16-mixed"
+    assert saved["fold"] == 2
+    assert saved["on_problem"] == "skip"
+    assert saved["accumulate"] == 2
+    assert saved["channels_last"] is True
+    assert (saved["tensorboard"], saved["sync_batchnorm"]) == (False, False)
+
+
+def test_a_preset_sets_what_is_not_given(data, tmp_path):
+    options = ["--preset=tnbc-nucleisegnet", *SHORT, "--epochs-active=0"]
+    assert _invoke("train", "--data", data, "--output", tmp_path, *options).exit_code == 0
+    saved = read_json(tmp_path / "config.json")
+    assert (saved["dataset"], saved["model"], saved["lr"]) == ("tnbc", "nucleisegnet", 1e-4)
+    assert (saved["size"], saved["batch_size"]) == (32, 2)
+    assert _invoke("train", "--output", tmp_path, "--resume", *options).exit_code == 0
+
+
+def test_an_unknown_preset_is_refused_with_those_that_come_close(data, tmp_path):
+    with pytest.raises(ValueError, match="got tnbc-nuclei; did you mean tnbc-nucleisegnet"):
+        _invoke("train", "--data", data, "--output", tmp_path, "--preset=tnbc-nuclei")
+
+
+def test_all_folds_are_trained_and_go_on_where_they_were(data, tmp_path):
+    options = [*SHORT, "--fold=all", "--epochs-active=0", "--no-tensorboard", "--limit-batches=1"]
+    done = _invoke("train", "--data", data, "--output", tmp_path, *options)
+    summary = read_json(tmp_path / "folds.json")
+    assert "Fold 5 of 5" in done.output
+    assert f"{summary['phases']['warm']['dice']['mean']:.4f} ±" in done.output
+    (tmp_path / "folds.json").unlink()
+    assert _invoke("train", "--output", tmp_path, "--resume").exit_code == 0
+    assert read_json(tmp_path / "folds.json") == summary
+
+
+def test_a_second_data_set_is_pooled(data, tmp_path):
+    novel = make_tiny("udiat", tmp_path / "udiat", images=4)
+    options = ["--exchange=pooled", "--novel-dataset=udiat", f"--novel-data={novel}", "--novel-images=3"]
+    folder = tmp_path / "run"
+    done = _invoke("train", "--data", data, "--output", folder, *SHORT, *options, "--epochs-active=0")
+    assert "and 3 of udiat to train on" in done.output
+    assert len(read_json(folder / "split.json")["novel"]) == 3
 
 
 def test_resume_takes_the_options_of_the_run(run):
@@ -137,7 +185,7 @@ def test_a_users_error_is_one_sentence(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("FDKERNELS_TRACEBACK", raising=False)
     assert _main(monkeypatch, "train", "--output", tmp_path, "--data", tmp_path) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("fdkernels: data must be a folder in the layout of TNBC")
+    assert printed.err.startswith("fdkernels: data must be a folder in the TNBC layout")
     assert "Traceback" not in printed.err + printed.out
 
 
@@ -149,7 +197,7 @@ def test_a_wrong_accelerator_is_one_sentence(monkeypatch, capsys, data, tmp_path
 
 def test_the_traceback_is_shown_where_it_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("FDKERNELS_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="layout of TNBC"):
+    with pytest.raises(ValueError, match="TNBC layout"):
         _main(monkeypatch, "train", "--output", tmp_path, "--data", tmp_path)
 
 

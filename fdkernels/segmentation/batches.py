@@ -192,7 +192,7 @@ class EvaluationBatches(Sampler[BatchKey]):
             yield BatchKey(items, [0] * len(batch), [place < self.samples for place in batch], False)
 
 
-def training_loader(
+def shared_training_loader(
     samples: Sequence[SegmentationSample],
     novel: Sequence[SegmentationSample] = (),
     *,
@@ -226,10 +226,10 @@ def training_loader(
     )
 
 
-def evaluation_loader(
+def shared_evaluation_loader(
     samples: Sequence[SegmentationSample], *, size: int | None, batch_size: int, ranks: Ranks
 ) -> DataLoader[Any]:
-    """Batches as from `training_loader`, in order, not augmented, as `EvaluationBatches` has them."""
+    """Batches as from `shared_training_loader`, in order, not augmented, as `EvaluationBatches` has them."""
     return DataLoader(
         Batches(SegmentationDataset(samples, size)),
         sampler=EvaluationBatches(len(samples), batch_size, ranks),
@@ -244,7 +244,7 @@ __all__ = [
     "EvaluationBatches",
     "Ranks",
     "TrainingBatches",
-    "evaluation_loader",
     "mixed_sizes",
-    "training_loader",
+    "shared_evaluation_loader",
+    "shared_training_loader",
 ]

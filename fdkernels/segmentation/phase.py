@@ -14,7 +14,12 @@ from torch import Tensor
 
 import fdkernels as fdk
 from fdkernels import models
-from fdkernels.segmentation.batches import Ranks, TrainingBatches, evaluation_loader, training_loader
+from fdkernels.segmentation.batches import (
+    Ranks,
+    TrainingBatches,
+    shared_evaluation_loader,
+    shared_training_loader,
+)
 from fdkernels.segmentation.checkpoints import SaveBestAndLast, WholeFiles
 from fdkernels.segmentation.config import PHASES, TrainingConfig
 from fdkernels.segmentation.data import SegmentationSample, Split, default_workers, derive_seed
@@ -143,7 +148,7 @@ def _fit(
         logger=_loggers(folder, config),
     )
     ranks = Ranks(trainer.global_rank, trainer.world_size)
-    loader = training_loader(
+    loader = shared_training_loader(
         split.train,
         novel,
         size=config.size,
@@ -158,7 +163,9 @@ def _fit(
     trainer.fit(
         module,
         loader,
-        evaluation_loader(split.validation, size=config.size, batch_size=config.batch_size, ranks=ranks),
+        shared_evaluation_loader(
+            split.validation, size=config.size, batch_size=config.batch_size, ranks=ranks
+        ),
         ckpt_path=saved.last if resume and saved.last.exists() else None,
         weights_only=True,
     )
@@ -186,7 +193,9 @@ def _test(module: SegmentationModule, config: TrainingConfig, data: RunData) -> 
     """What `OverlapScores` gives on the test images."""
     trainer = make_trainer(config, [], logger=False)
     ranks = Ranks(trainer.global_rank, trainer.world_size)
-    loader = evaluation_loader(data.split.test, size=config.size, batch_size=config.batch_size, ranks=ranks)
+    loader = shared_evaluation_loader(
+        data.split.test, size=config.size, batch_size=config.batch_size, ranks=ranks
+    )
     (logged,) = trainer.test(module, loader, verbose=False)
     scores: dict[str, Any] = {name.removeprefix("test/"): value for name, value in logged.items()}
     scores["images"] = int(scores["images"])

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset
 
-from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample, dataset_loader
+from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
 from fdkernels.segmentation.data.reading import load_pair
 
 
@@ -93,19 +92,6 @@ def test_items_have_a_domain_only_where_one_is_given(sample):
         assert item["domain"].dtype == torch.int64
         assert item["domain"].shape == ()
         assert item["domain"].item() == domain
-
-
-def test_pooled_data_sets_are_batched_with_their_domains(sample):
-    base = SegmentationDataset([sample] * 3, size=8, augment=True, domain=0)
-    novel = SegmentationDataset([sample] * 5, size=8, augment=True, domain=1)
-    pooled = ConcatDataset([base, novel])
-    batches = list(dataset_loader(pooled, batch_size=3, workers=0, seed=0))
-    assert [len(batch["domain"]) for batch in batches] == [3, 3, 2]
-    assert batches[0]["image"].shape == (3, 3, 8, 8)
-    domains = torch.cat([batch["domain"] for batch in batches])
-    assert domains.dtype == torch.int64
-    assert domains.sum() == 5
-    assert domains.tolist() != sorted(domains.tolist())
 
 
 def test_making_a_data_set_reads_nothing(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fdkernels import models
 from fdkernels.segmentation.config import TrainingConfig
@@ -48,6 +49,49 @@ def _logged(folder, phase, column):
     (log,) = (folder / phase / "logs").glob("version_*/metrics.csv")
     with log.open(newline="") as file:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+
+
+def test_tensorboard_gets_what_the_csv_gets(run):
+    folder, _ = run
+    for phase in ("warm", "active"):
+        (log,) = (folder / phase / "logs").glob("version_*/metrics.csv")
+        with log.open(newline="") as file:
+            columns = set(csv.DictReader(file).fieldnames) - {"epoch", "step"}
+        events = EventAccumulator(str(folder / phase / "tensorboard" / "version_0"))
+        events.Reload()
+        assert set(events.Tags()["scalars"]) - {"epoch"} == columns
+        for name in ("train/loss", "val/dice", "alpha/enc1", "discrepancy_loss/bottleneck", "lr/network"):
+            logged = [event.value for event in events.Scalars(name)]
+            assert logged == pytest.approx(_logged(folder, phase, name), rel=1e-6)
+
+
+def test_versions_and_seed_lie_in_the_configuration(run):
+    folder, _ = run
+    written = read_json(folder / "config.json")
+    assert written["seed"] == 0
+    assert written["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert set(written["versions"]) == {"fdkernels", "python", "torch", "lightning", "torchmetrics", "numpy"}
+
+
+def test_a_run_says_on_what_it_computes(config, tmp_path, capsys):
+    config = dataclasses.replace(config, output=str(tmp_path), epochs_active=0, precision="bf16-mixed")
+    train(config)
+    said = capsys.readouterr().out
+    images = {
+        part: len(entries) for part, entries in read_json(tmp_path / "split.json").items() if part in PARTS
+    }
+    assert f"unet on tnbc at 32x32: {images['train']} images to train on" in said
+    assert f"{images['validation']} to validate, {images['test']} to test" in said
+    assert "cpu, bf16-mixed, batches of 2, loss backend cpu, seed 0" in said
+
+
+def test_without_tensorboard_there_is_no_such_folder(config, tmp_path):
+    config = dataclasses.replace(config, output=str(tmp_path), epochs_active=0, tensorboard=False)
+    train(config, progress=False)
+    assert not (tmp_path / "warm" / "tensorboard").exists()
+
+
+PARTS = ("train", "validation", "test")
 
 
 def _same(one, other):

@@ -49,6 +49,7 @@ def _config(data, **options):
         lr=1e-2,
         alpha_lr=1e-2,
         accelerator="cpu",
+        tensorboard=False,
         **{"output": "", "epochs_warm": 3, "epochs_active": 3, **options},
     )
 

@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 import fdkernels as fdk
 from fdkernels.segmentation.trainer import SeedSteps, SegmentationModule
 
 
-def _module(active=True, **options):
+def _module(active=True, network=None, **options):
     torch.manual_seed(0)
     model = fdk.models.create("unet", base_channels=2)
-    criterion = fdk.FeatureDiscrepancyLoss(9, active=active, target=-20.0, **options)
-    return SegmentationModule(model, criterion, lr=1e-3, alpha_lr=1e-2)
+    criterion = fdk.FeatureDiscrepancyLoss(9, active=active, **{"target": -20.0, **options})
+    return SegmentationModule(model, criterion, lr=1e-3, alpha_lr=1e-2, **(network or {}))
 
 
 def _batches(count=2, size=32):
@@ -23,7 +23,7 @@ def _batches(count=2, size=32):
     return [{"image": (i + m) / 2, "mask": m} for i, m in zip(noise, mask, strict=True)]
 
 
-def _fit(module, epochs=1, callbacks=(), batches=None):
+def _fit(module, epochs=1, callbacks=(), batches=None, **settings):
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -34,6 +34,7 @@ def _fit(module, epochs=1, callbacks=(), batches=None):
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
+        **settings,
     )
     loader = DataLoader(batches or _batches(), batch_size=None)
     trainer.fit(module, loader, loader)
@@ -121,3 +122,86 @@ def test_steps_are_seeded_by_seed_epoch_batch_and_rank():
     _fit(_module(), epochs=3, callbacks=[SeedSteps(4, again.append)])
     assert len(set(drawn)) == 3 * 2
     assert drawn == again
+
+
+def _weights(module):
+    return {name: value.clone() for name, value in module.model.state_dict().items()}
+
+
+def test_accumulated_batches_make_the_step_of_their_mean():
+    batches = _batches(5)
+    module = _module(alpha_init=0.5)
+    seen = []
+
+    class Record(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append(pl_module.model.head.weight.grad.clone())
+
+    # Without learning, each step's gradient is that of the first weights.
+    module.lr = module.alpha_lr = 1e-30
+    _fit(module, batches=batches, callbacks=[Record()], accumulate_grad_batches=3)
+    alone = _module(alpha_init=0.5)
+    alone.lr = alone.alpha_lr = 1e-30
+    _fit(alone, batches=batches, callbacks=[Record()])
+    accumulated, single = seen[:2], seen[2:]
+    assert len(single) == 5
+    torch.testing.assert_close(accumulated[0], torch.stack(single[:3]).mean(dim=0))
+    torch.testing.assert_close(accumulated[1], torch.stack(single[3:]).mean(dim=0))
+
+
+def test_accumulated_batches_count_as_one_pass_of_the_criterion():
+    module = _module(alpha_rule="ramp", ramp_steps=2)
+    _fit(module, epochs=3, batches=_batches(4), accumulate_grad_batches=4)
+    assert module.criterion.steps == 3
+    assert module.criterion.alpha.max() == 1
+
+
+def test_alpha_that_moves_by_rare_steps_is_not_called_stuck():
+    module = _module(patience=2)
+    _fit(module, epochs=2, batches=_batches(6), accumulate_grad_batches=6)
+    assert module.criterion.alpha.min() > 0
+
+
+def test_channels_last_trains_alike():
+    modules = _module(alpha_init=0.5), _module(alpha_init=0.5, network={"channels_last": True})
+    for module in modules:
+        _fit(module, epochs=2)
+    kernel = next(value for value in modules[1].model.parameters() if value.dim() == 4)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    expected = _weights(modules[0])
+    for name, value in _weights(modules[1]).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["none", "shuffle"])
+def test_a_compiled_network_trains_alike(exchange):
+    options = {"alpha_init": 0.5, "exchange": exchange}
+    modules = _module(**options), _module(**options, network={"compile_network": True})
+    logged = [dict(_fit(module, epochs=2, callbacks=[SeedSteps(0)]).callback_metrics) for module in modules]
+    assert logged[0].keys() == logged[1].keys()
+    for name, value in logged[0].items():
+        assert logged[1][name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-3), name
+    torch.testing.assert_close(
+        modules[1].epoch_layer_losses, modules[0].epoch_layer_losses, rtol=1e-3, atol=1e-3
+    )
+    assert modules[0].state_dict().keys() == modules[1].state_dict().keys()
+
+
+def test_learning_rates_are_logged():
+    logged = _fit(_module()).callback_metrics
+    assert logged["lr/network"].item() == pytest.approx(1e-3)
+    assert logged["lr/alpha"].item() == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_batch_of_one_domain_is_trained_on_without_the_exchange(mixed):
+    (batch,) = _batches(1)
+    domains = torch.tensor([0, 1] if mixed else [0, 0])
+    module = _module(exchange="pooled")
+    _fit(module, batches=[{**batch, "domain": domains, "mixed": mixed}])
+    direct = _module()
+    _fit(direct, batches=[batch])
+    same = torch.equal(module.epoch_layer_losses, direct.epoch_layer_losses)
+    assert same != mixed
+    assert module.criterion.settings.exchange == "pooled"

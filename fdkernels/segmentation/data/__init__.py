@@ -14,11 +14,9 @@ from fdkernels.segmentation.data import ad, busi, dsb2018, monuseg, tnbc, udiat,
 from fdkernels.segmentation.data.augment import random_symmetry
 from fdkernels.segmentation.data.dataset import SegmentationDataset
 from fdkernels.segmentation.data.loaders import (
-    dataset_loader,
     default_workers,
     derive_seed,
     evaluation_loader,
-    train_loader,
 )
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 from fdkernels.segmentation.data.splits import Split, split_by_patient, split_folds, split_samples
@@ -92,7 +90,6 @@ __all__ = [
     "SegmentationDataset",
     "SegmentationSample",
     "Split",
-    "dataset_loader",
     "default_workers",
     "derive_seed",
     "evaluation_loader",
@@ -100,5 +97,4 @@ __all__ = [
     "split_by_patient",
     "split_folds",
     "split_samples",
-    "train_loader",
 ]
