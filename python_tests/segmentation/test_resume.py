@@ -24,8 +24,7 @@ from tiny_data import make_tiny
 
 CASES = {
     "shuffle": {"exchange": "shuffle"},
-    "accumulate-workers": {"accumulate": 2, "workers": 2},
-    "pooled": {"exchange": "pooled", "novel_images": 4},
+    "pooled-accumulate-workers": {"exchange": "pooled", "novel_images": 4, "accumulate": 2, "workers": 2},
 }
 
 
@@ -135,7 +134,7 @@ def _save_the_first_epoch(self, trainer, pl_module):
 
 @pytest.mark.parametrize("deadly", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
 def test_killed_by_a_signal(data, tmp_path, deadly):
-    config = _config(data, output=str(tmp_path / "whole"), epochs_warm=1, epochs_active=12)
+    config = _config(data, output=str(tmp_path / "whole"), epochs_warm=1, epochs_active=8)
     train(config, progress=False)
     broken = dataclasses.replace(config, output=str(tmp_path / "run"))
     options = [

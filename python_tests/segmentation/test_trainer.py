@@ -162,30 +162,33 @@ def test_alpha_that_moves_by_rare_steps_is_not_called_stuck():
     assert module.criterion.alpha.min() > 0
 
 
-def test_channels_last_trains_alike():
-    modules = _module(alpha_init=0.5), _module(alpha_init=0.5, network={"channels_last": True})
-    for module in modules:
-        _fit(module, epochs=2)
-    kernel = next(value for value in modules[1].model.parameters() if value.dim() == 4)
-    assert kernel.is_contiguous(memory_format=torch.channels_last)
+# In float64, since Adam makes steps of the whole learning rate out of float32's rounding errors.
+def _assert_alike(modules):
+    logged = [
+        dict(_fit(module, epochs=2, callbacks=[SeedSteps(0)], precision="64-true").callback_metrics)
+        for module in modules
+    ]
+    assert logged[0].keys() == logged[1].keys()
+    for name, value in logged[0].items():
+        assert logged[1][name].item() == pytest.approx(value.item(), rel=1e-6, abs=1e-6), name
     expected = _weights(modules[0])
     for name, value in _weights(modules[1]).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert modules[0].state_dict().keys() == modules[1].state_dict().keys()
+
+
+def test_channels_last_trains_alike():
+    modules = _module(alpha_init=0.5), _module(alpha_init=0.5, network={"channels_last": True})
+    _assert_alike(modules)
+    kernel = next(value for value in modules[1].model.parameters() if value.dim() == 4)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["none", "shuffle"])
 def test_a_compiled_network_trains_alike(exchange):
     options = {"alpha_init": 0.5, "exchange": exchange}
-    modules = _module(**options), _module(**options, network={"compile_network": True})
-    logged = [dict(_fit(module, epochs=2, callbacks=[SeedSteps(0)]).callback_metrics) for module in modules]
-    assert logged[0].keys() == logged[1].keys()
-    for name, value in logged[0].items():
-        assert logged[1][name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-3), name
-    torch.testing.assert_close(
-        modules[1].epoch_layer_losses, modules[0].epoch_layer_losses, rtol=1e-3, atol=1e-3
-    )
-    assert modules[0].state_dict().keys() == modules[1].state_dict().keys()
+    _assert_alike((_module(**options), _module(**options, network={"compile_network": True})))
 
 
 def test_learning_rates_are_logged():
