@@ -104,6 +104,7 @@ def ranks(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     return folder
 
 
