@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from fdkernels import models
 from fdkernels.segmentation.data import DATASETS
 
 # Table 2, its nine pairs in their order.
@@ -19,16 +20,14 @@ TABLE_2 = (
     ("monuseg", "nucleisegnet"),
     ("ad-256", "nucleisegnet"),
 )
-# Table 4 has the 128x128 patches as well.
-_TABLE_4 = (("ad-128", "attention_unet"), ("ad-128", "nucleisegnet"))
-
 # Images a step by the side that they are resized to. The paper states none; these keep the largest
 # network within the 16 GB of the GPU that it names.
 _BATCH_SIZES = {512: 4, 256: 8, 128: 16}
 
+# Every network on every data set, the paper's pairs first.
 PRESETS: dict[str, tuple[str, str]] = {
     f"{dataset}-{model}": (dataset, model)
-    for dataset, model in (*TABLE_2, *_TABLE_4, *((name, "unet") for name in DATASETS))
+    for dataset, model in (*TABLE_2, *((dataset, model) for dataset in DATASETS for model in models.names()))
 }
 
 
@@ -36,8 +35,7 @@ def preset_fields(name: str) -> dict[str, Any]:
     """The fields of `TrainingConfig` that a preset sets: dataset, model, size, lr, batch_size.
 
     Args:
-        name: DATASET-MODEL, such as "tnbc-nucleisegnet": a pair of Table 2 or Table 4, or "unet" on
-            any data set.
+        name: DATASET-MODEL, such as "tnbc-nucleisegnet"; any network on any data set.
 
     Raises:
         ValueError: there is no preset of that name; the message names those that come close.
