@@ -17,6 +17,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 STAGES = ("layer_masks", "region_sums", "log_norm", "layer_losses")
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_OLDEST_TRITON = (3, 4)
 
 # Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context
 # variable would not reach, and torch.compile guards on a global.
@@ -168,9 +169,12 @@ def _probe_cpu() -> str | None:
 
 def _probe_triton() -> str | None:
     try:
-        importlib.import_module("triton")
+        triton = importlib.import_module("triton")
     except ImportError as error:
         return f"Triton could not be imported ({error})"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"the kernels take tuples of layers, which need Triton {oldest}; this is {triton.__version__}"
     if _interpreting() or torch.cuda.is_available():
         return None
     return (

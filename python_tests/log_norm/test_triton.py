@@ -238,7 +238,7 @@ def test_any_shape_and_option_matches_float64(samples, channels, options, seed):
 def test_more_samples_than_a_tile_holds_match_float64(norm, exchange, monkeypatch):
     torch.manual_seed(3)
     monkeypatch.setattr(backend, "_TILE", 8)
-    monkeypatch.setattr(backend, "_COUNT", 2)
+    monkeypatch.setattr(backend, "COUNT", 2)
     sums, masses = _inputs(4, CHANNELS)
     options = DEFAULT._replace(norm=norm, exchange=exchange, region_weight="region")
     _check(sums, masses, PAIRINGS[exchange], CHANNELS, PIXELS, options, tolerance=1e-11)

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fdkernels.region_sums.geometry import Geometry, geometry_of
 from fdkernels.region_sums.impl import triton as backend
+from fdkernels.region_sums.impl import triton_layers, triton_partials
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -255,17 +256,17 @@ def test_any_shape_matches_float64(shape, spatial, layout, dtype, mask, seed):
 @pytest.mark.parametrize("layout", [_contiguous, _channels_last], ids=["contiguous", "last"])
 def test_a_layer_of_many_tiles_matches_float64(layout, monkeypatch):
     torch.manual_seed(4)
-    monkeypatch.setattr(backend, "_BLOCK", 128)
-    monkeypatch.setattr(backend, "_ADJACENT_PIXELS", 32)
-    features = [_place(layout(1, 3, 47, 45), torch.float32)]
+    monkeypatch.setattr(triton_layers, "_BLOCK", 128)
+    monkeypatch.setattr(triton_layers, "_PIXELS_OF_CHANNELS", (32,))
+    monkeypatch.setattr(triton_layers, "_MIN_TILE_PIXELS", 16)
+    monkeypatch.setattr(triton_partials, "_REDUCE_TILES", (4, 16))
+    features = [_place(layout(1, 3, 31, 33), torch.float32)]
     tiles = []
-    for programs, least_pixels in ((256, 16), (8, 64)):
-        monkeypatch.setattr(backend, "_PROGRAMS", programs)
-        monkeypatch.setattr(backend, "_MIN_TILE_PIXELS", least_pixels)
-        plan = backend._plan(features[0].shape, features[0].stride(), has_bg=False)
-        tiles.append(plan.tiles)
+    for programs in (64, 8, 2):
+        monkeypatch.setattr(triton_layers, "_PROGRAMS", programs)
+        tiles.append(triton_layers.plan_layer(features[0].shape, features[0].stride()).tiles)
         _check(features, *_masks(features, "valid_float32"))
-    assert tiles[0] > backend._REDUCE_TILES > tiles[1] > 1
+    assert tiles[0] > 16 > tiles[1] > 4 > tiles[2] > 1
 
 
 def test_pixel_numbers_of_64_bits_give_the_same(monkeypatch):
@@ -274,8 +275,8 @@ def test_pixel_numbers_of_64_bits_give_the_same(monkeypatch):
     fg, bg = _masks(features, "valid_uint8")
     geometry = [geometry_of(features[0])]
     results = []
-    for limit in (backend._WIDE_PIXELS, 0):
-        monkeypatch.setattr(backend, "_WIDE_PIXELS", limit)
+    for limit in (triton_layers._WIDE, 0):
+        monkeypatch.setattr(triton_layers, "_WIDE", limit)
         sums, masses = backend.forward(features, fg, bg)
         grads = backend.backward(sums, fg, bg, [], features, geometry)
         results.append([sums, masses, *(grad for part in grads for grad in part)])

@@ -15,6 +15,7 @@ __all__ = [
     "distance_of",
     "entry_of",
     "load_gradient",
+    "next_pair",
     "pair_distance",
     "pair_of",
     "region_features",
@@ -80,6 +81,20 @@ def pair_of(pairing_ptr, k, N, K, TERM: tl.constexpr):
 
 
 @triton.jit
+def next_pair(pairing_ptr, n, last, N, K, TERM: tl.constexpr, BLOCK_COUNT: tl.constexpr):
+    """For each n [BLOCK_N] the first pair after `last` that holds it; the number of pairs if none does."""
+    pairs = K if TERM == "pooled" else N
+    found = tl.zeros_like(n) + pairs
+    for start in range(0, pairs, BLOCK_COUNT):
+        k = start + tl.arange(0, BLOCK_COUNT).to(tl.int64)
+        i, j = pair_of(pairing_ptr, k, N, K, TERM)
+        holds = (i[None, :] == n[:, None]) | (j[None, :] == n[:, None])
+        later = (k[None, :] > last[:, None]) & (k < pairs)[None, :]
+        found = tl.minimum(found, tl.min(tl.where(holds & later, k[None, :], pairs), axis=1))
+    return found
+
+
+@triton.jit
 def distance_of(f, b, EPS: tl.constexpr, NORM: tl.constexpr):
     """D of (L2) [BLOCK_N, 1], or its summands [BLOCK_N, BLOCK_C] for the norm over the batch."""
     x = f - b
@@ -130,9 +145,13 @@ def slope_of(grad, distance, met, EPS: tl.constexpr, LOG_SCALE: tl.constexpr):
 
 @triton.jit
 def load_gradient(grad_loss_ptr, n, counts, layer, L, REDUCTION: tl.constexpr):
-    """The upstream gradient of the entries of samples n that count, else 0 [BLOCK_N]."""
-    offsets = (n * L if REDUCTION == "none" else tl.zeros_like(n)) + layer
-    return tl.load(grad_loss_ptr + offsets, mask=counts, other=0).to(tl.float64)
+    """The upstream gradient (1 without a pointer) of the samples n that count, else 0 [BLOCK_N]."""
+    if grad_loss_ptr is None:
+        gradient = counts.to(tl.float64)
+    else:
+        offsets = (n * L if REDUCTION == "none" else tl.zeros_like(n)) + layer
+        gradient = tl.load(grad_loss_ptr + offsets, mask=counts, other=0).to(tl.float64)
+    return gradient
 
 
 @triton.jit
