@@ -43,6 +43,7 @@ SOURCES = {
     "cuda/layer_masks.cu": ["-O1", "-x", "c++"],
     "cpu/region_sums.cpp": ["-O0"],
     "cpu/region_sums_isa.cpp": ["-O0"],
+    "cpu/layer_masks.cpp": ["-O0"],
     "cpu/log_norm.cpp": ["-O0"],
     "cpu/parallel.cpp": ["-O0"],
 }
