@@ -57,6 +57,15 @@ def test_auto_falls_back_to_the_reference(unavailable):
     assert auto_backend("mps") == "reference"
 
 
+def test_a_triton_without_tuples_is_refused_by_its_version(monkeypatch):
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert "need Triton 3.4; this is 3.3.1" in backend_module._PROBES["triton"]()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    assert backend_module._PROBES["triton"]() is None
+
+
 def test_auto_never_takes_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert auto_backend("cpu") != "triton"

@@ -148,6 +148,7 @@ def _run_region_sums():
         run(*case)
     run([HUGE], U8, has_bg=True, has_upstream=True, mask_gradient=False)
     triton_layers._WIDE = 0
+    triton_layers.plan_layers.cache_clear()
     run(*REGION_SUMS_CASES[0])
 
 

@@ -14,6 +14,7 @@ import oracles
 from cases import lay_out
 from fdkernels.layer_losses.impl import reference
 from fdkernels.layer_losses.impl import triton as backend
+from fdkernels.log_norm.impl import triton as log_norm
 from fdkernels.log_norm.options import EXCHANGES, NORMS, REGION_WEIGHTS, Options
 from fdkernels.region_sums.geometry import geometry_of
 from kernel_launches import recorded_launches
@@ -130,7 +131,7 @@ def test_more_layers_than_a_launch_holds_take_two_launches_each():
 )
 def test_loss_sums_and_slopes_are_those_of_float64(norm, exchange, weight):
     """Of layers in four layouts, with masks of bytes and floats in one call."""
-    layers = odd_layers()
+    layers = odd_layers()[1:]
     fg, bg = weights_of(layers, has_bg=exchange != "none")
     options = Options(
         weight, weight == "pixels", norm, 0.5, 1e-2, exchange, ("mean", "sum")[norm == "vector"]
@@ -181,15 +182,28 @@ def test_backward_scales_slopes_and_adds_what_arrives(layout):
 
 
 def test_the_same_input_gives_the_same_bits():
-    layers = odd_layers()
+    layers = odd_layers()[:2]
     fg, bg = weights_of(layers)
     options = Options("valid", False, "vector", 1.0, 1e-12, "pooled", "mean")
     runs = [backend.forward(layers, fg, bg, PAIRINGS["pooled"], options, True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_more_samples_than_a_tile_holds_have_the_slopes_of_float64(exchange, monkeypatch):
+    monkeypatch.setattr(log_norm, "_TILE", 8)
+    monkeypatch.setattr(log_norm, "COUNT", 2)
+    layers = [torch.randn(3, 4, 5), torch.randn(3, 3, 2)]
+    fg, bg = weights_of(layers)
+    options = Options("region", False, "vector", 1.0, 1e-2, exchange, "mean")
+    slopes = backend.forward(layers, fg, bg, PAIRINGS[exchange], options, True)[3]
+    wide = [[t.double() for t in tensors] for tensors in (layers, fg, bg)]
+    wanted = reference.forward(*wide, PAIRINGS[exchange], options, True)[3]
+    torch.testing.assert_close(slopes.double(), wanted, rtol=1e-5, atol=2e-6 * wanted.abs().max().item())
+
+
 def test_without_slopes_nothing_else_changes():
-    layers = odd_layers()
+    layers = odd_layers()[:2]
     fg, bg = weights_of(layers)
     options = Options("valid", False, "vector", 1.0, 1e-12, "none", "mean")
     with_slopes = backend.forward(layers, fg, bg, None, options, True)

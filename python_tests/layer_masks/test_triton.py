@@ -25,7 +25,8 @@ DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 ]
-SIZES = [(6, 10), (3, 5), (4, 7), (7, 11)]  # the mask's own, exact factors, cells that overlap, a larger one
+HOW = ["area", "max", "nearest"]
+SIZES = [(6, 10), (4, 5), (7, 11)]  # the mask's own, cells that overlap, a larger one
 
 
 def mask_of(dtype, *shape, ignore_index=None):
@@ -48,14 +49,17 @@ def assert_same(mask, sizes, how, ignore_index, dtype=torch.float32):
     return made
 
 
-@pytest.mark.parametrize("how", ["area", "max", "nearest"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [(dtype, HOW[i % 3]) for i, dtype in enumerate(DTYPES)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 def test_a_mask_of_any_dtype_comes_to_all_sizes_in_one_launch(dtype, how):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert_same(mask_of(dtype, 6, 10), SIZES, how, None, wide)
 
 
-@pytest.mark.parametrize("how", ["area", "max", "nearest"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
     ("dtype", "ignore_index"),
     [(torch.uint8, 255), (torch.int64, -1), (torch.float16, 0.1), (torch.float64, 0.1)],
@@ -70,12 +74,12 @@ def test_ignored_pixels_are_found_in_the_mask_s_own_dtype(dtype, ignore_index, h
 
 @pytest.mark.parametrize("how", ["area", "max"])
 def test_cells_longer_than_a_row_of_lanes_and_of_three_dimensions(how):
-    assert_same(mask_of(torch.float32, 150), [(2,), (1,), (4,)], how, None)
-    assert_same(mask_of(torch.int32, 4, 5, 6, ignore_index=-1), [(2, 5, 3), (3, 2, 4), (1, 1, 1)], how, -1)
+    assert_same(mask_of(torch.float32, 150), [(2,), (4,)], how, None)
+    assert_same(mask_of(torch.int32, 4, 5, 6, ignore_index=-1), [(2, 5, 3), (3, 2, 4)], how, -1)
 
 
 @pytest.mark.parametrize("ignore_index", [None, -1])
-@pytest.mark.parametrize("how", ["area", "max", "nearest"])
+@pytest.mark.parametrize("how", HOW)
 def test_a_nan_reaches_the_cells_that_hold_it(how, ignore_index):
     mask = mask_of(torch.float32, 4, 4)
     mask[0, 0, 1, 3] = math.nan
@@ -84,7 +88,7 @@ def test_a_nan_reaches_the_cells_that_hold_it(how, ignore_index):
     assert same.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("how", ["area", "max", "nearest"])
+@pytest.mark.parametrize("how", HOW)
 def test_positions_of_64_bits_give_the_same(how, monkeypatch):
     mask = mask_of(torch.int16, 6, 10, ignore_index=-1)
     narrow = assert_same(mask, SIZES, how, -1)

@@ -35,6 +35,11 @@ def _unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+def _forget_plans(monkeypatch):
+    for name in ("plan_layers", "plan_second_pass"):
+        monkeypatch.setattr(backend, name, getattr(backend, name).__wrapped__)
+
+
 def _id(value):
     return str(value).removeprefix("torch.")
 
@@ -256,6 +261,7 @@ def test_any_shape_matches_float64(shape, spatial, layout, dtype, mask, seed):
 @pytest.mark.parametrize("layout", [_contiguous, _channels_last], ids=["contiguous", "last"])
 def test_a_layer_of_many_tiles_matches_float64(layout, monkeypatch):
     torch.manual_seed(4)
+    _forget_plans(monkeypatch)
     monkeypatch.setattr(triton_layers, "_BLOCK", 128)
     monkeypatch.setattr(triton_layers, "_PIXELS_OF_CHANNELS", (32,))
     monkeypatch.setattr(triton_layers, "_MIN_TILE_PIXELS", 16)
@@ -264,7 +270,8 @@ def test_a_layer_of_many_tiles_matches_float64(layout, monkeypatch):
     tiles = []
     for programs in (64, 8, 2):
         monkeypatch.setattr(triton_layers, "_PROGRAMS", programs)
-        tiles.append(triton_layers.plan_layer(features[0].shape, features[0].stride()).tiles)
+        layer = triton_layers.describe(features, _masks(features, "uint8")[0])
+        tiles.append(backend.plan_layers((layer,), torch.float32, False)[0][0].tiles)
         _check(features, *_masks(features, "valid_float32"))
     assert tiles[0] > 16 > tiles[1] > 4 > tiles[2] > 1
 
@@ -275,6 +282,7 @@ def test_pixel_numbers_of_64_bits_give_the_same(monkeypatch):
     fg, bg = _masks(features, "valid_uint8")
     geometry = [geometry_of(features[0])]
     results = []
+    _forget_plans(monkeypatch)
     for limit in (triton_layers._WIDE, 0):
         monkeypatch.setattr(triton_layers, "_WIDE", limit)
         sums, masses = backend.forward(features, fg, bg)

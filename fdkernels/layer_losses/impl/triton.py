@@ -21,7 +21,7 @@ from fdkernels.log_norm.impl.triton_gradient import entry_slopes, sums_gradient
 from fdkernels.log_norm.options import Options
 from fdkernels.region_sums.geometry import Geometry
 from fdkernels.region_sums.impl.triton import sum_tiles, write_gradients
-from fdkernels.region_sums.impl.triton_layers import chunks, launch, pick, table
+from fdkernels.region_sums.impl.triton_layers import launch, pick, table
 from fdkernels.region_sums.impl.triton_partials import add_partials
 
 __all__ = ["backward", "forward"]
@@ -110,17 +110,16 @@ def forward(
     with_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses [L], sums, masses, and the slopes (F1) [2, N, ΣC] (empty where not asked for)."""
-    part = sum_tiles(features, fg, bg)
-    sums, masses = part.sums, part.masses
+    partial, counters, sums, masses, second_pass = sum_tiles(features, fg, bg)
     _, N, L = masses.shape
     slopes = torch.empty_like(sums) if with_slopes else sums.new_empty(0)
     loss = sums.new_empty(L) if N else sums.new_zeros(L)
-    runtime, constants = log_norm.arguments(sums, pairing, part.channels, options)
-    for layers in chunks(range(L)):
-        tables, blocks = part.second_pass(layers)
+    channels = [layer.shape[1] for layer in features]
+    runtime, constants = log_norm.arguments(sums, pairing, channels, options)
+    for layers, tables, blocks in second_pass.launches:
         launch(
             layer_losses_forward_kernel, N * len(layers),
-            loss, slopes if with_slopes else None, part.partial, part.counters, sums, masses,
+            loss, slopes if with_slopes else None, partial, counters, sums, masses,
             pairing if pairing is None else pairing.contiguous(), layers[0],
             (*tables, table(features[i].shape[2:].numel() for i in layers)), *runtime,
             BLOCK_COUNT=log_norm.COUNT, BLOCKS=blocks, num_warps=_WARPS, **constants,

@@ -21,11 +21,13 @@ from fdkernels.layer_masks.rule import weight_dtype
 from fdkernels.region_sums.impl.triton_layers import (
     DTYPES,
     as_pointer,
+    ceil_div,
     chunks,
     how_many,
     launch,
     layer_of,
     pick,
+    power_of_2,
     table,
 )
 
@@ -193,10 +195,10 @@ def forward(
     reach = [2 * (s + 1) * (f + 1) for size in all_sizes for s, f in zip(size, all_full, strict=True)]
     reach += [fg_l.shape[1] + _LANES for fg_l in fg] + [_span(mask)]
     wide = max(reach) >= _WIDE
-    kinds_of = [min(triton.next_power_of_2(row[2]), _MAX_ROW) for row in all_rows]
+    kinds_of = [min(power_of_2(row[2]), _MAX_ROW) for row in all_rows]
     for layers in chunks(sorted(range(len(sizes)), key=lambda i: -math.prod(all_sizes[i]))):
         kinds = sorted({kinds_of[i] for i in layers})
-        programs = [N * triton.cdiv(fg[i].shape[1], _LANES // kinds_of[i]) for i in layers]
+        programs = [N * ceil_div(fg[i].shape[1], _LANES // kinds_of[i]) for i in layers]
         starts = list(itertools.accumulate(programs, initial=0))
         columns = [
             starts[:-1],

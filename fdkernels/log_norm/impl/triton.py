@@ -17,7 +17,7 @@ from torch import Tensor
 from fdkernels.log_norm.impl.triton_gradient import entry_slopes, sums_gradient
 from fdkernels.log_norm.impl.triton_pairs import entry_of, pair_distance, total_distance
 from fdkernels.log_norm.options import Options
-from fdkernels.region_sums.impl.triton_layers import chunks, launch, pick, table
+from fdkernels.region_sums.impl.triton_layers import chunks, launch, pick, power_of_2, table
 
 __all__ = ["arguments", "backward", "forward", "warps", "write_loss"]
 
@@ -158,8 +158,8 @@ def arguments(
 ) -> tuple[list[Any], dict[str, Any]]:
     """What the kernels take after the tables of layers, at run time (N, L, K, ΣC) and at compile time."""
     K = 0 if pairing is None else pairing.shape[0]
-    block_c = triton.next_power_of_2(max(*channels, 1))
-    block_n = min(triton.next_power_of_2(max(sums.shape[1], K, 1)), max(_TILE // block_c, 1))
+    block_c = power_of_2(max(channels))
+    block_n = min(power_of_2(max(sums.shape[1], K)), max(_TILE // block_c, 1))
     constants = {
         "REGION_WEIGHT": options.region_weight,
         "MASKED_BACKGROUND": options.masked_background,

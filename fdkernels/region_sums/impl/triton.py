@@ -26,17 +26,22 @@ from fdkernels.region_sums.impl.triton_access import (
     weight_offset,
 )
 from fdkernels.region_sums.impl.triton_layers import (
+    Layer,
     as_pointer,
-    chunks,
-    common_unit,
-    group_layers,
+    ceil_div,
+    describe,
     launch,
     layer_of,
     pick,
-    plan_layer,
+    plan_layers,
+    power_of_2,
     table,
 )
-from fdkernels.region_sums.impl.triton_partials import Partials, region_sums_reduce_kernel
+from fdkernels.region_sums.impl.triton_partials import (
+    Partials,
+    plan_second_pass,
+    region_sums_reduce_kernel,
+)
 
 __all__ = ["backward", "forward", "sum_tiles", "write_gradients"]
 
@@ -268,39 +273,35 @@ def sum_tiles(features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Ten
     """The first pass of (R2): one launch for all layers that lie alike."""
     dtype = accumulate_dtype(features)
     N, L = features[0].shape[0], len(features)
-    prefer = common_unit(features)
-    plans = [
-        plan_layer(layer.shape, layer.stride(), places=_places([layer], i, fg, bg), prefer=prefer)
-        for i, layer in enumerate(features)
-    ]
-    channels, tiles = [plan.shape[1] for plan in plans], [plan.tiles for plan in plans]
-    partial_starts = _starts([2 * N * t * (C + 1) for t, C in zip(tiles, channels, strict=True)])
-    sums = features[0].new_empty((2, N, sum(channels)), dtype=dtype)
-    partial = sums.new_empty(partial_starts.pop())
+    plans, groups = plan_layers(_describe(fg, bg, features), dtype, bool(bg))
+    second_pass = plan_second_pass(
+        tuple(plan.shape[1] for plan in plans), tuple(plan.tiles for plan in plans), N
+    )
+    sums = features[0].new_empty((2, N, second_pass.total_channels), dtype=dtype)
+    masses = sums.new_empty((2, N, L))
+    partial = sums.new_empty(second_pass.size)
     counters = sums.new_empty(L, dtype=torch.int32)
-    for group in group_layers(plans, features, fg, dtype, bool(bg)):
+    for group in groups:
         layers = group.layers
+        partial_starts = table(second_pass.starts[i] for i in layers)
         launch(region_sums_forward_kernel, group.programs,
             partial, counters, N, L, group.starts,
-            (group.starts, table(partial_starts[i] for i in layers), *_addresses(layers, features, fg, bg)),
+            (group.starts, partial_starts, *_addresses(layers, features, fg, bg)),
             group.columns, group.strides,
-            KINDS=group.kinds, BLOCK_COUNTER=triton.next_power_of_2(L), **group.constants,
+            KINDS=group.kinds, BLOCK_COUNTER=power_of_2(L), **group.constants,
         )  # fmt: skip
-    masses = sums.new_empty((2, N, L))
-    return Partials(partial, counters, sums, masses, channels, tiles, partial_starts, _starts(channels)[:-1])
+    return Partials(partial, counters, sums, masses, second_pass)
 
 
 def forward(features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sums [2, N, ΣC] and masses [2, N, L] by (R2): a launch for the tiles and one for the second pass."""
-    tiles = sum_tiles(features, fg, bg)
-    _, N, L = tiles.masses.shape
-    for layers in chunks(range(L)):
-        tables, blocks = tiles.second_pass(layers)
+    partial, _, sums, masses, second_pass = sum_tiles(features, fg, bg)
+    _, N, L = masses.shape
+    for layers, tables, blocks in second_pass.launches:
         launch(region_sums_reduce_kernel, len(layers) * 2 * N,
-            tiles.partial, tiles.sums, tiles.masses, N, L, layers[0], tiles.sums.shape[2], tables,
-            BLOCKS=blocks, num_warps=8,
+            partial, sums, masses, N, L, layers[0], sums.shape[2], tables, BLOCKS=blocks, num_warps=8,
         )  # fmt: skip
-    return tiles.sums, tiles.masses
+    return sums, masses
 
 
 def write_gradients(
@@ -315,14 +316,12 @@ def write_gradients(
     slopes = slopes.contiguous()
     grads = [slopes.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in geometry]
     added = _in_dtype_of(grads, upstream) if any(grad is not None for grad in upstream) else []
-    plans, prefer = [], common_unit(grads)
-    for i, grad in enumerate(grads):
-        tensors = [grad] + [grad if addend is None else addend for addend in added[i : i + 1]]
-        strides = [tensor.stride() for tensor in tensors]
-        plans.append(plan_layer(grad.shape, *strides, places=_places(tensors, i, fg, bg), prefer=prefer))
+    towards = [grad if addend is None else addend for grad, addend in zip(grads, added, strict=False)]
+    maps = (grads, towards) if added else (grads,)
+    plans, groups = plan_layers(_describe(fg, bg, *maps), slopes.dtype, bool(bg))
     channel_starts = _starts([plan.shape[1] for plan in plans])
     stride = 0 if grad_loss is None else grad_loss.stride(0)
-    for group in group_layers(plans, grads, fg, slopes.dtype, bool(bg)):
+    for group in groups:
         layers = group.layers
         launch(region_sums_backward_kernel, group.programs,
             slopes, grad_loss, slopes.shape[1], slopes.shape[2], stride, group.starts,
@@ -347,15 +346,11 @@ def backward(
     grad_features = write_gradients(grad_sums, None, fg, bg, upstream, geometry)
     grad_fg = [torch.empty_like(fg[i], dtype=grad_sums.dtype) for i in range(len(features))]  # [N, P]
     grad_bg = [torch.empty_like(grad) for grad in grad_fg[: len(bg)]]
-    prefer = common_unit(features)
-    plans = [
-        plan_layer(layer.shape, layer.stride(), places=_places([layer], i, fg, bg), prefer=prefer)
-        for i, layer in enumerate(features)
-    ]
+    plans, groups = plan_layers(_describe(fg, bg, features), grad_sums.dtype, bool(bg))
     channel_starts = _starts([plan.shape[1] for plan in plans])
-    for group in group_layers(plans, features, fg, grad_sums.dtype, bool(bg)):
+    for group in groups:
         layers = group.layers
-        starts = _starts([plans[i].shape[0] * triton.cdiv(plans[i].shape[2], _MASK_BLOCK[1]) for i in layers])
+        starts = _starts([plans[i].shape[0] * ceil_div(plans[i].shape[2], _MASK_BLOCK[1]) for i in layers])
         launch(region_sums_mask_backward_kernel, starts.pop(),
             grad_sums, grad_sums.shape[1], grad_sums.shape[2], table(starts),
             (table(starts), table(channel_starts[i] for i in layers),
@@ -373,12 +368,10 @@ def _in_dtype_of(grads: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> 
     ]
 
 
-def _places(
-    tensors: Sequence[Tensor], layer: int, fg: Sequence[Tensor], bg: Sequence[Tensor]
-) -> list[tuple[int, int]]:
-    """Address and bytes of an element of all that the kernels touch of a layer."""
-    touched = [*tensors, fg[layer], *bg[layer : layer + 1]]
-    return [(tensor.data_ptr(), tensor.element_size()) for tensor in touched]
+def _describe(fg: Sequence[Tensor], bg: Sequence[Tensor], *maps: Sequence[Tensor]) -> tuple[Layer, ...]:
+    """Each layer by the maps and weights that the kernels touch."""
+    weights = zip(fg, bg, strict=True) if bg else zip(fg, strict=True)
+    return tuple(describe(tensors, of_layer) for *tensors, of_layer in zip(*maps, weights, strict=False))
 
 
 def _addresses(layers: Sequence[int], *columns: Sequence[Tensor | None]) -> list[tuple[int, ...]]:

@@ -6,6 +6,8 @@ addresses and sizes of all of them are arguments of the kernel, so that no table
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,16 +20,18 @@ __all__ = [
     "DTYPES",
     "MAX_LAYERS",
     "Group",
+    "Layer",
     "Plan",
     "as_pointer",
+    "ceil_div",
     "chunks",
-    "common_unit",
-    "group_layers",
+    "describe",
     "how_many",
     "launch",
     "layer_of",
     "pick",
-    "plan_layer",
+    "plan_layers",
+    "power_of_2",
     "table",
 ]
 
@@ -57,6 +61,7 @@ _ALIGNMENTS = (16, 4)
 # Triton compiles anew for every pattern of ones, multiples of 16 and numbers beyond 32 bits among the
 # integers of a tuple, which `do_not_specialize` does not reach. Odd numbers of this size are all alike.
 _OFFSET = tl.constexpr(1 << 61)
+_ODD = 2 * _OFFSET.value + 1
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -113,21 +118,50 @@ class Plan(NamedTuple):
     wide: bool
 
 
-def plan_layer(
-    shape: Sequence[int],
-    *strides: Sequence[int],
-    places: Sequence[tuple[int, int]] = (),
-    prefer: str = "pixels",
-) -> Plan:
-    """The plan for tensors [N, C, *S] of one shape; accesses coalesce for the first strides.
+class Layer(NamedTuple):
+    """What decides how a layer is cut, and with which others it shares a launch."""
 
-    Args:
-        shape: N, C and the spatial sizes.
-        strides: those of each tensor.
-        places: address and bytes of an element of all that is read or written, masks too.
-        prefer: the unit of a map that is contiguous along both, as one of a single pixel or channel is.
-    """
-    N, C, P = shape[0], shape[1], torch.Size(shape[2:]).numel()
+    shape: tuple[int, ...]  # N, C and the spatial sizes
+    strides: tuple[
+        tuple[int, ...], ...
+    ]  # of each tensor that is read or written; accesses coalesce for the first
+    dtype: torch.dtype
+    mask: torch.dtype
+    aligned: bool  # whether all that is read or written begins at a multiple of 16 bytes
+
+
+def describe(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Layer:
+    """A layer of which kernels touch these maps [N, C, *S] and weights [N, P], the foreground's first."""
+    first = tensors[0]
+    return Layer(
+        tuple(first.shape),
+        tuple(tensor.stride() for tensor in tensors),
+        first.dtype,
+        weights[0].dtype,
+        all(tensor.data_ptr() % 16 == 0 for tensor in (*tensors, *weights)),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def plan_layers(
+    layers: tuple[Layer, ...], accumulator: torch.dtype, has_bg: bool
+) -> tuple[list[Plan], list[Group]]:
+    """The plan of each layer, and the groups that share a launch; known for layers that have come before."""
+    prefer = _common_unit(layers)
+    plans = [_plan_layer(layer, prefer) for layer in layers]
+    return plans, _group_layers(layers, plans, accumulator, has_bg)
+
+
+def _common_unit(layers: Sequence[Layer]) -> str:
+    """Along what the maps lie that lie along one thing only; "pixels" if there is no such map."""
+    several = (layer for layer in layers if layer.shape[1] > 1 and math.prod(layer.shape[2:]) > 1)
+    return "channels" if any(layer.strides[0][1] == 1 for layer in several) else "pixels"
+
+
+def _plan_layer(layer: Layer, prefer: str) -> Plan:
+    """The plan of a layer; a map that is contiguous along pixels and channels takes the unit preferred."""
+    shape, strides = layer.shape, layer.strides
+    N, C, P = shape[0], shape[1], math.prod(shape[2:])
     size, spatial = _merge_dimensions(shape, strides)
     dims = max(len(size), 1)
     missing = 3 - len(size)
@@ -139,10 +173,10 @@ def plan_layer(
     first_c, first_p = steps[0][1:3]
     units = tuple(_unit_of(C, P, step, prefer) for step in steps)
     block_c, block_p = _block_of(C, P, "channels" if 0 < first_c < first_p else units[0])
-    channel_blocks, pixel_blocks = max(triton.cdiv(C, block_c), 1), triton.cdiv(P, block_p)
+    channel_blocks, pixel_blocks = max(ceil_div(C, block_c), 1), ceil_div(P, block_p)
     tile_blocks = min(channel_blocks * pixel_blocks // _PROGRAMS, _MAX_TILE_BLOCKS)
-    tile_blocks = max(tile_blocks, triton.cdiv(_MIN_TILE_PIXELS, block_p))
-    tiles = max(triton.cdiv(pixel_blocks, tile_blocks), 1)
+    tile_blocks = max(tile_blocks, ceil_div(_MIN_TILE_PIXELS, block_p))
+    tiles = max(ceil_div(pixel_blocks, tile_blocks), 1)
     span = max(
         sum((extent - 1) * abs(step) for extent, step in zip(shape[1:], stride[1:], strict=True))
         for stride in strides
@@ -157,7 +191,7 @@ def plan_layer(
         dims,
         (size_1, size_2),
         tuple(steps),
-        (block_c, block_p, 1 if units[0] == "none" else _alignment(rows, places)),
+        (block_c, block_p, _alignment(rows) if layer.aligned and units[0] != "none" else 1),
         tile_blocks,
         tiles,
         N * channel_blocks * tiles,
@@ -174,15 +208,6 @@ def _unit_of(C: int, P: int, step: Sequence[int], prefer: str) -> str:
     return prefer if prefer in units else [*units, "none"][0]
 
 
-def common_unit(tensors: Sequence[Tensor]) -> str:
-    """Along what the maps lie that lie along one thing only; "pixels" if there is no such map."""
-    for tensor in tensors:
-        C, P = tensor.shape[1], tensor.shape[2:].numel()
-        if C > 1 and P > 1 and tensor.stride(1) == 1:
-            return "channels"
-    return "pixels"
-
-
 def _block_of(C: int, P: int, unit: str) -> tuple[int, int]:
     if unit == "channels":
         pixels = next(p for p in _PIXELS_OF_CHANNELS[::-1] if _BLOCK // p >= C or p == _PIXELS_OF_CHANNELS[0])
@@ -193,13 +218,8 @@ def _block_of(C: int, P: int, unit: str) -> tuple[int, int]:
     return channels, _BLOCK // channels
 
 
-def _alignment(rows: Sequence[int], places: Sequence[tuple[int, int]]) -> int:
-    for elements in _ALIGNMENTS:
-        if all(row % elements == 0 for row in rows) and all(
-            address % min(elements * size, 16) == 0 for address, size in places
-        ):
-            return elements
-    return 1
+def _alignment(rows: Sequence[int]) -> int:
+    return next((elements for elements in _ALIGNMENTS if not any(row % elements for row in rows)), 1)
 
 
 def _merge_dimensions(
@@ -235,34 +255,40 @@ class Group(NamedTuple):
     constants: dict[str, Any]
 
 
-def group_layers(
-    plans: Sequence[Plan],
-    tensors: Sequence[Tensor],
-    fg: Sequence[Tensor],
-    accumulator: torch.dtype,
-    has_bg: bool,
+def _group_layers(
+    layers: Sequence[Layer], plans: Sequence[Plan], accumulator: torch.dtype, has_bg: bool
 ) -> list[Group]:
     """Layers that need the same code share a launch; uint8 masks lie beside masks of one wider dtype."""
     groups: dict[tuple[Any, ...], list[int]] = {}
-    wide_masks = [weight.dtype for weight in fg if weight.dtype != torch.uint8]
-    for i, plan in enumerate(plans):
+    wide_masks = [layer.mask for layer in layers if layer.mask != torch.uint8]
+    for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         if not plan.programs:
             continue
-        mask = fg[i].dtype
+        mask = layer.mask
         if mask == torch.uint8:
             mask = accumulator if accumulator in wide_masks or not wide_masks else wide_masks[0]
-        key = (tensors[i].dtype, mask, plan.units, plan.dims, plan.wide)
+        key = (layer.dtype, mask, plan.units, plan.dims, plan.wide)
         groups.setdefault(key, []).append(i)
     return [
-        _group(layers, plans, fg, key, has_bg)
+        _group(part, layers, plans, key, has_bg)
         for key, members in groups.items()
-        for layers in chunks(sorted(members, key=lambda i: -torch.Size(plans[i].shape).numel()))
+        for part in chunks(sorted(members, key=lambda i: -math.prod(plans[i].shape)))
     ]
 
 
 def table(values: Iterable[int]) -> tuple[int, ...]:
     """Integers of 0 and more, one for each layer, as kernels take them."""
-    return tuple(2 * (value + _OFFSET.value) + 1 for value in values)
+    return tuple(2 * value + _ODD for value in values)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is not less than the number, at least 1."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def how_many(flags: Sequence[int]) -> str:
@@ -276,16 +302,20 @@ def chunks(layers: Sequence[int]) -> list[list[int]]:
 
 
 def _group(
-    layers: list[int], plans: Sequence[Plan], fg: Sequence[Tensor], key: tuple[Any, ...], has_bg: bool
+    members: list[int],
+    layers: Sequence[Layer],
+    plans: Sequence[Plan],
+    key: tuple[Any, ...],
+    has_bg: bool,
 ) -> Group:
     dtype, mask, units, dims, wide = key
-    chosen = [plans[i] for i in layers]
+    chosen = [plans[i] for i in members]
     starts, programs = [], 0
     for plan in chosen:
         starts.append(programs)
         programs += plan.programs
     kinds = sorted({plan.block for plan in chosen})
-    is_byte = [int(fg[i].dtype == torch.uint8) for i in layers]
+    is_byte = [int(layers[i].mask == torch.uint8) for i in members]
     used = 3 if dims == 1 else 5
     columns: list[Any] = [
         *zip(*[(p.shape[1], p.shape[2], p.tile_blocks, kinds.index(p.block)) for p in chosen], strict=True),
@@ -308,7 +338,7 @@ def _group(
         "HAS_BG": has_bg,
         "num_warps": _WARPS,
     }
-    return Group(layers, programs, tuple(kinds), units, table(starts), tables[0], tables[1], constants)
+    return Group(members, programs, tuple(kinds), units, table(starts), tables[0], tables[1], constants)
 
 
 def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **constants: Any) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdkernels.region_sums.impl.triton_layers import pick, table
+from fdkernels.region_sums.impl.triton_layers import chunks, pick, power_of_2, table
 
-__all__ = ["Partials", "add_partials", "region_sums_reduce_kernel"]
+__all__ = ["Partials", "add_partials", "plan_second_pass", "region_sums_reduce_kernel"]
 
 # Partial sums that the second pass takes at once: so many tiles, and at most so many in all.
 _REDUCE_TILES = (8, 32, 128)
 _REDUCE_BLOCK = 8192
+
+Tables = tuple[tuple[int, ...], ...]
 
 
 @triton.jit
@@ -65,29 +68,41 @@ def region_sums_reduce_kernel(
             )  # fmt: skip
 
 
+class SecondPass(NamedTuple):
+    """How the partial sums of all layers lie side by side, and in which launches they are added."""
+
+    starts: list[int]  # where those of each layer begin
+    size: int
+    total_channels: int
+    launches: list[tuple[list[int], Tables, tuple[tuple[int, int], ...]]]  # layers, tables, blocks
+
+
 class Partials(NamedTuple):
-    """The partial sums of all tiles, and what the second pass needs to find those of a layer."""
+    """The partial sums of all tiles and what is to be made of them."""
 
     partial: Tensor  # for each layer [tiles, 2, N, C + 1], the mass in the last column
     counters: Tensor  # [L] int32, zero
     sums: Tensor  # [2, N, ΣC], to be written
     masses: Tensor  # [2, N, L], to be written
-    channels: list[int]
-    tiles: list[int]
-    partial_starts: list[int]
-    channel_starts: list[int]
+    second_pass: SecondPass
 
-    def second_pass(
-        self, layers: Sequence[int]
-    ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...]]:
-        """Tables of channels, tiles, starts and kinds of some layers, and the blocks that are the kinds."""
-        blocks = [_reduce_block(self.tiles[i], self.channels[i]) for i in layers]
+
+@functools.lru_cache(maxsize=256)
+def plan_second_pass(channels: tuple[int, ...], tiles: tuple[int, ...], N: int) -> SecondPass:
+    """The second pass over layers of so many channels and tiles."""
+    sizes = [2 * N * t * (C + 1) for t, C in zip(tiles, channels, strict=True)]
+    *starts, size = itertools.accumulate(sizes, initial=0)
+    *channel_starts, total_channels = itertools.accumulate(channels, initial=0)
+    launches = []
+    for layers in chunks(range(len(channels))):
+        blocks = [_reduce_block(tiles[i], channels[i]) for i in layers]
         kinds = sorted(set(blocks))
-        columns = (self.channels, self.tiles, self.partial_starts, self.channel_starts)
-        tables = [table(column[i] for i in layers) for column in columns]
-        return (*tables, table(kinds.index(block) for block in blocks)), tuple(kinds)
+        columns = [[column[i] for i in layers] for column in (channels, tiles, starts, channel_starts)]
+        columns.append([kinds.index(block) for block in blocks])
+        launches.append((layers, tuple(table(column) for column in columns), tuple(kinds)))
+    return SecondPass(starts, size, total_channels, launches)
 
 
 def _reduce_block(tiles: int, channels: int) -> tuple[int, int]:
     of_tiles = next(most for most in _REDUCE_TILES if tiles <= most or most == _REDUCE_TILES[-1])
-    return of_tiles, min(triton.next_power_of_2(max(channels, 1)), _REDUCE_BLOCK // of_tiles)
+    return of_tiles, min(power_of_2(channels), _REDUCE_BLOCK // of_tiles)
