@@ -170,7 +170,10 @@ def _shape_of(mib: int, dtype: torch.dtype) -> Shape:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random features in [0, 1), as after a ReLU without its zeros, and a random mask."""
+    """Random features in [0.5, 1.5) and a random mask.
+
+    Under "released" features with a mean of one half would cancel to nothing but rounding.
+    """
     generator = torch.Generator(case.device).manual_seed(seed)
     layers = []
     for shape in case.layers:
@@ -180,7 +183,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
             device=case.device,
             memory_format=FORMATS[case.layout][len(shape) - 3],
         )
-        layers.append(features.uniform_(generator=generator).requires_grad_())
+        layers.append(features.uniform_(0.5, 1.5, generator=generator).requires_grad_())
     batch = case.layers[0][0]
     noise = torch.rand((batch, 1, *case.mask_size), generator=generator, device=case.device)
     return Inputs(layers, _mask(case.mask_kind, noise), _pairing(case.exchange, batch, case.device))
