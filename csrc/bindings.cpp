@@ -9,7 +9,6 @@
 #include <functional>
 
 #include "checks.h"
-#include "cpu/layer_masks.h"
 #include "cpu/parallel.h"
 #include "layer_losses.h"
 #include "layer_masks.h"
@@ -61,7 +60,7 @@ fdk::LogNorm as_log_norm(const LogNormWords& words) {
 }
 
 // `sizes` must outlive the result.
-[[maybe_unused]] fdk::LayerMasks as_layer_masks(const LayerMasksWords& words, const Words& sizes) {
+fdk::LayerMasks as_layer_masks(const LayerMasksWords& words, const Words& sizes) {
   const auto& [mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value, ignore_number, resize,
                accumulate] = words;
   fdk::LayerMasks args = {};
@@ -81,23 +80,17 @@ fdk::LogNorm as_log_norm(const LogNormWords& words) {
 }
 
 void bind_cpu(py::module_& m) {
-  m.def("cpu_layer_masks", [](const Words& words, double ignore_index, int num_threads) {
-    constexpr size_t kMask = sizeof(fdk::cpu::Mask) / 8, kSize = sizeof(fdk::cpu::MaskWeights) / 8;
-    fdk::require(words.size() >= kMask && (words.size() - kMask) % kSize == 0,
-                 "a mask must be described by 12 words and each size by 6");
-    const auto* mask = reinterpret_cast<const fdk::cpu::Mask*>(words.data());
-    const auto* sizes = reinterpret_cast<const fdk::cpu::MaskWeights*>(words.data() + kMask);
+  m.def("cpu_layer_masks", [](const LayerMasksWords& words, const Words& sizes, int num_threads) {
+    const fdk::LayerMasks args = as_layer_masks(words, sizes);
     const py::gil_scoped_release release;
-    fdk::cpu::layer_masks(*mask, ignore_index, sizes, static_cast<int64_t>((words.size() - kMask) / kSize),
-                          num_threads);
+    fdk::cpu::layer_masks(args, num_threads);
   });
   // The whole forward of a call; `slopes` may be null.
   m.def("cpu_layer_losses_forward", [](const Words& words, const LogNormWords& log_norm, uintptr_t sums,
                                        uintptr_t masses, uintptr_t loss, uintptr_t slopes, int num_threads) {
     const fdk::LogNorm args = as_log_norm(log_norm);
     const fdk::Pyramid pyramid = fdk::as_pyramid(words, args.batch, static_cast<int64_t>(args.accumulate));
-    fdk::require(args.total_channels == pyramid.total_channels && args.num_layers == pyramid.num_layers,
-                 "channels must be those of the layers");
+    fdk::check_layer_losses(pyramid, args);
     fdk::check_pairing(args);
     const py::gil_scoped_release release;
     fdk::cpu::region_sums_forward(pyramid, pointer(sums), pointer(masses), num_threads);

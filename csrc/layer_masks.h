@@ -1,5 +1,5 @@
 // Stage layer_masks: one mask at the size of every layer, as foreground and background weights. What a cell of a layer
-// holds stands in fdkernels/layer_masks/api.py.
+// holds stands in fdkernels/layer_masks/README.md, (M1) to (M5).
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,12 @@ struct LayerMasks {
 };
 
 } // namespace fdk
+
+namespace fdk::cpu {
+
+void layer_masks(const LayerMasks& args, int num_threads);
+
+} // namespace fdk::cpu
 
 namespace fdk::cuda {
 

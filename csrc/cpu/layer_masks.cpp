@@ -1,5 +1,5 @@
 // Stage layer_masks on the CPU: every size from the whole mask, a row of cells at a time.
-#include "layer_masks.h"
+#include "../layer_masks.h"
 
 #include <algorithm>
 #include <limits>
@@ -80,7 +80,7 @@ void write(void* out, DType dtype, int64_t index, double value) {
 
 // One row of cells of one sample: `row` counts (d0, d1) of the layer.
 template <class S, bool kIgnore>
-void write_cells(const Mask& mask, double ignore_index, const MaskWeights& layer, int64_t n, int64_t row,
+void write_cells(const LayerMasks& mask, double ignore_index, const MaskSize& layer, int64_t n, int64_t row,
                  Columns& columns) {
   const int64_t width = mask.size[2], out = layer.size[2];
   const Range planes = cell(row / layer.size[1], layer.size[0], mask.size[0], mask.resize);
@@ -90,7 +90,7 @@ void write_cells(const Mask& mask, double ignore_index, const MaskWeights& layer
   columns.fg.assign(width, start);
   if (kIgnore && !is_max) columns.bg.assign(width, 0);
   double *fg = columns.fg.data(), *bg = columns.bg.data();
-  const S* sample = static_cast<const S*>(mask.values) + n * mask.stride_n;
+  const S* sample = static_cast<const S*>(mask.mask) + n * mask.stride_n;
   for (int64_t z = planes.begin; z < planes.end; ++z) {
     for (int64_t y = lines.begin; y < lines.end; ++y) {
       const S* line = sample + z * mask.stride[0] + y * mask.stride[1];
@@ -120,30 +120,30 @@ void write_cells(const Mask& mask, double ignore_index, const MaskWeights& layer
   }
 }
 
-using WriteCells = void (*)(const Mask&, double, const MaskWeights&, int64_t, int64_t, Columns&);
+using WriteCells = void (*)(const LayerMasks&, double, const MaskSize&, int64_t, int64_t, Columns&);
 
 template <class S>
-WriteCells choose(const Mask& mask) {
+WriteCells choose(const LayerMasks& mask) {
   return mask.has_ignore ? write_cells<S, true> : write_cells<S, false>;
 }
 
-WriteCells choose(const Mask& mask) {
+WriteCells choose(const LayerMasks& mask) {
   switch (mask.dtype) {
-    case MaskDType::kInt8:
+    case DType::kInt8:
       return choose<int8_t>(mask);
-    case MaskDType::kInt16:
+    case DType::kInt16:
       return choose<int16_t>(mask);
-    case MaskDType::kInt32:
+    case DType::kInt32:
       return choose<int32_t>(mask);
-    case MaskDType::kInt64:
+    case DType::kInt64:
       return choose<int64_t>(mask);
-    case MaskDType::kFloat32:
+    case DType::kFloat32:
       return choose<float>(mask);
-    case MaskDType::kFloat64:
+    case DType::kFloat64:
       return choose<double>(mask);
-    case MaskDType::kBFloat16:
+    case DType::kBFloat16:
       return choose<BFloat16>(mask);
-    case MaskDType::kFloat16:
+    case DType::kFloat16:
       return choose<Float16>(mask);
     default:
       return choose<uint8_t>(mask);
@@ -152,7 +152,11 @@ WriteCells choose(const Mask& mask) {
 
 } // namespace
 
-void layer_masks(const Mask& mask, double ignore_index, const MaskWeights* sizes, int64_t num_sizes, int num_threads) {
+void layer_masks(const LayerMasks& mask, int num_threads) {
+  const MaskSize* sizes = mask.sizes;
+  const int64_t num_sizes = mask.num_sizes;
+  const bool is_integer = mask.dtype >= DType::kUInt8;
+  const double ignore_index = is_integer ? static_cast<double>(mask.ignore_number) : mask.ignore_value;
   // An item is some rows of cells of one sample at one size; `first` counts the items before each size.
   struct Cut {
     int64_t first, rows_per_item, items_per_sample;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def arguments(
     missing = 5 - mask.dim()
     value, number = 0.0, 0
     if ignore_index is not None and mask.dtype.is_floating_point:
-        value = torch.tensor(ignore_index, dtype=mask.dtype).item()
+        value = _as_the_mask_holds_it(ignore_index, mask.dtype)
     elif ignore_index is not None:
         number = int(ignore_index)
     return (
@@ -74,3 +75,9 @@ def size_words(sizes: Sequence[torch.Size], fg: Sequence[Tensor], bg: Sequence[T
         words += [1] * (3 - len(size)) + list(size)
         words.append(DTYPE_CODES[fg[index].dtype])
     return words
+
+
+@lru_cache(maxsize=32)
+def _as_the_mask_holds_it(ignore_index: float, dtype: torch.dtype) -> float:
+    """A value rounded as torch rounds it where it compares it with a mask of that dtype."""
+    return float(torch.tensor(ignore_index, dtype=dtype).item())
