@@ -25,7 +25,7 @@ def write_made_up_run(
     config = TrainingConfig(
         dataset="tnbc", data=str(data), output=str(folder), base_channels=2, size=32, lr=1e-3, **changes
     )
-    samples = DATASETS["tnbc"].find_samples(data)
+    samples = DATASETS["tnbc"].find(data).samples
     tested = tuple(samples[test])
     trained = tuple(sample for sample in samples[1:] if sample not in tested)
     split = Split(train=trained, test=tested, validation=(samples[0],))

@@ -317,7 +317,7 @@ def test_every_data_set_can_be_scored(run, tmp_path, dataset):
         size=32,
         options=_options(tmp_path / "out", masks=True),
     )
-    samples = DATASETS[dataset].find_samples(data)
+    samples = DATASETS[dataset].find(data).samples
     masks = sorted((tmp_path / "out" / "masks" / "weights").rglob("*.png"))
     assert len(found.samples) == len(masks) == len(samples) >= 3
     sizes = sorted(load_pair(sample)[0].size for sample in samples)

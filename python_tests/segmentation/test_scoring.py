@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    return DATASETS["tnbc"].find_samples(write_tiny_tnbc(tmp_path_factory.mktemp("tnbc")))[:5]
+    return DATASETS["tnbc"].find(write_tiny_tnbc(tmp_path_factory.mktemp("tnbc"))).samples[:5]
 
 
 @pytest.fixture(scope="module")

@@ -62,10 +62,6 @@ class DatasetPreset:
     worst_off: int | None = None
     all_samples: int | None = None
 
-    def find_samples(self, root: str | Path) -> list[SegmentationSample]:
-        """The samples of a folder that has no problems."""
-        return list(self.find(root).samples)
-
 
 # Size and rate of busi and dsb2018, which the paper does not use, are this package's choice.
 DATASETS: dict[str, DatasetPreset] = {
