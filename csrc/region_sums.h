@@ -20,7 +20,7 @@ enum class DType : int64_t {
 };
 
 // One layer of a pyramid. All strides count elements and may be 0; masks are contiguous [N, P] with P = d0*d1*d2.
-// The field order is that of `_layer_words` in fdkernels/region_sums/impl/native.py: 64-bit words, no padding.
+// The field order is that of fdkernels/native.py: 64-bit words, no padding.
 struct Layer {
   void* features;   // [N, C, d0, d1, d2], read by forward and mask_backward, written by backward
   DType dtype;      // of features and upstream: float32, float64, bfloat16 or float16

@@ -51,9 +51,8 @@ class FusedTap(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, None]:
         if grad_sums is None:
             return upstream, None
-        fg, bg, backend = (
-            ctx.place.weights
-        )  # left there by the backward of the loss, which autograd runs first
+        # Left there by the backward of the loss, which autograd runs first.
+        fg, bg, backend = ctx.place.weights
         backgrounds, added = [] if bg is None else [bg], [] if upstream is None else [upstream]
         if torch.is_grad_enabled() or not backends.may_call_directly([grad_sums, fg, *backgrounds, *added]):
             grads = torch.ops.fdkernels.region_sums_backward(

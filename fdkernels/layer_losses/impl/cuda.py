@@ -33,9 +33,8 @@ def forward(
     loss = log_norm.empty_loss(sums, len(features), options)
     slopes = torch.empty_like(sums) if with_slopes else sums.new_empty(0)
     pairing = log_norm.contiguous(pairing)
-    workspace: list[
-        Tensor
-    ] = []  # used by the launches in the order of the stream, as is whatever comes after
+    # Used by the launches in the order of the stream, as is whatever gets its memory afterwards.
+    workspace: list[Tensor] = []
 
     def allocate(size: int) -> int:
         workspace.append(torch.empty(size, dtype=torch.uint8, device=device))
