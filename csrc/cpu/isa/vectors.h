@@ -1,0 +1,96 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../half.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fdk::cpu {
+namespace {
+
+#if defined(FDK_ISA_AVX512)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(FDK_ISA_AVX2)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+constexpr int64_t kCacheLine = 64;
+// How far ahead of its reads a kernel asks for memory, for each of several streams along the pixels, and for the one
+// stream of channels_last.
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kPrefetchBytesByChannels = 4096;
+
+#if defined(__GNUC__)
+template <class T, int64_t kCount>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+template <class T>
+using Vector = typename VectorOf<T, kVectorBytes / static_cast<int64_t>(sizeof(T))>::type;
+inline void prefetch(const void* address) { __builtin_prefetch(address); }
+#else
+template <class T>
+using Vector = T; // one lane: the loops below are then plain scalar code
+inline void prefetch(const void*) {}
+#endif
+
+template <class T>
+constexpr int64_t kLanes = static_cast<int64_t>(sizeof(Vector<T>) / sizeof(T));
+
+template <class T>
+inline Vector<T> load_vector(const T* source) {
+  Vector<T> value;
+  std::memcpy(&value, source, sizeof(value));
+  return value;
+}
+
+// A vector of weights as T, from T or from the uint8 of a binary mask.
+inline Vector<float> load_weights(const float* source, float) { return load_vector(source); }
+inline Vector<double> load_weights(const double* source, double) { return load_vector(source); }
+template <class T>
+inline Vector<T> load_weights(const uint8_t* source, T) {
+  T lanes[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i)
+    lanes[i] = static_cast<T>(source[i]);
+  return load_vector(lanes);
+}
+// The binary mask of float features is the common case, and compilers make poor code of it.
+#if defined(FDK_ISA_AVX512)
+inline Vector<float> load_weights(const uint8_t* source, float) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  // Zero-masked with every lane on: the unmasked forms start from an undefined value, of which GCC 12 warns.
+  constexpr __mmask16 kAll = 0xFFFF;
+  return (Vector<float>)_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepu8_epi32(kAll, bytes));
+}
+#elif defined(FDK_ISA_AVX2)
+inline Vector<float> load_weights(const uint8_t* source, float) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
+  return (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+#endif
+
+template <class T>
+inline void store_vector(T* out, Vector<T> value) {
+  std::memcpy(out, &value, sizeof(value));
+}
+
+// The lanes added up, halves onto halves.
+template <class T>
+inline T total(Vector<T> value) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &value, sizeof(value));
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i)
+      lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+} // namespace
+} // namespace fdk::cpu
