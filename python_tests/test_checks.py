@@ -242,8 +242,6 @@ def test_a_sentence_has_no_tensor_in_it():
 class TestValuesElsewhere:
     """Values are read where that costs nothing: not in a compiled graph, on a GPU only under debug()."""
 
-    # torch's own tracer instantiates autograd functions.
-    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
     def test_compiled_calls_hold_no_value_checks(self):
         compiled = torch.compile(fdk.region_sums, backend="aot_eager", fullgraph=True)
         sums = compiled(features(2, 3, 4, 4).requires_grad_(), mask(2, 4, 4) + 2)

@@ -12,11 +12,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 import fdkernels as fdk
 
-pytestmark = pytest.mark.filterwarnings(
-    # torch's own tracer instantiates autograd functions.
-    "ignore:.*should not be instantiated:DeprecationWarning"
-)
-
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():

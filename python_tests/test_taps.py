@@ -498,10 +498,6 @@ def test_reentrant_checkpointing_of_a_fused_tap_is_refused():
         step.total(fused=True)
 
 
-@pytest.mark.filterwarnings(
-    # torch's own tracer instantiates autograd functions.
-    "ignore:.*should not be instantiated:DeprecationWarning"
-)
 def test_fused_taps_under_torch_compile_give_the_numbers_of_plain_ones():
     step = Step()
     wanted = gradients(step.total(False), step.net)

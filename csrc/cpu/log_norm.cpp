@@ -22,13 +22,46 @@ void write(void* values, DType dtype, int64_t index, double value) {
   }
 }
 
+// Where the numbers of a dtype begin, so that a loop over them has one type.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  dtype == DType::kFloat64 ? body(double()) : body(float());
+}
+
+// (L1) of one sample: s / w, the background's sum taken from m_fg - s_fg where `from_mass` says so.
+template <class T>
+void divide_sums(const T* fg, const T* bg, const double* from_mass, double w_fg, double w_bg, int64_t count, double* f,
+                 double* b) {
+  const double by_fg = 1 / w_fg, by_bg = 1 / w_bg;
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c)
+    f[c] = static_cast<double>(fg[c]) * by_fg;
+  if (from_mass == nullptr) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c)
+      b[c] = static_cast<double>(bg[c]) * by_bg;
+  } else {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c)
+      b[c] = (*from_mass - static_cast<double>(fg[c])) * by_bg;
+  }
+}
+
+double total_of(const double* values, int64_t count) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < count; ++c)
+    total += values[c];
+  return total;
+}
+
 // The region features (L1) of one layer, and where its numbers lie in sums and masses.
 struct LayerFeatures {
   const LogNorm& args;
   int64_t layer, first_channel, channels;
   std::vector<double> f, b;           // [N, C]
   std::vector<double> w_fg, w_bg;     // [N]
-  std::vector<double> fg_sum, bg_sum; // [N], sums over the channels of f and b
+  std::vector<double> fg_sum, bg_sum; // [N], sums over the channels of f and b, for the norms that ask for them
   std::vector<char> counts;           // [N]
 
   LayerFeatures(const LogNorm& args, int64_t layer, int64_t first_channel, const void* sums, const void* masses)
@@ -61,14 +94,16 @@ struct LayerFeatures {
           w_fg[n] = w_bg[n] = static_cast<double>(args.pixels[layer]);
           break;
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        const double s_fg = read(sums, args.accumulate, sum_index(0, n, c));
-        const double s_bg = args.masked_background ? m_fg - s_fg : read(sums, args.accumulate, sum_index(1, n, c));
-        f[n * channels + c] = s_fg / w_fg[n];
-        b[n * channels + c] = s_bg / w_bg[n];
-        fg_sum[n] += f[n * channels + c];
-        bg_sum[n] += b[n * channels + c];
-      }
+      double *f_row = f.data() + n * channels, *b_row = b.data() + n * channels;
+      with_type(args.accumulate, [&](auto zero) {
+        using T = decltype(zero);
+        const T *fg = static_cast<const T*>(sums) + sum_index(0, n, 0),
+                *bg = static_cast<const T*>(sums) + sum_index(1, n, 0);
+        divide_sums(fg, bg, args.masked_background ? &m_fg : nullptr, w_fg[n], w_bg[n], channels, f_row, b_row);
+      });
+      if (args.norm == Norm::kVector || args.norm == Norm::kBatch) continue;
+      fg_sum[n] = total_of(f_row, channels);
+      bg_sum[n] = total_of(b_row, channels);
     }
   }
 
@@ -107,11 +142,11 @@ Term pooled_term(const LayerFeatures& x, int64_t k) {
 // (L2)
 double distance(const LayerFeatures& x, Pair pair) {
   if (x.args.norm == Norm::kVector) {
+    const double *f = x.f.data() + pair.i * x.channels, *b = x.b.data() + pair.j * x.channels;
     double total = 0;
-    for (int64_t c = 0; c < x.channels; ++c) {
-      const double d = x.f[pair.i * x.channels + c] - x.b[pair.j * x.channels + c];
-      total += d * d;
-    }
+#pragma omp simd reduction(+ : total)
+    for (int64_t c = 0; c < x.channels; ++c)
+      total += (f[c] - b[c]) * (f[c] - b[c]);
     return total;
   }
   const double difference = x.fg_sum[pair.i] - x.bg_sum[pair.j], sum = x.fg_sum[pair.i] + x.bg_sum[pair.j];
@@ -195,11 +230,12 @@ int64_t entry_index(const LayerFeatures& x, int64_t entry) {
 
 // Adds the gradient of q * distance(pair) to grad_f and grad_b [N, C].
 void add_pair_gradient(const LayerFeatures& x, Pair pair, double q, double* grad_f, double* grad_b) {
-  const double* f = &x.f[pair.i * x.channels];
-  const double* b = &x.b[pair.j * x.channels];
+  const double* f = x.f.data() + pair.i * x.channels;
+  const double* b = x.b.data() + pair.j * x.channels;
   grad_f += pair.i * x.channels;
   grad_b += pair.j * x.channels;
   if (x.args.norm == Norm::kVector) {
+#pragma omp simd
     for (int64_t c = 0; c < x.channels; ++c) {
       const double g = 2 * q * (f[c] - b[c]);
       grad_f[c] += g;
@@ -261,33 +297,60 @@ void add_sample_gradient(const LayerFeatures& x, const std::vector<double>& upst
     add_term_gradient(x, pooled_term(x, k), shared, grad_f, grad_b);
 }
 
-// (L7)
+// (L7) of the sums of one sample; where `masked`, the background's sum is m_fg - s_fg and has no gradient of its own.
+template <class T>
+void write_sums_gradient(const double* grad_f, const double* grad_b, double w_fg, double w_bg, bool masked,
+                         int64_t count, T* fg, T* bg) {
+  const double by_fg = 1 / w_fg, by_bg = 1 / w_bg;
+  if (masked) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) {
+      fg[c] = static_cast<T>(grad_f[c] * by_fg - grad_b[c] * by_bg);
+      bg[c] = 0;
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c)
+    fg[c] = static_cast<T>(grad_f[c] * by_fg);
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c)
+    bg[c] = static_cast<T>(grad_b[c] * by_bg);
+}
+
+double dot(const double* a, const double* b, int64_t count) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < count; ++c)
+    total += a[c] * b[c];
+  return total;
+}
+
+// (L7). Samples that do not count have rows of 0 and weights of 1.
 void write_through_weights(const LayerFeatures& x, const std::vector<double>& grad_f, const std::vector<double>& grad_b,
                            void* grad_sums, void* grad_masses) {
   const LogNorm& args = x.args;
   for (int64_t n = 0; n < args.batch; ++n) {
-    double grad_w_fg = 0, grad_w_bg = 0, background = 0;
-    for (int64_t c = 0; c < x.channels; ++c) {
-      const int64_t at = n * x.channels + c;
-      double g_fg = x.counts[n] ? grad_f[at] / x.w_fg[n] : 0, g_bg = x.counts[n] ? grad_b[at] / x.w_bg[n] : 0;
-      grad_w_fg -= g_fg * x.f[at];
-      grad_w_bg -= g_bg * x.b[at];
-      if (args.masked_background) {
-        background += g_bg;
-        g_fg -= g_bg;
-        g_bg = 0;
-      }
-      write(grad_sums, args.accumulate, x.sum_index(0, n, c), g_fg);
-      write(grad_sums, args.accumulate, x.sum_index(1, n, c), g_bg);
-    }
+    const double *f_row = grad_f.data() + n * x.channels, *b_row = grad_b.data() + n * x.channels;
+    with_type(args.accumulate, [&](auto zero) {
+      using T = decltype(zero);
+      T* out = static_cast<T*>(grad_sums);
+      write_sums_gradient(f_row, b_row, x.w_fg[n], x.w_bg[n], args.masked_background, x.channels,
+                          out + x.sum_index(0, n, 0), out + x.sum_index(1, n, 0));
+    });
     if (grad_masses == nullptr) continue;
-    double g_m_fg = 0, g_m_bg = 0;
-    if (args.region_weight == RegionWeight::kValid) g_m_fg = g_m_bg = grad_w_fg + grad_w_bg;
+    const double grad_w_fg = -dot(f_row, x.f.data() + n * x.channels, x.channels) / x.w_fg[n];
+    const double grad_w_bg = -dot(b_row, x.b.data() + n * x.channels, x.channels) / x.w_bg[n];
+    double g_m_fg = args.masked_background ? total_of(b_row, x.channels) / x.w_bg[n] : 0, g_m_bg = 0;
+    if (args.region_weight == RegionWeight::kValid) {
+      g_m_fg += grad_w_fg + grad_w_bg;
+      g_m_bg = grad_w_fg + grad_w_bg;
+    }
     if (args.region_weight == RegionWeight::kRegion) {
-      g_m_fg = grad_w_fg;
+      g_m_fg += grad_w_fg;
       g_m_bg = grad_w_bg;
     }
-    write(grad_masses, args.accumulate, x.mass_index(0, n), g_m_fg + background);
+    write(grad_masses, args.accumulate, x.mass_index(0, n), g_m_fg);
     write(grad_masses, args.accumulate, x.mass_index(1, n), g_m_bg);
   }
 }

@@ -21,7 +21,7 @@ namespace {
 // Elements of a tile: long enough that dealing it out costs nothing, short enough for an even split over threads.
 constexpr int64_t kTileElements = 1 << 16;
 // Channels of a tile where pixels are inner: one group of the kernel, so that few streams are read at a time.
-constexpr int64_t kTileChannels = 4;
+constexpr int64_t kTileChannels = 16;
 // Work below this many elements is not worth waking a thread for.
 constexpr int64_t kElementsPerThread = 1 << 14;
 
@@ -146,6 +146,29 @@ const void* row_of(const void* values, DType dtype, int64_t index) {
   return static_cast<const char*>(values) + index * (dtype == DType::kFloat64 ? 8 : 4);
 }
 
+// The second pass over one layer: its tiles' sums [tile][channel][2] added up in order.
+template <class T>
+void add_partials(const Pyramid& pyramid, int64_t l, const Cut& cut, const double* partial, T* sums) {
+  const int64_t channels = pyramid.layers[l].channels;
+  for (int64_t n = 0; n < pyramid.batch; ++n) {
+    T* fg = sums + n * pyramid.total_channels + cut.first_channel;
+    T* bg = fg + pyramid.batch * pyramid.total_channels;
+    for (int64_t first = 0, block = 0; first < channels; first += cut.tile_channels, ++block) {
+      const int64_t count = std::min(cut.tile_channels, channels - first);
+      const double* part = partial + (n * cut.tiles * cut.blocks + block) * cut.tile_channels * 2;
+      for (int64_t c = 0; c < count; ++c) {
+        double total[2] = {0, 0};
+        for (int64_t tile = 0; tile < cut.tiles; ++tile) {
+          total[0] += part[(tile * cut.blocks * cut.tile_channels + c) * 2];
+          total[1] += part[(tile * cut.blocks * cut.tile_channels + c) * 2 + 1];
+        }
+        fg[first + c] = static_cast<T>(total[0]);
+        bg[first + c] = static_cast<T>(total[1]);
+      }
+    }
+  }
+}
+
 } // namespace
 
 void region_sums_forward(const Pyramid& pyramid, void* sums, void* masses, int num_threads) {
@@ -175,23 +198,9 @@ void region_sums_forward(const Pyramid& pyramid, void* sums, void* masses, int n
   });
 
   for (int64_t l = 0; l < pyramid.num_layers; ++l) {
-    const Cut& c = cuts[l];
-    for (int64_t n = 0; n < pyramid.batch; ++n) {
-      for (int64_t channel = 0; channel < pyramid.layers[l].channels; ++channel) {
-        const int64_t block = channel / c.tile_channels, within = channel % c.tile_channels;
-        double total[2] = {0, 0};
-        for (int64_t tile = 0; tile < c.tiles; ++tile) {
-          const int64_t index = (n * c.tiles + tile) * c.blocks + block;
-          const double* part = partial.get() + room[l] + (index * c.tile_channels + within) * 2;
-          total[0] += part[0];
-          total[1] += part[1];
-        }
-        for (int64_t k = 0; k < 2; ++k) {
-          const int64_t row = (k * pyramid.batch + n) * pyramid.total_channels;
-          write(sums, pyramid.accumulate, row + c.first_channel + channel, total[k]);
-        }
-      }
-    }
+    pyramid.accumulate == DType::kFloat64
+        ? add_partials(pyramid, l, cuts[l], partial.get() + room[l], static_cast<double*>(sums))
+        : add_partials(pyramid, l, cuts[l], partial.get() + room[l], static_cast<float*>(sums));
   }
 }
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import fdkernels as fdk
 from cases import FEATURE_DTYPES, lay_out
+from fdkernels.backend import implementation
+from fdkernels.region_sums.geometry import geometry_of
 from oracles import unit
 
 pytestmark = [
@@ -116,6 +118,40 @@ def test_cancelling_regions_keep_their_digits():
     sums = fdk.region_sums(values, torch.ones(1, 2**20, dtype=torch.uint8), backend="cpu")
     assert math.isclose(sums.fg.item(), 1.0, abs_tol=2**20 * 1000 * 1e-9)
     assert sums.bg.item() == 0.0
+
+
+WEIGHTS = {
+    "binary": torch.tensor([0.0, 1.0]),
+    "soft": torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]),
+    "soft with NaN": torch.tensor([0.0, 0.5, 1.0, math.nan]),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("ignore", [False, True], ids=["implied", "ignore"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(2, 3, 4113), (2, 64, 37), (1, 19, 300), (1, 16, 5)], ids=str)
+def test_gradients_of_16_bits_are_rounded_to_nearest_even(shape, dtype, layout, ignore, kind):
+    """Bit for bit: g and the weights are such that g_fg w + g_bg u is exact in float32, ties among them."""
+    N, C, P = shape
+    values = WEIGHTS[kind]
+    fg = values[torch.randint(len(values), (N, P))]
+    bg = torch.where(torch.rand(N, P) > 0.3, 1 - fg, 0.0) if ignore else 1 - fg
+    fg = torch.where(bg == 0, torch.where(torch.rand(N, P) > 0.5, fg, 0.0), fg) if ignore else fg
+    g = torch.randint(-2048, 2048, (2, N, C)) / 1024
+    if C > 16:
+        g[:, 0, 1] = math.inf
+        g[0, 0, 2], g[1, 0, 3] = math.nan, -math.inf
+    wanted = g[0].unsqueeze(-1) * fg.unsqueeze(1) + g[1].unsqueeze(-1) * bg.unsqueeze(1)
+    if ignore:  # (R3): what has no weight has no gradient, whatever g is
+        wanted = torch.where(((fg == 0) & (bg == 0)).unsqueeze(1), 0.0, wanted)
+
+    geometry = [geometry_of(lay_out(torch.empty(shape, dtype=dtype), layout))]
+    stage = implementation("region_sums", "cpu")
+    (grad,) = stage.backward(g, [fg], [bg] if ignore else [], [], [], geometry)[0]
+    assert torch.equal(grad.isnan(), wanted.isnan())
+    assert torch.equal(grad.nan_to_num(), wanted.to(dtype).nan_to_num())
 
 
 def test_upstream_of_zero_stride_is_added():

@@ -6,24 +6,35 @@
 namespace fdk::cpu {
 namespace {
 
-// A row of features as it lies in memory, read as T: from T itself, or from 16 bits widened in registers.
-template <class T>
-inline Vector<T> load_features(const T* source, T) {
-  return load_vector(source);
-}
-template <class T>
-inline T feature_at(const T* source, T) {
-  return *source;
-}
-
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
 };
-inline float feature_at(const BFloat16* source, float) { return bfloat16_to_float(source->bits); }
-inline float feature_at(const Float16* source, float) { return float16_to_float(source->bits); }
+
+// Features as they lie in memory, read as T: from T itself, or from a narrower dtype and widened in registers.
+template <class S, class T>
+inline T feature_at(const S* source, T) {
+  return static_cast<T>(*source);
+}
+template <class T>
+inline T feature_at(const BFloat16* source, T) {
+  return static_cast<T>(bfloat16_to_float(source->bits));
+}
+template <class T>
+inline T feature_at(const Float16* source, T) {
+  return static_cast<T>(float16_to_float(source->bits));
+}
+template <class S, class T>
+inline Vector<T> load_features(const S* source, T) {
+  T lanes[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i)
+    lanes[i] = feature_at(source + i, T());
+  return load_vector(lanes);
+}
+inline Vector<float> load_features(const float* source, float) { return load_vector(source); }
+inline Vector<double> load_features(const double* source, double) { return load_vector(source); }
 #if defined(FDK_ISA_AVX512)
 inline Vector<float> load_features(const BFloat16* source, float) {
   constexpr __mmask16 kAll = 0xFFFF;
@@ -43,16 +54,6 @@ inline Vector<float> load_features(const BFloat16* source, float) {
 inline Vector<float> load_features(const Float16* source, float) {
   return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 }
-#else
-template <class H>
-inline Vector<float> widened(const H* source) {
-  float lanes[kLanes<float>];
-  for (int64_t i = 0; i < kLanes<float>; ++i)
-    lanes[i] = feature_at(source + i, 0.0f);
-  return load_vector(lanes);
-}
-inline Vector<float> load_features(const BFloat16* source, float) { return widened(source); }
-inline Vector<float> load_features(const Float16* source, float) { return widened(source); }
 #endif
 
 // Pixels along the vector, kChannels rows at a time; weights from pixel p of the sample on.
@@ -138,91 +139,149 @@ void forward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T,
   }
 }
 
-// Channels along the vector: kVectors of them in registers while the pixels of a window pass by.
-template <class T, int kVectors>
-inline void add_pixels(const T* first, int64_t stride, const T* w, const T* u, bool select, int64_t count, T* fg,
-                       T* bg) {
-  using V = Vector<T>;
-  V f[kVectors], b[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    f[v] = load_vector(fg + v * kLanes<T>);
-    b[v] = load_vector(bg + v * kLanes<T>);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (select && !is_valid(w[i], u[i])) continue;
-    const T* pixel = first + i * stride;
-    for (int v = 0; v < kVectors; ++v) {
-      prefetch(reinterpret_cast<const char*>(pixel + v * kLanes<T>) + kPrefetchBytesByChannels);
-      const V x = load_vector(pixel + v * kLanes<T>);
-      f[v] += w[i] * x;
-      b[v] += u[i] * x;
-    }
-  }
-  for (int v = 0; v < kVectors; ++v) {
-    store_vector(fg + v * kLanes<T>, f[v]);
-    store_vector(bg + v * kLanes<T>, b[v]);
-  }
+// Two vectors of features that lie side by side.
+template <class S, class T>
+inline void load_pair(const S* source, T, Vector<T>& first, Vector<T>& second) {
+  first = load_features(source, T());
+  second = load_features(source + kLanes<T>, T());
 }
+// Every other one of bfloat16: a number is the upper half of its float, so that halves of 32 bits need no shuffling.
+inline void load_pair(const BFloat16* source, float, Vector<float>& even, Vector<float>& odd) {
+  Vector<uint32_t> bits, low, high;
+  std::memcpy(&bits, source, sizeof(bits));
+  low = bits << 16;
+  high = bits & 0xFFFF0000u;
+  std::memcpy(&even, &low, sizeof(even));
+  std::memcpy(&odd, &high, sizeof(odd));
+}
+// The place of channel i among the sums of its two vectors.
+template <class S>
+inline int64_t place_in_pair(const S*, int64_t i, double) {
+  return i;
+}
+template <class S>
+inline int64_t place_in_pair(const S*, int64_t i, float) {
+  return i;
+}
+inline int64_t place_in_pair(const BFloat16*, int64_t i, float) { return i % 2 * kLanes<float> + i / 2; }
 
-template <class T>
-inline void add_window(const T* first, int64_t stride, const T* w, const T* u, bool select, int64_t count,
-                       int64_t channels, T* fg, T* bg) {
-  constexpr int64_t kBlock = 4 * kLanes<T>;
-  int64_t c = 0;
-  for (; c + kBlock <= channels; c += kBlock) {
-    add_pixels<T, 4>(first + c, stride, w, u, select, count, fg + c, bg + c);
+// Channels along the vector. Two vectors of them take kPixels pixels, so that their sums, which lie in the L1 cache,
+// are read and written once for all of these.
+template <int kPixels, class S, class T>
+inline void add_pixels(const S* const pixels[kPixels], const T* w, const T* u, int64_t channels, T* fg, T* bg) {
+  using V = Vector<T>;
+  constexpr int64_t kPair = 2 * kLanes<T>;
+  V ws[kPixels], us[kPixels];
+  for (int k = 0; k < kPixels; ++k) {
+    ws[k] = w[k] - V{};
+    us[k] = u[k] - V{};
   }
-  for (; c + kLanes<T> <= channels; c += kLanes<T>) {
-    add_pixels<T, 1>(first + c, stride, w, u, select, count, fg + c, bg + c);
+  int64_t c = 0;
+  for (; c + kPair <= channels; c += kPair) {
+    V f0 = load_vector(fg + c), f1 = load_vector(fg + c + kLanes<T>);
+    V b0 = load_vector(bg + c), b1 = load_vector(bg + c + kLanes<T>);
+    for (int k = 0; k < kPixels; ++k) {
+      // One after the other over all of them, which is the order that memory likes.
+      prefetch(reinterpret_cast<const char*>(pixels[0] + kPixels * c + k * kPair) + kPrefetchBytesByChannels);
+      V x0, x1;
+      load_pair(pixels[k] + c, T(), x0, x1);
+      f0 += ws[k] * x0;
+      f1 += ws[k] * x1;
+      b0 += us[k] * x0;
+      b1 += us[k] * x1;
+    }
+    store_vector(fg + c, f0);
+    store_vector(fg + c + kLanes<T>, f1);
+    store_vector(bg + c, b0);
+    store_vector(bg + c + kLanes<T>, b1);
   }
   for (; c < channels; ++c) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (select && !is_valid(w[i], u[i])) continue;
-      fg[c] += w[i] * first[i * stride + c];
-      bg[c] += u[i] * first[i * stride + c];
+    for (int k = 0; k < kPixels; ++k) {
+      const T x = feature_at(pixels[k] + c, T());
+      fg[c] += w[k] * x;
+      bg[c] += u[k] * x;
     }
   }
 }
 
-template <class T>
+// A run of pixels `stride` apart; where the background is not implied, those without weight are not looked at.
+template <bool kHasBg, class S, class T>
+inline void add_run(const S* first, int64_t stride, const T* w, const T* u, int64_t count, int64_t channels, T* fg,
+                    T* bg) {
+  constexpr int kPixels = 4;
+  const S* pixels[kPixels];
+  int64_t i = 0;
+  if constexpr (!kHasBg) {
+    for (; i + kPixels <= count; i += kPixels) {
+      for (int k = 0; k < kPixels; ++k)
+        pixels[k] = first + (i + k) * stride;
+      add_pixels<kPixels>(pixels, w + i, u + i, channels, fg, bg);
+    }
+    for (; i < count; ++i) {
+      pixels[0] = first + i * stride;
+      add_pixels<1>(pixels, w + i, u + i, channels, fg, bg);
+    }
+    return;
+  }
+  T fg_weights[kPixels], bg_weights[kPixels];
+  int taken = 0;
+  for (; i < count; ++i) {
+    if (!is_valid(w[i], u[i])) continue;
+    pixels[taken] = first + i * stride;
+    fg_weights[taken] = w[i];
+    bg_weights[taken] = u[i];
+    if (++taken < kPixels) continue;
+    add_pixels<kPixels>(pixels, fg_weights, bg_weights, channels, fg, bg);
+    taken = 0;
+  }
+  for (int k = 0; k < taken; ++k)
+    add_pixels<1>(pixels + k, fg_weights + k, bg_weights + k, channels, fg, bg);
+}
+
+template <class S, class T>
+inline void add_sums(const T* fg, const T* bg, int64_t channels, double* partial) {
+  constexpr int64_t kPair = 2 * kLanes<T>;
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t pair = c / kPair * kPair;
+    const int64_t at =
+        pair + kPair <= channels ? pair + place_in_pair(static_cast<const S*>(nullptr), c - pair, T()) : c;
+    partial[2 * c] += fg[at];
+    partial[2 * c + 1] += bg[at];
+  }
+}
+
+template <class S, class T, bool kHasBg>
 void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) {
   Weights<T> weights;
-  T buffer[kWindow], fg[kMaxTileChannels], bg[kMaxTileChannels];
-  const bool select = layer.bg != nullptr, in_place = layer.dtype == Is<T>::kDType;
+  T fg[kMaxTileChannels], bg[kMaxTileChannels];
   const Rows rows(layer.size, layer.stride);
-  const int64_t element = size_of(layer.dtype), channels = tile.channel_end - tile.channel_begin;
-  const int64_t window = min(kRun, kWindow / channels);
-  const char* sample = static_cast<const char*>(layer.features) +
-                       (tile.n * layer.stride_n + tile.channel_begin * layer.stride_c) * element;
+  const int64_t channels = tile.channel_end - tile.channel_begin;
+  const S* sample =
+      static_cast<const S*>(layer.features) + tile.n * layer.stride_n + tile.channel_begin * layer.stride_c;
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
     // Here one accumulator takes every pixel of a run, so runs are shorter.
     count = min(min(kRun / 4, tile.pixel_end - p), rows.rest_of_row(p));
     weights.load_run(layer, tile.n, p, count);
     for (int64_t c = 0; c < channels; ++c)
       fg[c] = bg[c] = T(0);
-    const char* start = sample + rows.offset(p) * element;
-    for (int64_t i = 0, pixels; i < count; i += pixels) {
-      pixels = min(window, count - i);
-      const char* address = start + i * rows.stride * element;
-      const T *first = reinterpret_cast<const T*>(address), *w = weights.fg + i, *u = weights.bg + i;
-      if (in_place) {
-        add_window(first, rows.stride, w, u, select, pixels, channels, fg, bg);
-        continue;
-      }
-      if (rows.stride == channels) {
-        load(address, layer.dtype, 1, pixels * channels, buffer);
-      } else {
-        for (int64_t k = 0; k < pixels; ++k) {
-          load(address + k * rows.stride * element, layer.dtype, 1, channels, buffer + k * channels);
-        }
-      }
-      add_window<T>(buffer, channels, w, u, select, pixels, channels, fg, bg);
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      partial[2 * c] += fg[c];
-      partial[2 * c + 1] += bg[c];
-    }
+    const S* first = sample + rows.offset(p);
+    add_run<kHasBg>(first, rows.stride, weights.fg, weights.bg, count, channels, fg, bg);
+    add_sums<S>(fg, bg, channels, partial);
   }
+}
+
+template <class S, class T>
+void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) {
+  layer.bg == nullptr ? forward_by_channels<S, T, false>(layer, tile, partial)
+                      : forward_by_channels<S, T, true>(layer, tile, partial);
+}
+
+template <class T>
+void forward_by_channels(const Layer& layer, const Tile& tile, double* partial) {
+  if (layer.dtype == Is<T>::kDType) return forward_by_channels<T, T>(layer, tile, partial);
+  if (layer.dtype == DType::kBFloat16) return forward_by_channels<BFloat16, T>(layer, tile, partial);
+  if (layer.dtype == DType::kFloat16) return forward_by_channels<Float16, T>(layer, tile, partial);
+  if constexpr (sizeof(T) == 8) forward_by_channels<float, T>(layer, tile, partial);
 }
 
 template <class T>

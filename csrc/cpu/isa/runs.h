@@ -11,9 +11,6 @@ namespace {
 constexpr int64_t kRun = 1024;
 // Channels that share one pass over the mask, where pixels are along the vector.
 constexpr int64_t kGroup = 4;
-// Elements of some pixels with all their channels, where channels are: a part of the L1 cache.
-constexpr int64_t kWindow = 4096;
-static_assert(kWindow >= kMaxTileChannels, "a window holds a pixel");
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -171,11 +168,13 @@ struct Rows {
     stride0 = count > 2 ? steps[0] : 0;
   }
 
+  // Most views are one row, and divisions take longer than writing a short one.
   int64_t offset(int64_t pixel) const {
+    if (pixel < length) return pixel * stride;
     const int64_t row = pixel / length, within = pixel - row * length;
     return (row / size1) * stride0 + (row % size1) * stride1 + within * stride;
   }
-  int64_t rest_of_row(int64_t pixel) const { return length - pixel % length; }
+  int64_t rest_of_row(int64_t pixel) const { return pixel < length ? length - pixel : length - pixel % length; }
 };
 
 // Weights of a run of pixels as T; `bg` is 1 - fg where the layer has none of its own.

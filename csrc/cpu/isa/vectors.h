@@ -91,6 +91,27 @@ inline T total(Vector<T> value) {
   }
   return lanes[0];
 }
+// Compilers take the general form through memory.
+#if defined(FDK_ISA_AVX512) || defined(FDK_ISA_AVX2)
+inline float total_of_eight(__m256 value) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+#endif
+#if defined(FDK_ISA_AVX512)
+template <>
+inline float total<float>(Vector<float> value) {
+  __m256 halves[2];
+  std::memcpy(halves, &value, sizeof(value));
+  return total_of_eight(_mm256_add_ps(halves[0], halves[1]));
+}
+#elif defined(FDK_ISA_AVX2)
+template <>
+inline float total<float>(Vector<float> value) {
+  return total_of_eight((__m256)value);
+}
+#endif
 
 } // namespace
 } // namespace fdk::cpu
