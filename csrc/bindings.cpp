@@ -85,8 +85,9 @@ void bind_cpu(py::module_& m) {
     const py::gil_scoped_release release;
     fdk::cpu::layer_masks(args, num_threads);
   });
-  // The whole forward of a call; `slopes` may be null.
-  m.def("cpu_layer_losses_forward", [](const Words& words, const LogNormWords& log_norm, uintptr_t sums,
+  // The whole forward of a call; `slopes` may be null. `share` of 0 keeps the layers' losses, else their sum times it
+  // is the one loss.
+  m.def("cpu_layer_losses_forward", [](const Words& words, const LogNormWords& log_norm, double share, uintptr_t sums,
                                        uintptr_t masses, uintptr_t loss, uintptr_t slopes, int num_threads) {
     const fdk::LogNorm args = as_log_norm(log_norm);
     const fdk::Pyramid pyramid = fdk::as_pyramid(words, args.batch, static_cast<int64_t>(args.accumulate));
@@ -94,15 +95,13 @@ void bind_cpu(py::module_& m) {
     fdk::check_pairing(args);
     const py::gil_scoped_release release;
     fdk::cpu::region_sums_forward(pyramid, pointer(sums), pointer(masses), num_threads);
-    slopes == 0
-        ? fdk::cpu::log_norm_forward(args, pointer(sums), pointer(masses), pointer(loss))
-        : fdk::cpu::log_norm_forward_with_slopes(args, pointer(sums), pointer(masses), pointer(loss), pointer(slopes));
+    fdk::cpu::log_norm_forward_with_slopes(args, pointer(sums), pointer(masses), share, pointer(loss), pointer(slopes));
   });
   m.def("cpu_layer_losses_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_loss,
-                                        uintptr_t slopes, int num_threads) {
+                                        int64_t grad_loss_stride, uintptr_t slopes, int num_threads) {
     const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
     const py::gil_scoped_release release;
-    fdk::cpu::layer_losses_backward(pyramid, pointer(grad_loss), pointer(slopes), num_threads);
+    fdk::cpu::layer_losses_backward(pyramid, pointer(grad_loss), grad_loss_stride, pointer(slopes), num_threads);
   });
   m.def("cpu_region_sums_forward",
         [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t sums, uintptr_t masses, int num_threads) {

@@ -39,8 +39,11 @@ namespace fdk::cpu {
 void log_norm_forward(const LogNorm& args, const void* sums, const void* masses, void* loss);
 void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* sums, const void* masses,
                        void* grad_sums, void* grad_masses);
-// Forward, and the slopes [2, N, total_channels] of each layer's loss; not without reduction.
-void log_norm_forward_with_slopes(const LogNorm& args, const void* sums, const void* masses, void* loss, void* slopes);
+// Forward without Reduction::kNone. With a `share` of 0 loss is [L], else one number, the sum of the layers' losses
+// times `share`. `slopes` [2, N, total_channels], unless null, becomes the gradient of it, each layer's of its own
+// loss.
+void log_norm_forward_with_slopes(const LogNorm& args, const void* sums, const void* masses, double share, void* loss,
+                                  void* slopes);
 
 } // namespace fdk::cpu
 

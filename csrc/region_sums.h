@@ -56,9 +56,10 @@ namespace fdk::cpu {
 void region_sums_forward(const Pyramid& pyramid, void* sums, void* masses, int num_threads);
 void region_sums_backward(const Pyramid& pyramid, const void* grad_sums, int num_threads);
 void region_sums_mask_backward(const Pyramid& pyramid, const void* grad_sums, int num_threads);
-// region_sums_backward of grad_loss [num_layers] times slopes [2, N, total_channels], (F2) of
-// fdkernels/layer_losses/README.md.
-void layer_losses_backward(const Pyramid& pyramid, const void* grad_loss, const void* slopes, int num_threads);
+// region_sums_backward of grad_loss [num_layers], its numbers a stride apart that may be 0, times slopes
+// [2, N, total_channels], (F2) of fdkernels/layer_losses/README.md.
+void layer_losses_backward(const Pyramid& pyramid, const void* grad_loss, int64_t grad_loss_stride, const void* slopes,
+                           int num_threads);
 const char* instruction_set();
 
 } // namespace fdk::cpu

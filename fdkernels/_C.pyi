@@ -15,10 +15,23 @@ cpu_instruction_set: str
 def cpu_thread_runtime() -> str: ...
 def cpu_layer_masks(args: _LayerMasks, sizes: list[int], num_threads: int) -> None: ...
 def cpu_layer_losses_forward(
-    words: list[int], args: _LogNorm, sums: int, masses: int, loss: int, slopes: int, num_threads: int
+    words: list[int],
+    args: _LogNorm,
+    share: float,
+    sums: int,
+    masses: int,
+    loss: int,
+    slopes: int,
+    num_threads: int,
 ) -> None: ...
 def cpu_layer_losses_backward(
-    words: list[int], batch: int, accumulate: int, grad_loss: int, slopes: int, num_threads: int
+    words: list[int],
+    batch: int,
+    accumulate: int,
+    grad_loss: int,
+    grad_loss_stride: int,
+    slopes: int,
+    num_threads: int,
 ) -> None: ...
 def cpu_region_sums_forward(
     words: list[int], batch: int, accumulate: int, sums: int, masses: int, num_threads: int

@@ -108,7 +108,8 @@ def feature_discrepancy_loss(
     layers, mask = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     taps = features if isinstance(features, FeatureTaps) else None
-    per_layer, _ = layer_losses(layers, mask, settings, partners, taps=taps)
+    share = _share(layers, layer_weights, reduction)
+    per_layer, _ = layer_losses(layers, mask, settings, partners, taps=taps, share=share)
     return _combine(per_layer, layers, layer_weights, reduction)
 
 
@@ -161,7 +162,8 @@ def tap(
     )
     layers, mask = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
-    per_layer, tapped = layer_losses(layers, mask, settings, partners, tapped=True)
+    share = _share(layers, layer_weights, reduction)
+    per_layer, tapped = layer_losses(layers, mask, settings, partners, tapped=True, share=share)
     loss = _combine(per_layer, layers, layer_weights, reduction)
     return (tapped[0] if isinstance(features, Tensor) else tapped), loss
 
@@ -212,14 +214,16 @@ def layer_losses(
     partners: Partners,
     tapped: bool = False,
     taps: FeatureTaps | None = None,
+    share: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:
     """The stages in order: layer_masks, region_sums, discrepancy, log_norm.
 
-    `taps` are those from which the layers come, if any.
+    `taps` are those from which the layers come, if any. A `share` other than 0 permits to return the one loss
+    Σ_l share·L_l, where that saves something.
 
     Returns:
         The loss of each layer as `log_norm` gives it ([L], [N, L] or [ΣC]; over a group without reduction
-        this rank's rows), and under `tapped` an alias of each layer, else an empty list.
+        this rank's rows) or the one loss [], and under `tapped` an alias of each layer, else an empty list.
     """
     convention, group = settings.convention, settings.group
     device, batch = layers[0].device, layers[0].shape[0]
@@ -248,7 +252,7 @@ def layer_losses(
         fused = None if taps is None else taps.take_stand_ins()
         if fused is not None:
             return tapped_layer_losses(layers, *fused, masks, pairing, options, backend), []
-        per_layer, *aliases = fused_layer_losses(layers, masks, pairing, options, backend, tapped)
+        per_layer, *aliases = fused_layer_losses(layers, masks, pairing, options, backend, tapped, share)
         return per_layer, aliases
     sums, masses, *aliases = sum_regions(layers, masks, backend, tapped)
     if group is not None:
@@ -267,7 +271,9 @@ def _combine(
     layer_weights: Tensor | Sequence[float] | None,
     reduction: str,
 ) -> Tensor:
-    """The layers' losses [L], or entries [N, L] or [ΣC], as the one result of a call."""
+    """The layers' losses [L], entries [N, L] or [ΣC], or the one loss [], as the one result of a call."""
+    if per_layer.dim() == 0:
+        return per_layer
     weights = checks.check_layer_weights(layer_weights, layers)
     if weights is not None and per_layer.dim() == 1 and reduction == "none":
         counts = torch.tensor([layer.shape[1] for layer in layers], device=weights.device)
@@ -279,3 +285,10 @@ def _combine(
     if len(layers) == 1:
         return per_layer.squeeze(0)
     return per_layer.mean() if weights is None and reduction == "mean" else per_layer.sum()
+
+
+def _share(layers: Sequence[Tensor], layer_weights: object, reduction: str) -> float:
+    """What each layer's loss counts in the one result, or 0 where that is not a number known here."""
+    if layer_weights is not None or reduction == "none":
+        return 0.0
+    return 1 / len(layers) if reduction == "mean" else 1.0

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from fdkernels.region_sums.geometry import DTYPE_CODES, Geometry
+from fdkernels.region_sums.geometry import DTYPE_CODES, LAYER_WORDS, Geometry, describe
 
-_NO_UPSTREAM = [0] * 6
+# The places of words within a `Layer` of csrc/region_sums.h.
+_FEATURES, _FG, _BG, _MASK_DTYPE, _UPSTREAM, _GRAD_FG, _GRAD_BG = 0, 11, 12, 13, 14, 20, 21
 
 
 def forward_words(features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]) -> list[int]:
     """Describe layers that are read: `Layer` of csrc/region_sums.h for each, as one flat list."""
-    words: list[int] = []
-    for index, layer in enumerate(features):
-        words += _layer(layer.data_ptr(), layer.dtype, layer.shape, layer.stride())
-        words += _mask(fg[index], bg[index] if bg else None)
-        words += _NO_UPSTREAM
-        words += [0, 0]
+    words = describe(features).words.copy()
+    words[_FEATURES::LAYER_WORDS] = [layer.data_ptr() for layer in features]
+    words[_FG::LAYER_WORDS] = [weight.data_ptr() for weight in fg]
+    if bg:
+        words[_BG::LAYER_WORDS] = [weight.data_ptr() for weight in bg]
+    words[_MASK_DTYPE::LAYER_WORDS] = [DTYPE_CODES[weight.dtype] for weight in fg]
     return words
 
 
@@ -30,16 +30,17 @@ def backward_words(
     upstream: Sequence[Tensor | None],
 ) -> list[int]:
     """Describe gradients that are written, and the ones that are added to them."""
-    words: list[int] = []
-    for index, grad in enumerate(grads):
-        words += _layer(grad.data_ptr(), grad.dtype, grad.shape, grad.stride())
-        words += _mask(fg[index], bg[index] if bg else None)
-        added = upstream[index] if upstream else None
-        if added is None:
-            words += _NO_UPSTREAM
-        else:
-            words += [added.data_ptr(), *_strides(added.stride())]
-        words += [0, 0]
+    words = forward_words(grads, fg, bg)
+    for index, added in enumerate(upstream):
+        if added is not None:
+            stride = added.stride()
+            start = index * LAYER_WORDS + _UPSTREAM
+            words[start : start + 6] = [
+                added.data_ptr(),
+                *stride[:2],
+                *[0] * (5 - len(stride)),
+                *stride[2:],
+            ]
     return words
 
 
@@ -51,12 +52,10 @@ def mask_backward_words(
     grad_bg: Sequence[Tensor],
 ) -> list[int]:
     """Describe layers that are read and mask gradients that are written."""
-    words: list[int] = []
-    for index, layer in enumerate(features):
-        words += _layer(layer.data_ptr(), layer.dtype, layer.shape, layer.stride())
-        words += _mask(fg[index], bg[index] if bg else None)
-        words += _NO_UPSTREAM
-        words += [grad_fg[index].data_ptr(), grad_bg[index].data_ptr() if grad_bg else 0]
+    words = forward_words(features, fg, bg)
+    words[_GRAD_FG::LAYER_WORDS] = [grad.data_ptr() for grad in grad_fg]
+    if grad_bg:
+        words[_GRAD_BG::LAYER_WORDS] = [grad.data_ptr() for grad in grad_bg]
     return words
 
 
@@ -66,20 +65,3 @@ def same_dtype(upstream: Sequence[Tensor | None], geometry: Sequence[Geometry]) 
         None if added is None else added.to(layer.dtype)
         for added, layer in zip(upstream, geometry, strict=False)
     ]
-
-
-def _layer(pointer: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) == 4:  # the common case, written out because small calls are made of this
-        c, h, w = shape[1:]
-        s_n, s_c, s_h, s_w = stride
-        return pointer, DTYPE_CODES[dtype], c, 1, h, w, s_n, s_c, 0, s_h, s_w
-    padding = [1] * (5 - len(shape))
-    return (pointer, DTYPE_CODES[dtype], shape[1], *padding, *shape[2:], *_strides(stride))
-
-
-def _strides(stride: Sequence[int]) -> list[int]:
-    return [stride[0], stride[1], *[0] * (5 - len(stride)), *stride[2:]]
-
-
-def _mask(fg: Tensor, bg: Tensor | None) -> tuple[int, int, int]:
-    return fg.data_ptr(), 0 if bg is None else bg.data_ptr(), DTYPE_CODES[fg.dtype]

@@ -355,33 +355,38 @@ void write_through_weights(const LayerFeatures& x, const std::vector<double>& gr
   }
 }
 
+// The loss of one layer from its entries.
+double reduced(const LayerFeatures& x, const std::vector<double>& entries, int64_t counted) {
+  double total = 0;
+  for (const double entry : entries)
+    total += entry;
+  return x.args.reduction == Reduction::kMean ? total / static_cast<double>(std::max<int64_t>(counted, 1)) : total;
+}
+
 // Writes the loss of one layer, or its entries.
 void write_loss(const LayerFeatures& x, void* loss) {
   const LogNorm& args = x.args;
   std::vector<double> entries;
   const int64_t counted = entries_of(x, entries);
-  if (args.reduction == Reduction::kNone) {
-    for (size_t e = 0; e < entries.size(); ++e) {
-      write(loss, args.accumulate, entry_index(x, static_cast<int64_t>(e)), entries[e]);
-    }
+  if (args.reduction != Reduction::kNone) {
+    write(loss, args.accumulate, x.layer, reduced(x, entries, counted));
     return;
   }
-  double total = 0;
-  for (const double entry : entries)
-    total += entry;
-  if (args.reduction == Reduction::kMean) total /= static_cast<double>(std::max<int64_t>(counted, 1));
-  write(loss, args.accumulate, x.layer, total);
+  for (size_t e = 0; e < entries.size(); ++e) {
+    write(loss, args.accumulate, entry_index(x, static_cast<int64_t>(e)), entries[e]);
+  }
 }
 
-// Writes the gradients of the sums and, unless null, the masses of one layer. Without grad_loss it is 1: slopes.
-void write_gradients(const LayerFeatures& x, const void* grad_loss, void* grad_sums, void* grad_masses) {
+// Writes the gradients of the sums and, unless null, the masses of one layer: those of its loss times `factor`, and
+// times grad_loss unless that is null.
+void write_gradients(const LayerFeatures& x, double factor, const void* grad_loss, void* grad_sums, void* grad_masses) {
   const LogNorm& args = x.args;
   const int64_t samples = std::count(x.counts.begin(), x.counts.end(), 1);
   const bool over_batch = args.norm == Norm::kBatch;
   const int64_t num_entries = over_batch ? x.channels : args.batch;
   const int64_t counted = over_batch ? (samples > 0 ? x.channels : 0) : samples;
   const double share = args.reduction == Reduction::kMean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
-  std::vector<double> upstream(num_entries, share);
+  std::vector<double> upstream(num_entries, share * factor);
   for (int64_t e = 0; grad_loss != nullptr && e < num_entries; ++e) {
     const int64_t at = args.reduction == Reduction::kNone ? entry_index(x, e) : x.layer;
     upstream[e] *= read(grad_loss, args.accumulate, at);
@@ -412,14 +417,22 @@ void log_norm_forward(const LogNorm& args, const void* sums, const void* masses,
 void log_norm_backward(const LogNorm& args, const void* grad_loss, const void* sums, const void* masses,
                        void* grad_sums, void* grad_masses) {
   for_each_layer(args, sums, masses,
-                 [&](const LayerFeatures& x) { write_gradients(x, grad_loss, grad_sums, grad_masses); });
+                 [&](const LayerFeatures& x) { write_gradients(x, 1, grad_loss, grad_sums, grad_masses); });
 }
 
-void log_norm_forward_with_slopes(const LogNorm& args, const void* sums, const void* masses, void* loss, void* slopes) {
+void log_norm_forward_with_slopes(const LogNorm& args, const void* sums, const void* masses, double share, void* loss,
+                                  void* slopes) {
+  const bool is_one = share != 0;
+  double sum = 0;
   for_each_layer(args, sums, masses, [&](const LayerFeatures& x) {
-    write_loss(x, loss);
-    write_gradients(x, nullptr, slopes, nullptr);
+    std::vector<double> entries;
+    const int64_t counted = entries_of(x, entries);
+    const double of_layer = reduced(x, entries, counted);
+    sum += of_layer;
+    if (!is_one) write(loss, args.accumulate, x.layer, of_layer);
+    if (slopes != nullptr) write_gradients(x, is_one ? share : 1, nullptr, slopes, nullptr);
   });
+  if (is_one) write(loss, args.accumulate, 0, share * sum);
 }
 
 } // namespace fdk::cpu

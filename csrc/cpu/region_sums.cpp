@@ -246,12 +246,12 @@ void region_sums_backward(const Pyramid& pyramid, const void* grad_sums, int num
 namespace {
 
 template <class T>
-std::vector<T> scaled(const Pyramid& pyramid, const T* grad_loss, const T* slopes) {
+std::vector<T> scaled(const Pyramid& pyramid, const T* grad_loss, int64_t stride, const T* slopes) {
   std::vector<T> grad_sums(2 * pyramid.batch * pyramid.total_channels);
   for (int64_t row = 0, at = 0; row < 2 * pyramid.batch; ++row) {
     for (int64_t l = 0; l < pyramid.num_layers; ++l) {
       for (int64_t c = 0; c < pyramid.layers[l].channels; ++c, ++at)
-        grad_sums[at] = grad_loss[l] * slopes[at];
+        grad_sums[at] = grad_loss[l * stride] * slopes[at];
     }
   }
   return grad_sums;
@@ -259,14 +259,15 @@ std::vector<T> scaled(const Pyramid& pyramid, const T* grad_loss, const T* slope
 
 } // namespace
 
-void layer_losses_backward(const Pyramid& pyramid, const void* grad_loss, const void* slopes, int num_threads) {
-  if (pyramid.accumulate == DType::kFloat64) {
-    const auto grad_sums = scaled(pyramid, static_cast<const double*>(grad_loss), static_cast<const double*>(slopes));
+void layer_losses_backward(const Pyramid& pyramid, const void* grad_loss, int64_t grad_loss_stride, const void* slopes,
+                           int num_threads) {
+  const auto write = [&](auto zero) {
+    using T = decltype(zero);
+    const auto grad_sums =
+        scaled(pyramid, static_cast<const T*>(grad_loss), grad_loss_stride, static_cast<const T*>(slopes));
     region_sums_backward(pyramid, grad_sums.data(), num_threads);
-  } else {
-    const auto grad_sums = scaled(pyramid, static_cast<const float*>(grad_loss), static_cast<const float*>(slopes));
-    region_sums_backward(pyramid, grad_sums.data(), num_threads);
-  }
+  };
+  pyramid.accumulate == DType::kFloat64 ? write(double()) : write(float());
 }
 
 void region_sums_mask_backward(const Pyramid& pyramid, const void* grad_sums, int num_threads) {

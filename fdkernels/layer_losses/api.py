@@ -21,7 +21,7 @@ from fdkernels.region_sums import geometry as geo
 __all__ = ["fused_layer_losses", "through_log_norm"]
 
 # Where the features begin among the arguments of the autograd function.
-_FIRST_FEATURE = 6
+_FIRST_FEATURE = 8
 
 _OPTIONS = (
     "str region_weight, bool masked_background, str norm, float log_scale, float eps, str exchange, "
@@ -113,6 +113,8 @@ def _backward_fake(
 class _LayerLosses(torch.autograd.Function):
     """Features to losses, under `tap` also the features themselves, and under `twice` sums and masses.
 
+    With a `share` of 1 or 1/L the losses [L] become one, Σ_l share·L_l.
+
     Sums are an output so that second derivatives, which go through the two stages, find their way from the
     saved sums back to the features. A compiled graph has no second derivatives, and would hand zeros to the
     backward of an output that nobody used.
@@ -122,23 +124,32 @@ class _LayerLosses(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         # Unpacked here: where no gradient is asked for, torch.compile leaves out ctx if there happen to be as
         # many parameters as arguments.
-        backend, tap, twice, has_bg, options, pairing, *tensors = arguments
-        num_layers = len(tensors) // (3 if has_bg else 2)
+        backend, tap, twice, share, options, pairing, num_layers, masks, *tensors = arguments
         features = tensors[:num_layers]
-        fg, bg = tensors[num_layers : 2 * num_layers], tensors[2 * num_layers :]
+        # A compiler has to see every tensor; elsewhere each costs time, and the weights come as one argument.
+        fg, bg = masks or (tensors[num_layers : 2 * num_layers], tensors[2 * num_layers :])
         with_slopes = any(ctx.needs_input_grad[_FIRST_FEATURE : _FIRST_FEATURE + num_layers])
+        ctx.share, ctx.share_is_in_slopes = share, False
         if backends.may_call_directly(tensors):
             stage = backends.implementation("layer_losses", backend)
-            outputs = stage.forward(features, fg, bg, pairing, options, with_slopes)
+            ctx.geometry = geo.describe(features).geometry
+            if share and getattr(stage, "COMBINES", False):
+                ctx.share_is_in_slopes = True
+                outputs = stage.forward(features, fg, bg, pairing, options, with_slopes, share)
+            else:
+                outputs = stage.forward(features, fg, bg, pairing, options, with_slopes)
         else:
+            ctx.geometry = [geo.geometry_of(layer) for layer in features]
             outputs = torch.ops.fdkernels.layer_losses_forward(
                 features, fg, bg, pairing, with_slopes, *options, backend
             )
         loss, sums, masses, slopes = outputs
+        if share and not ctx.share_is_in_slopes:
+            loss = _one_loss(loss, share)
         ctx.save_for_backward(slopes, *fg, *bg, *((pairing, sums, masses) if twice else ()))
         ctx.set_materialize_grads(False)
-        ctx.geometry = [geo.geometry_of(layer) for layer in features]
-        ctx.backend, ctx.options, ctx.twice, ctx.has_bg = backend, options, twice, has_bg
+        ctx.backend, ctx.options, ctx.twice, ctx.has_bg = backend, options, twice, bool(bg)
+        ctx.num_weights = len(tensors) - num_layers
         aliases = [layer.view_as(layer) for layer in features] if tap else []
         if not twice:
             return loss, *aliases
@@ -163,7 +174,10 @@ class _LayerLosses(torch.autograd.Function):
             fg = [fg[layer] for layer in wanted]
             bg = [bg[layer] for layer in wanted] if bg else []
             added = [upstream[layer] for layer in wanted] if upstream else []
-            if grad_loss is None or grad_sums is not None or (ctx.twice and torch.is_grad_enabled()):
+            through_stages = grad_loss is None or grad_sums is not None or torch.is_grad_enabled()
+            if grad_loss is not None and ctx.share and (through_stages or not ctx.share_is_in_slopes):
+                grad_loss = _of_each_layer(grad_loss, ctx.share, num_layers)
+            if ctx.twice and through_stages:
                 pairing, sums, masses = weights[-3:]
                 total = torch.zeros_like(sums) if grad_sums is None else grad_sums
                 if grad_loss is not None:
@@ -174,12 +188,25 @@ class _LayerLosses(torch.autograd.Function):
                     through, fg, bg, tapped, places, [], geo.pack(geometry), ctx.backend
                 )[0]
             else:
-                chosen = grad_loss if len(wanted) == num_layers else grad_loss[wanted]
+                assert grad_loss is not None  # nothing else has a gradient without the sums
+                chosen = grad_loss[wanted] if grad_loss.dim() and len(wanted) < num_layers else grad_loss
                 chosen_slopes = geo.select_layers(slopes, ctx.geometry, wanted)
                 written = _write_gradients(chosen, chosen_slopes, fg, bg, added, geometry, ctx.backend)
             for layer, grad in zip(wanted, written, strict=True):
                 grads[layer] = grad
-        return (*([None] * _FIRST_FEATURE), *grads, *([None] * (num_layers * (2 if ctx.has_bg else 1))))
+        return (*([None] * _FIRST_FEATURE), *grads, *([None] * ctx.num_weights))
+
+
+def _one_loss(losses: Tensor, share: float) -> Tensor:
+    """The losses [L] as one; `share` is 1 or 1/L."""
+    if losses.shape[0] == 1:
+        return losses.squeeze(0)
+    return losses.sum() if share == 1 else losses.mean()
+
+
+def _of_each_layer(grad_loss: Tensor, share: float, num_layers: int) -> Tensor:
+    """The gradients of the losses [L] from that of the one."""
+    return (grad_loss if share == 1 else grad_loss * share).expand(num_layers)
 
 
 def _write_gradients(
@@ -191,14 +218,17 @@ def _write_gradients(
     geometry: Sequence[geo.Geometry],
     backend: str,
 ) -> list[Tensor]:
-    """The gradients of the features (F2) in one pass: grad_loss [L] times the slopes, plus what arrived."""
+    """The gradients of the features (F2) in one pass: grad_loss times the slopes, plus what arrived.
+
+    grad_loss is [L], or [] for slopes that are those of the one loss.
+    """
     added, places = _present(upstream)
     if backends.may_call_directly([grad_loss, slopes, *fg, *bg, *added]):
         stage = backends.implementation("layer_losses", backend)
         grads: list[Tensor] = stage.backward(grad_loss, slopes, fg, bg, upstream if added else [], geometry)
     else:
         grads = torch.ops.fdkernels.layer_losses_backward(
-            grad_loss, slopes, fg, bg, added, places, geo.pack(geometry), backend
+            grad_loss.expand(len(fg)), slopes, fg, bg, added, places, geo.pack(geometry), backend
         )
     return grads
 
@@ -232,6 +262,7 @@ def fused_layer_losses(
     options: Options,
     backend: str,
     tap: bool = False,
+    share: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """The loss of every layer from features and masks, without checks.
 
@@ -242,12 +273,18 @@ def fused_layer_losses(
         options: convention, exchange and reduction, which is `"mean"` or `"sum"`.
         backend: the name of an available backend.
         tap: also return the features, as outputs whose gradient is added in the same backward pass.
+        share: 0, or 1 or 1/L for the one loss Σ_l share·L_l.
 
     Returns:
-        [L] in the accumulation dtype; under `tap` followed by the features.
+        [L], or [] for one loss, in the accumulation dtype; under `tap` followed by the features.
     """
-    twice = not torch.compiler.is_compiling()
-    outputs: tuple[Tensor, ...] = _LayerLosses.apply(
-        backend, tap, twice, bool(masks.bg), options, pairing, *features, *masks.fg, *masks.bg
-    )
-    return outputs[:-2] if twice else outputs
+    num_layers = len(features)
+    outputs: tuple[Tensor, ...]
+    if torch.compiler.is_compiling():
+        # The compiler adds up the losses itself.
+        loss, *aliases = _LayerLosses.apply(
+            backend, tap, False, 0.0, options, pairing, num_layers, None, *features, *masks.fg, *masks.bg
+        )
+        return (_one_loss(loss, share) if share else loss), *aliases
+    outputs = _LayerLosses.apply(backend, tap, True, share, options, pairing, num_layers, masks, *features)
+    return outputs[:-2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -105,14 +106,8 @@ def layer_masks(
     if mask.requires_grad:
         return LayerMasks(*reference.forward(mask, sizes, dtype, mask_resize, ignore_index))
     as_is = _readable_as_is(mask, dtype) if ignore_index is None else None
-    made: list[torch.Size] = [] if as_is is None else [mask.shape[2:]]
-    missing: list[torch.Size] = []
-    places = []
-    for size in sizes:
-        place = _find(size, made + missing)
-        places.append(len(made) + len(missing) if place is None else place)
-        if place is None:
-            missing.append(size)
+    plan = _plan if torch.compiler.is_compiling() else _kept_plan
+    missing, places = plan(tuple(sizes), None if as_is is None else mask.shape[2:])
     made_fg = [] if as_is is None else [as_is]
     made_bg: list[Tensor] = []
     if missing:
@@ -128,6 +123,24 @@ def layer_masks(
         # torch.compile does not trace an autograd function that is given one tensor twice.
         fg, bg = ([weight.view_as(weight) for weight in weights] for weights in (fg, bg))
     return LayerMasks(fg, bg)
+
+
+def _plan(sizes: tuple[torch.Size, ...], given: torch.Size | None) -> tuple[list[torch.Size], list[int]]:
+    """The sizes to make, and the place of each layer's among the given one, if any, and these."""
+    known: list[torch.Size] = [] if given is None else [given]
+    num_given = len(known)
+    places = []
+    for size in sizes:
+        place = _find(size, known)
+        if place is None:
+            place = len(known)
+            known.append(size)
+        places.append(place)
+    return known[num_given:], places
+
+
+# torch.compile would trace the function and warn of its cache.
+_kept_plan = lru_cache(maxsize=64)(_plan)
 
 
 def _find(size: torch.Size, sizes: Sequence[torch.Size]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ DTYPE_CODES = {
     torch.float16: 3,
     torch.uint8: 4,
 }
+# Words of a `Layer` of csrc/region_sums.h.
+LAYER_WORDS = 22
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -25,6 +28,57 @@ class Geometry(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Layers(NamedTuple):
+    """What the stages have to know of the layers of a call beside where they lie.
+
+    Attributes:
+        geometry: that of the gradient of every layer.
+        sizes: the spatial size S_l of every layer.
+        channels: C_l.
+        pixels: P_l.
+        dtype: the accumulation dtype.
+        words: `Layer` of csrc/region_sums.h for each layer, with 0 for what is not known here.
+    """
+
+    geometry: list[Geometry]
+    sizes: list[torch.Size]
+    channels: list[int]
+    pixels: list[int]
+    dtype: torch.dtype
+    words: list[int]
+
+
+def describe(features: Sequence[Tensor]) -> Layers:
+    """Describe the layers of a call.
+
+    The calls of a training loop share one description, which must not be changed.
+    """
+    kinds = tuple([(layer.shape, layer.stride(), layer.dtype) for layer in features])
+    return _describe(kinds)
+
+
+@lru_cache(maxsize=64)
+def _describe(kinds: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]) -> Layers:
+    features = [
+        torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in kinds
+    ]
+    words: list[int] = []
+    for shape, stride, dtype in kinds:
+        padding = 5 - len(shape)
+        words += [0, DTYPE_CODES[dtype], shape[1], *[1] * padding, *shape[2:]]
+        words += [*stride[:2], *[0] * padding, *stride[2:]]
+        words += [0] * (LAYER_WORDS - 11)
+    sizes = [shape[2:] for shape, _, _ in kinds]
+    return Layers(
+        [geometry_of(layer) for layer in features],
+        sizes,
+        [shape[1] for shape, _, _ in kinds],
+        [size.numel() for size in sizes],
+        accumulate_dtype(features),
+        words,
+    )
 
 
 def geometry_of(features: Tensor) -> Geometry:

@@ -20,9 +20,7 @@ inline bool is_finite(float g_fg, float g_bg) {
 }
 
 inline uint16_t half_bits(float value, DType dtype) {
-  uint16_t bits;
-  store(&value, &bits, dtype, 1, 1);
-  return bits;
+  return dtype == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_float16(value);
 }
 
 // Two vectors rounded to the nearest even bfloat16, as store_bfloat16 does, but none may be NaN: a number of `even` and

@@ -59,14 +59,16 @@ inline Vector<float> load_features(const Float16* source, float) {
 // Pixels along the vector, kChannels rows at a time; weights from pixel p of the sample on.
 template <int kChannels, class T, class S, class M, bool kHasBg>
 inline void add_rows(const S* const rows[kChannels], const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count,
-                     double* partial) {
+                     int64_t ahead, double* partial) {
   using V = Vector<T>;
-  V f[kChannels] = {}, b[kChannels] = {};
+  V f[kChannels], b[kChannels];
+  for (int k = 0; k < kChannels; ++k) // an initialiser for the arrays would write them to memory
+    f[k] = b[k] = V{};
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
     const V w = weights.fg_vector(p + i), u = weights.bg_vector(p + i, w);
     for (int k = 0; k < kChannels; ++k) {
-      prefetch(reinterpret_cast<const char*>(rows[k] + i) + kPrefetchBytes);
+      prefetch(reinterpret_cast<const char*>(rows[k] + i) + ahead);
       const V x = select_valid<kHasBg>(w, u, load_features(rows[k] + i, T()));
       f[k] += w * x;
       b[k] += u * x;
@@ -89,16 +91,19 @@ inline void add_rows(const S* const rows[kChannels], const RawWeights<T, M, kHas
 template <class S, class T, class M, bool kHasBg>
 inline void add_channels(const S* start, int64_t step, const Tile& tile, const RawWeights<T, M, kHasBg>& weights,
                          int64_t p, int64_t count, double* partial) {
+  // What is read after a short row is the row of the next group.
+  const int64_t next_group = kGroup * step * static_cast<int64_t>(sizeof(S));
+  const int64_t ahead = count == step && count <= kShortRow ? next_group : kPrefetchBytes;
   int64_t c = tile.channel_begin;
   for (; c + kGroup <= tile.channel_end; c += kGroup) {
     const S* group[kGroup];
     for (int64_t k = 0; k < kGroup; ++k)
       group[k] = start + (c + k) * step;
-    add_rows<kGroup>(group, weights, p, count, partial + 2 * (c - tile.channel_begin));
+    add_rows<kGroup>(group, weights, p, count, ahead, partial + 2 * (c - tile.channel_begin));
   }
   for (; c < tile.channel_end; ++c) {
     const S* row = start + c * step;
-    add_rows<1>(&row, weights, p, count, partial + 2 * (c - tile.channel_begin));
+    add_rows<1>(&row, weights, p, count, ahead, partial + 2 * (c - tile.channel_begin));
   }
 }
 
@@ -134,7 +139,8 @@ void forward_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T,
         group[k] = load(start + (c + k) * layer.stride_c * element, layer.dtype, rows.stride, count, buffer[k]);
       }
       double* sums = partial + 2 * (c - tile.channel_begin);
-      step == kGroup ? add_rows<kGroup>(group, weights, p, count, sums) : add_rows<1>(group, weights, p, count, sums);
+      step == kGroup ? add_rows<kGroup>(group, weights, p, count, kPrefetchBytes, sums)
+                     : add_rows<1>(group, weights, p, count, kPrefetchBytes, sums);
     }
   }
 }

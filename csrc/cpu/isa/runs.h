@@ -12,6 +12,9 @@ constexpr int64_t kRun = 1024;
 // Channels that share one pass over the mask, where pixels are along the vector.
 constexpr int64_t kGroup = 4;
 
+// Pixels of a row after which other channels are read before long.
+constexpr int64_t kShortRow = 1024;
+
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t pixels_of(const Layer& layer) { return layer.size[0] * layer.size[1] * layer.size[2]; }

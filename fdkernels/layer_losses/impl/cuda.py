@@ -10,7 +10,7 @@ from torch import Tensor
 from fdkernels import _C, native
 from fdkernels.log_norm.impl import native as log_norm
 from fdkernels.log_norm.options import Options
-from fdkernels.region_sums.geometry import DTYPE_CODES, Geometry, accumulate_dtype
+from fdkernels.region_sums.geometry import DTYPE_CODES, Geometry, describe
 
 __all__ = ["backward", "forward"]
 
@@ -25,10 +25,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses [L], sums, masses, and the slopes ∂L_l/∂S_k[n,c] [2, N, ΣC] (empty where not asked for)."""
     batch, device = features[0].shape[0], features[0].device
-    channels = [layer.shape[1] for layer in features]
-    pixels = [layer.shape[2:].numel() for layer in features]
-    dtype = accumulate_dtype(features)
-    sums = torch.empty((2, batch, sum(channels)), dtype=dtype, device=device)
+    layers = describe(features)
+    dtype = layers.dtype
+    sums = torch.empty((2, batch, sum(layers.channels)), dtype=dtype, device=device)
     masses = torch.empty((2, batch, len(features)), dtype=dtype, device=device)
     loss = log_norm.empty_loss(sums, len(features), options)
     slopes = torch.empty_like(sums) if with_slopes else sums.new_empty(0)
@@ -44,7 +43,7 @@ def forward(
         native.forward_words(features, fg, bg),
         batch,
         DTYPE_CODES[dtype],
-        log_norm.arguments(sums, pairing, channels, pixels, options),
+        log_norm.arguments(sums, pairing, layers.channels, layers.pixels, options),
         sums.data_ptr(),
         masses.data_ptr(),
         loss.data_ptr(),

@@ -32,14 +32,14 @@ def empty_weights(
     ignore_index: float | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Unwritten weights [N, P] of the foreground and, where pixels are left out, of the background."""
-    full = mask.shape[2:]
-    fg = [
-        mask.new_empty(
-            (mask.shape[0], size.numel()), dtype=weight_dtype(mask.dtype, size == full, dtype, mask_resize)
-        )
-        for size in sizes
-    ]
-    return fg, [] if ignore_index is None else [torch.empty_like(weight) for weight in fg]
+    full, batch = mask.shape[2:], mask.shape[0]
+    dtypes = [weight_dtype(mask.dtype, size == full, dtype, mask_resize) for size in sizes]
+    fg: list[Tensor] = []
+    bg: list[Tensor] = []
+    for weights in (fg,) if ignore_index is None else (fg, bg):
+        for size, kind in zip(sizes, dtypes, strict=True):
+            weights.append(torch.empty(batch, size.numel(), dtype=kind, device=mask.device))
+    return fg, bg
 
 
 def arguments(
