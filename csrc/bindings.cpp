@@ -85,6 +85,11 @@ void bind_cpu(py::module_& m) {
     const py::gil_scoped_release release;
     fdk::cpu::layer_masks(args, num_threads);
   });
+  m.def("cpu_layer_masks_is_valid", [](const LayerMasksWords& words, int num_threads) {
+    const fdk::LayerMasks args = as_layer_masks(words, {});
+    const py::gil_scoped_release release;
+    return fdk::cpu::layer_masks_is_valid(args, num_threads);
+  });
   // The whole forward of a call; `slopes` may be null. `share` of 0 keeps the layers' losses, else their sum times it
   // is the one loss.
   m.def("cpu_layer_losses_forward", [](const Words& words, const LogNormWords& log_norm, double share, uintptr_t sums,

@@ -43,6 +43,8 @@ struct LayerMasks {
 namespace fdk::cpu {
 
 void layer_masks(const LayerMasks& args, int num_threads);
+// Whether every pixel of the mask, but for what is left out, is in [0, 1], of integers 0 or 1. Sizes do not matter.
+bool layer_masks_is_valid(const LayerMasks& args, int num_threads);
 
 } // namespace fdk::cpu
 

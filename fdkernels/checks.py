@@ -170,6 +170,8 @@ def _check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
 
 def _check_mask_values(mask: Tensor, ignore_index: float | None) -> None:
     if ignore_index is not None:
+        if mask.device.type == "cpu" and _kernel_accepts(mask, ignore_index):
+            return
         mask = mask.masked_fill(mask == ignore_index, 0)
     low, high = (bound.item() for bound in mask.aminmax())
     if low >= 0 and high <= 1:
@@ -180,6 +182,16 @@ def _check_mask_values(mask: Tensor, ignore_index: float | None) -> None:
     hint = "; divide a 0/255 mask by 255" if high == 255 else ""
     but = "" if ignore_index is None else f" beside ignore_index={ignore_index}"
     raise ValueError(f"mask must have {wanted}{but}, got values from {low} to {high}{hint}")
+
+
+def _kernel_accepts(mask: Tensor, ignore_index: float) -> bool:
+    """Whether there is a kernel that finds the values valid: it reads them once, and makes no copy."""
+    from fdkernels import backend  # which raises its complaints from here
+
+    if backend.auto_backend("cpu") != "cpu":
+        return False
+    accepted: bool = backend.implementation("layer_masks", "cpu").has_valid_values(mask, ignore_index)
+    return accepted
 
 
 def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tensor | None:

@@ -2,7 +2,9 @@
 #include "../layer_masks.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "half.h"
@@ -20,10 +22,12 @@ constexpr double kNotValid = -1;
 struct BFloat16 {
   uint16_t bits;
   explicit operator double() const { return bfloat16_to_float(bits); }
+  explicit operator float() const { return bfloat16_to_float(bits); }
 };
 struct Float16 {
   uint16_t bits;
   explicit operator double() const { return float16_to_float(bits); }
+  explicit operator float() const { return float16_to_float(bits); }
 };
 
 // The mask pixels of one cell along one dimension, (M2); under `nearest` the one of (M5).
@@ -39,57 +43,109 @@ Range cell(int64_t place, int64_t out, int64_t total, MaskResize resize) {
   return {place * total / out, ((place + 1) * total + out - 1) / out};
 }
 
-// What one thread collects of the rows of a row of cells: v y and v (1 - y), or the largest y, for each mask column.
-struct Columns {
-  std::vector<double> fg, bg;
+// The cells of one row: their columns, and how many mask pixels wide they are.
+struct Across {
+  std::vector<Range> columns;
+  std::vector<double> width;
 };
 
-template <class S, bool kIgnore>
-void add_row(const S* row, int64_t stride, int64_t width, double ignore_index, double* fg, double* bg) {
-  for (int64_t i = 0; i < width; ++i) {
-    const double y = static_cast<double>(row[i * stride]);
-    const bool valid = !kIgnore || y != ignore_index; // (M1)
-    fg[i] += valid ? y : 0;
-    if (kIgnore) bg[i] += valid ? 1 - y : 0;
+Across cells_across(const LayerMasks& mask, const MaskSize& layer) {
+  Across across;
+  for (int64_t i = 0; i < layer.size[2]; ++i) {
+    across.columns.push_back(cell(i, layer.size[2], mask.size[2], mask.resize));
+    across.width.push_back(static_cast<double>(across.columns.back().end - across.columns.back().begin));
+  }
+  return across;
+}
+
+// In what the rows of a row of cells are added up, column by column: in double, or where that is as exact in float.
+template <class S>
+struct ColumnSum {
+  using type = double;
+};
+template <>
+struct ColumnSum<uint8_t> {
+  using type = float;
+};
+
+// What one thread collects of the rows of a row of cells: v y and v (1 - y), or the largest y, for each mask column
+// and then for each cell.
+struct Columns {
+  std::vector<double> fg, bg;
+  std::vector<float> fg_floats, bg_floats;
+  std::vector<double> fg_cells, bg_cells;
+
+  std::vector<double>& fg_of(double) { return fg; }
+  std::vector<double>& bg_of(double) { return bg; }
+  std::vector<float>& fg_of(float) { return fg_floats; }
+  std::vector<float>& bg_of(float) { return bg_floats; }
+};
+
+template <class S, bool kIgnore, class A>
+void add_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* fg, A* bg) {
+  const auto add = [&](int64_t i, const S& value) {
+    const A y = static_cast<A>(static_cast<double>(value));
+    const A valid = !kIgnore || y != static_cast<A>(ignore_index); // (M1)
+    fg[i] += kIgnore ? y * valid : y;
+    if (kIgnore) bg[i] += (1 - y) * valid;
+  };
+  if (stride == 1) {
+    for (int64_t i = 0; i < width; ++i)
+      add(i, row[i]);
+  } else {
+    for (int64_t i = 0; i < width; ++i)
+      add(i, row[i * stride]);
   }
 }
 
 // A NaN stays and wins.
-double larger(double best, double value) { return value > best || value != value ? value : best; }
+template <class A>
+A larger(A best, A value) {
+  return value > best || value != value ? value : best;
+}
 
-template <class S, bool kIgnore>
-void max_row(const S* row, int64_t stride, int64_t width, double ignore_index, double* best) {
+template <class S, bool kIgnore, class A>
+void max_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* best) {
   for (int64_t i = 0; i < width; ++i) {
-    const double y = static_cast<double>(row[i * stride]);
-    best[i] = larger(best[i], !kIgnore || y != ignore_index ? y : kNotValid);
+    const A y = static_cast<A>(static_cast<double>(row[i * stride]));
+    best[i] = larger(best[i], !kIgnore || y != static_cast<A>(ignore_index) ? y : static_cast<A>(kNotValid));
   }
 }
 
-void write(void* out, DType dtype, int64_t index, double value) {
+template <class T>
+void write_row(const double* values, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = static_cast<T>(values[i]);
+}
+void write_row(const double* values, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = static_cast<uint8_t>(static_cast<int64_t>(values[i]));
+}
+
+void write_row(const double* values, int64_t count, void* out, DType dtype, int64_t at) {
   switch (dtype) {
     case DType::kFloat64:
-      static_cast<double*>(out)[index] = value;
-      break;
+      return write_row(values, count, static_cast<double*>(out) + at);
     case DType::kFloat32:
-      static_cast<float*>(out)[index] = static_cast<float>(value);
-      break;
+      return write_row(values, count, static_cast<float*>(out) + at);
     default:
-      static_cast<uint8_t*>(out)[index] = static_cast<uint8_t>(static_cast<int64_t>(value));
+      return write_row(values, count, static_cast<uint8_t*>(out) + at);
   }
 }
 
 // One row of cells of one sample: `row` counts (d0, d1) of the layer.
 template <class S, bool kIgnore>
-void write_cells(const LayerMasks& mask, double ignore_index, const MaskSize& layer, int64_t n, int64_t row,
-                 Columns& columns) {
+void write_cells(const LayerMasks& mask, double ignore_index, const MaskSize& layer, const Across& across, int64_t n,
+                 int64_t row, Columns& columns) {
+  using A = typename ColumnSum<S>::type;
   const int64_t width = mask.size[2], out = layer.size[2];
   const Range planes = cell(row / layer.size[1], layer.size[0], mask.size[0], mask.resize);
   const Range lines = cell(row % layer.size[1], layer.size[1], mask.size[1], mask.resize);
   const bool is_max = mask.resize == MaskResize::kMax;
   const double start = !is_max ? 0 : kIgnore ? kNotValid : -std::numeric_limits<double>::infinity();
-  columns.fg.assign(width, start);
-  if (kIgnore && !is_max) columns.bg.assign(width, 0);
-  double *fg = columns.fg.data(), *bg = columns.bg.data();
+  columns.fg_of(A()).assign(width, static_cast<A>(start));
+  if (kIgnore && !is_max) columns.bg_of(A()).assign(width, 0);
+  A *fg = columns.fg_of(A()).data(), *bg = columns.bg_of(A()).data();
   const S* sample = static_cast<const S*>(mask.mask) + n * mask.stride_n;
   for (int64_t z = planes.begin; z < planes.end; ++z) {
     for (int64_t y = lines.begin; y < lines.end; ++y) {
@@ -98,56 +154,121 @@ void write_cells(const LayerMasks& mask, double ignore_index, const MaskSize& la
              : add_row<S, kIgnore>(line, mask.stride[2], width, ignore_index, fg, bg);
     }
   }
-  const int64_t num_rows = layer.size[0] * layer.size[1], at = (n * num_rows + row) * out;
-  const int64_t height = (planes.end - planes.begin) * (lines.end - lines.begin);
+  columns.fg_cells.resize(out);
+  columns.bg_cells.resize(out);
+  double *fg_cells = columns.fg_cells.data(), *bg_cells = columns.bg_cells.data();
   for (int64_t i = 0; i < out; ++i) {
-    const Range across = cell(i, out, width, mask.resize);
     double w_fg = start, w_bg = 0;
-    for (int64_t x = across.begin; x < across.end; ++x) {
-      w_fg = is_max ? larger(w_fg, fg[x]) : w_fg + fg[x];
+    for (int64_t x = across.columns[i].begin; x < across.columns[i].end; ++x) {
+      w_fg = is_max ? larger<double>(w_fg, fg[x]) : w_fg + fg[x];
       if (kIgnore && !is_max) w_bg += bg[x];
     }
-    if (!is_max) { // (M3)
-      const double count = static_cast<double>(height * (across.end - across.begin));
-      w_fg /= count;
-      w_bg /= count;
-    } else if (kIgnore) { // (M4)
-      w_bg = w_fg >= 0 ? 1 - w_fg : 0;
-      w_fg = w_fg < 0 ? 0 : w_fg;
+    fg_cells[i] = w_fg;
+    bg_cells[i] = w_bg;
+  }
+  if (!is_max) { // (M3)
+    const double height = static_cast<double>((planes.end - planes.begin) * (lines.end - lines.begin));
+    for (int64_t i = 0; i < out; ++i)
+      fg_cells[i] /= height * across.width[i];
+    for (int64_t i = 0; kIgnore && i < out; ++i)
+      bg_cells[i] /= height * across.width[i];
+  } else if (kIgnore) { // (M4)
+    for (int64_t i = 0; i < out; ++i) {
+      bg_cells[i] = fg_cells[i] >= 0 ? 1 - fg_cells[i] : 0;
+      fg_cells[i] = fg_cells[i] < 0 ? 0 : fg_cells[i];
     }
-    write(layer.fg, layer.dtype, at + i, w_fg);
-    if (kIgnore) write(layer.bg, layer.dtype, at + i, w_bg);
+  }
+  const int64_t at = (n * layer.size[0] * layer.size[1] + row) * out;
+  write_row(fg_cells, out, layer.fg, layer.dtype, at);
+  if (kIgnore) write_row(bg_cells, out, layer.bg, layer.dtype, at);
+}
+
+// A pixel of a layer that has the mask's own size, where a cell is a pixel, however masks are resized. What is left out
+// is multiplied by 0, being finite: a branch would be mispredicted at every border of a region.
+template <class S, class T, bool kIgnore>
+void copy_pixel(const S& value, const LayerMasks& mask, double ignore_index, T& fg, T& bg) {
+  if constexpr (std::is_integral<S>::value) {
+    const T valid = !kIgnore || value != static_cast<S>(mask.ignore_number); // (M1)
+    fg = static_cast<T>(static_cast<T>(value) * valid);
+    if (kIgnore) bg = static_cast<T>(static_cast<T>(1 - value) * valid);
+  } else {
+    constexpr bool kWide = std::is_same<S, double>::value || std::is_same<T, double>::value;
+    using A = typename std::conditional<kWide, double, float>::type;
+    const A y = static_cast<A>(value), valid = !kIgnore || y != static_cast<A>(ignore_index); // (M1)
+    fg = static_cast<T>(y * valid);
+    if (kIgnore) bg = static_cast<T>((1 - y) * valid);
   }
 }
 
-using WriteCells = void (*)(const LayerMasks&, double, const MaskSize&, int64_t, int64_t, Columns&);
-
-template <class S>
-WriteCells choose(const LayerMasks& mask) {
-  return mask.has_ignore ? write_cells<S, true> : write_cells<S, false>;
+template <class S, class T, bool kIgnore>
+void copy_pixels(const LayerMasks& mask, double ignore_index, const MaskSize& layer, int64_t n, int64_t row) {
+  const int64_t width = mask.size[2], stride = mask.stride[2];
+  const int64_t at = (n * layer.size[0] * layer.size[1] + row) * width;
+  const S* line = static_cast<const S*>(mask.mask) + n * mask.stride_n + row / mask.size[1] * mask.stride[0] +
+                  row % mask.size[1] * mask.stride[1];
+  T *fg = static_cast<T*>(layer.fg) + at, *bg = kIgnore ? static_cast<T*>(layer.bg) + at : fg, unused;
+  if (stride == 1) {
+    for (int64_t i = 0; i < width; ++i)
+      copy_pixel<S, T, kIgnore>(line[i], mask, ignore_index, fg[i], kIgnore ? bg[i] : unused);
+  } else {
+    for (int64_t i = 0; i < width; ++i)
+      copy_pixel<S, T, kIgnore>(line[i * stride], mask, ignore_index, fg[i], kIgnore ? bg[i] : unused);
+  }
 }
 
-WriteCells choose(const LayerMasks& mask) {
+bool has_size_of_mask(const LayerMasks& mask, const MaskSize& layer) {
+  return std::equal(mask.size, mask.size + 3, layer.size);
+}
+
+// One row of cells, or of pixels.
+template <class S, bool kIgnore>
+void write_any_row(const LayerMasks& mask, double ignore_index, const MaskSize& layer, const Across& across, int64_t n,
+                   int64_t row, Columns& columns) {
+  if (!has_size_of_mask(mask, layer)) {
+    write_cells<S, kIgnore>(mask, ignore_index, layer, across, n, row, columns);
+  } else if (layer.dtype == DType::kFloat64) {
+    copy_pixels<S, double, kIgnore>(mask, ignore_index, layer, n, row);
+  } else if (layer.dtype == DType::kFloat32) {
+    copy_pixels<S, float, kIgnore>(mask, ignore_index, layer, n, row);
+  } else {
+    copy_pixels<S, uint8_t, kIgnore>(mask, ignore_index, layer, n, row);
+  }
+}
+
+using WriteRow = void (*)(const LayerMasks&, double, const MaskSize&, const Across&, int64_t, int64_t, Columns&);
+
+// Calls body with a value of the type that the mask is read as.
+template <class Body>
+void with_dtype(const LayerMasks& mask, const Body& body) {
   switch (mask.dtype) {
     case DType::kInt8:
-      return choose<int8_t>(mask);
+      return body(int8_t());
     case DType::kInt16:
-      return choose<int16_t>(mask);
+      return body(int16_t());
     case DType::kInt32:
-      return choose<int32_t>(mask);
+      return body(int32_t());
     case DType::kInt64:
-      return choose<int64_t>(mask);
+      return body(int64_t());
     case DType::kFloat32:
-      return choose<float>(mask);
+      return body(float());
     case DType::kFloat64:
-      return choose<double>(mask);
+      return body(double());
     case DType::kBFloat16:
-      return choose<BFloat16>(mask);
+      return body(BFloat16());
     case DType::kFloat16:
-      return choose<Float16>(mask);
+      return body(Float16());
     default:
-      return choose<uint8_t>(mask);
+      return body(uint8_t());
   }
+}
+
+WriteRow choose(const LayerMasks& mask) {
+  WriteRow chosen = nullptr;
+  with_dtype(mask, [&](auto value) {
+    using S = decltype(value);
+    chosen = mask.has_ignore ? write_any_row<S, true> : write_any_row<S, false>;
+  });
+  return chosen;
 }
 
 } // namespace
@@ -163,6 +284,7 @@ void layer_masks(const LayerMasks& mask, int num_threads) {
   };
   const int64_t pixels = mask.size[0] * mask.size[1] * mask.size[2];
   std::vector<Cut> cuts;
+  std::vector<Across> across;
   int64_t num_items = 0;
   for (int64_t s = 0; s < num_sizes; ++s) {
     const int64_t rows = sizes[s].size[0] * sizes[s].size[1];
@@ -171,9 +293,10 @@ void layer_masks(const LayerMasks& mask, int num_threads) {
     const int64_t per_item = std::max<int64_t>(kPixelsPerItem / per_row, 1);
     const int64_t items = (rows + per_item - 1) / per_item;
     cuts.push_back({num_items, per_item, items});
+    across.push_back(has_size_of_mask(mask, sizes[s]) ? Across() : cells_across(mask, sizes[s]));
     num_items += mask.batch * items;
   }
-  const WriteCells write_row = choose(mask);
+  const WriteRow write_row = choose(mask);
   parallel_for(num_items, num_threads, [&](int64_t item) {
     int64_t s = num_sizes - 1;
     while (cuts[s].first > item)
@@ -183,8 +306,54 @@ void layer_masks(const LayerMasks& mask, int num_threads) {
     const int64_t end = std::min(begin + cuts[s].rows_per_item, sizes[s].size[0] * sizes[s].size[1]);
     Columns columns;
     for (int64_t row = begin; row < end; ++row)
-      write_row(mask, ignore_index, sizes[s], n, row, columns);
+      write_row(mask, ignore_index, sizes[s], across[s], n, row, columns);
   });
+}
+
+namespace {
+
+template <class S, bool kIgnore>
+bool row_is_valid(const S* row, int64_t stride, int64_t width, double ignore_index, int64_t ignore_number) {
+  int32_t all = 1;
+  const auto look = [&](const S& value) {
+    if constexpr (std::is_integral<S>::value) {
+      all &= (value == 0) | (value == 1) | (kIgnore && value == static_cast<S>(ignore_number));
+    } else {
+      using A = typename std::conditional<std::is_same<S, double>::value, double, float>::type;
+      const A y = static_cast<A>(value);
+      all &= ((y >= 0) & (y <= 1)) | (kIgnore && y == static_cast<A>(ignore_index));
+    }
+  };
+  if (stride == 1) {
+    for (int64_t i = 0; i < width; ++i)
+      look(row[i]);
+  } else {
+    for (int64_t i = 0; i < width; ++i)
+      look(row[i * stride]);
+  }
+  return all != 0;
+}
+
+} // namespace
+
+bool layer_masks_is_valid(const LayerMasks& mask, int num_threads) {
+  const int64_t rows = mask.size[0] * mask.size[1];
+  const int64_t per_item = std::max<int64_t>(kPixelsPerItem / std::max<int64_t>(mask.size[2], 1), 1);
+  const int64_t items = (rows + per_item - 1) / per_item;
+  std::atomic<bool> valid{true};
+  with_dtype(mask, [&](auto value) {
+    using S = decltype(value);
+    parallel_for(mask.batch * items, num_threads, [&](int64_t item) {
+      const int64_t n = item / items, begin = item % items * per_item;
+      for (int64_t row = begin; row < std::min(begin + per_item, rows); ++row) {
+        const S* line = static_cast<const S*>(mask.mask) + n * mask.stride_n + row / mask.size[1] * mask.stride[0] +
+                        row % mask.size[1] * mask.stride[1];
+        const auto look = mask.has_ignore ? row_is_valid<S, true> : row_is_valid<S, false>;
+        if (!look(line, mask.stride[2], mask.size[2], mask.ignore_value, mask.ignore_number)) valid = false;
+      }
+    });
+  });
+  return valid;
 }
 
 } // namespace fdk::cpu

@@ -10,7 +10,7 @@ from torch import Tensor
 from fdkernels import _C
 from fdkernels.layer_masks.impl import native
 
-__all__ = ["forward"]
+__all__ = ["forward", "has_valid_values"]
 
 
 def forward(
@@ -30,3 +30,11 @@ def forward(
         torch.get_num_threads(),
     )
     return fg, bg
+
+
+def has_valid_values(mask: Tensor, ignore_index: float) -> bool:
+    """Whether a mask [N, 1, *S0] holds values in [0, 1], of integers 0 and 1, beside `ignore_index`."""
+    if mask.dtype not in native.MASK_CODES:
+        mask = mask.float()
+    words = native.arguments(mask, torch.float32, "area", ignore_index)
+    return _C.cpu_layer_masks_is_valid(words, torch.get_num_threads())
