@@ -1,4 +1,4 @@
-"""What only the CPU kernel of layer_masks has: rows copied as they are, and values looked at without a copy."""
+"""What only the CPU kernel of layer_masks has: pixels copied as they are, values looked at in place."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ inline float value_at(float g_fg, float g_bg, float w, float u) { return g_fg * 
 
 // Whether rounding may leave out the case of NaN, given weights in [0, 1].
 inline bool is_finite(float g_fg, float g_bg) {
-  return __builtin_isfinite(g_fg) && __builtin_isfinite(g_bg) && __builtin_isfinite(g_fg - g_bg);
+  return g_fg - g_fg == 0 && g_bg - g_bg == 0 && (g_fg - g_bg) - (g_fg - g_bg) == 0;
 }
 
 inline uint16_t half_bits(float value, DType dtype) {
