@@ -162,12 +162,11 @@ def _conditions(results: DeviceResults) -> str:
         f"CPU: {machine['cpu_model']}, {machine['cpu_cores']} cores, {machine['threads']} threads, "
         f"cache {_mib(machine['cpu_cache_bytes'])}; {machine['system']}"
     )
-    commit = conditions.commit
     lines = [
         cpu,
         f"Versions: {versions}",
         f"Built with: {_build(machine['build'])}",
-        f"Commit: {commit.get('id') or 'unknown'}{', with changes' if commit.get('dirty') else ''}",
+        f"Commit: {conditions.commit_text}",
         f"Measured: {conditions.when}, by `{conditions.command}`",
     ]
     if results.device == "cuda":

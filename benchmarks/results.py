@@ -69,6 +69,11 @@ class Conditions:
     command: str
     quick: bool
 
+    @property
+    def commit_text(self) -> str:
+        """The commit, and whether the tree had changes."""
+        return f"{self.commit.get('id') or 'unknown'}{', with changes' if self.commit.get('dirty') else ''}"
+
 
 @dataclass(frozen=True)
 class DeviceResults:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.results import Conditions, ResultFile, Spread, spreads
-from benchmarks.tables import NONE, spread_text, table
+from benchmarks.tables import NONE, spread_text, table, width_text
 
 STEP_LIMIT = 1.02
 # As in step_contenders, which needs torch.
@@ -63,7 +63,7 @@ def folder_of(stem: str) -> str:
 
 def steps_section(steps: Sequence[StepResult], device: str) -> str:
     """What was trained, the table, and in how far the figure is reached."""
-    sizes = sorted({f"{step.images}, {_width(step)}" for step in steps})
+    sizes = sorted({f"{step.images}, {width_text(step.base_channels)}" for step in steps})
     commands = sorted(
         {f"`{step.conditions.command}`, commit {step.conditions.commit.get('id')}" for step in steps}
     )
@@ -135,10 +135,6 @@ def _verdict(steps: Sequence[StepResult], device: str) -> str:
 
 def _left_out(steps: Sequence[StepResult]) -> set[str]:
     return {f"`{name}` is missing: {reason}" for step in steps for name, reason in step.left_out.items()}
-
-
-def _width(step: StepResult) -> str:
-    return "published width" if step.base_channels is None else f"{step.base_channels} base channels"
 
 
 def _mebibytes(size: int | None) -> str:

@@ -223,5 +223,10 @@ def spread_text(ratio: Spread, decimals: int | None = None) -> str:
     return f"{ratio.median:{form}} [{ratio.q1:{form}}–{ratio.q3:{form}}]"
 
 
+def width_text(base_channels: int | None) -> str:
+    """The width of a network."""
+    return "published width" if base_channels is None else f"{base_channels} base channels"
+
+
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
