@@ -24,6 +24,7 @@ from benchmarks.tables import (
     shortfalls_table,
     tap_table,
 )
+from benchmarks.training_report import training_section
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,13 +82,14 @@ def report(files: Sequence[ResultFile], results: Sequence[DeviceResults], pictur
         pictures: the address of each picture, by `picture_name(...)`.
     """
     parts = [INTRODUCTION]
-    if not results:
+    trainings = training_section(files)
+    if not results and not trainings:
         parts.append("Nothing has been measured yet.\n")
     reasons = read_reasons()
     for part in results:
         steps = read_steps(files, folder_of(part.stem), part.device)
         parts.append(_section(part, steps, pictures, reasons))
-    parts += [counted_section(files), instructions_section(files)]
+    parts += [trainings, counted_section(files), instructions_section(files)]
     return "\n".join(part for part in parts if part)
 
 

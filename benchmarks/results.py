@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# What a file holds: `calls` of the loss, training `steps`, `instructions`, or `launches` and bytes.
-KINDS = ("calls", "steps", "instructions", "launches")
+# What a file holds: `calls` of the loss, training `steps`, the `training` of presets, `instructions`, or
+# `launches` and bytes.
+KINDS = ("calls", "steps", "training", "instructions", "launches")
 
 
 class Spread(NamedTuple):

@@ -10,6 +10,7 @@ from benchmarks.reasons import read_reasons
 from benchmarks.results import read_files, read_results, write_results
 from benchmarks.shortfalls import FIGURES
 from benchmarks.steps_report import read_steps
+from benchmarks.training_report import training_section
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MIB = 2**20
@@ -91,6 +92,35 @@ def write_step(folder, ratios, **changes):
         **changes,
     }
     write_results(folder / "made-up" / "steps.json", header(), [step], kind="steps")
+
+
+def write_training(folder, name="training", fields=(), **machine):
+    def trained(milliseconds, gibibytes):
+        quartiles = {"first_quartile": 0.9, "median": 1.0, "third_quartile": 1.1}
+        return {
+            "seconds_per_step": {key: value * milliseconds / 1e3 for key, value in quartiles.items()},
+            "peak_bytes": gibibytes * 1024 * MIB,
+            "loss": 0.5,
+        }
+
+    pair = {
+        "preset": "tnbc-unet",
+        "model": "unet",
+        "dataset": "tnbc",
+        "size": 512,
+        "batch_size": 4,
+        "base_channels": None,
+        "precision": "32-true",
+        "channels_last": False,
+        "compile": False,
+        "steps": 10,
+        "without_loss": trained(100, 4),
+        "with_loss": trained(102, 5),
+        "ratio_of_medians": 1.02,
+        **dict(fields),
+    }
+    head = {**header(**machine), "command": "python -m benchmarks.training"}
+    write_results(folder / "made-up" / f"{name}.json", head, [pair], kind="training")
 
 
 def test_the_page_shows_conditions_and_numbers(tmp_path):
@@ -215,6 +245,50 @@ def test_a_step_on_a_gpu_is_held_to_its_figure(tmp_path):
     (step,) = read_steps(read_files(tmp_path), "made-up", "cuda")
     text = report.steps_section([step], "cuda")
     assert "costs at most 1.005 (unet, compiled), where at most 1.02 is asked for." in text
+
+
+def test_trainings_stand_beside_those_without_the_loss(tmp_path):
+    before = page_of(tmp_path, [entry("forward+backward", "op", FAST)])
+    assert "## Training" not in before
+    write_training(tmp_path, gpu="Made-up GPU")
+    page = page_of(tmp_path, [entry("forward+backward", "op", FAST)])
+    section = page[page.index("## Training") :]
+    for text in (
+        "- Made-up GPU, fdkernels 0.1.0, torch 9.9\n",
+        "- Commit: abc123, with changes\n",
+        "- Measured: 2000-01-01, by `python -m benchmarks.training`\n",
+        "- Timed steps: 10; width: published width\n",
+        "| unet | tnbc | 4x3x512x512 | 32-true | 100.0 [90.0–110.0] | 102.0 [91.8–112.2] | 1.020 |",
+        "| 1.020 | 25.00 | 25.50 | 4.00 | 5.00 | 1.250 |",
+    ):
+        assert text in section
+    assert page.startswith(before)
+
+
+def test_trainings_of_other_precisions_have_tables_of_their_own(tmp_path):
+    write_training(tmp_path, gpu="Made-up GPU")
+    half = {"precision": "bf16-mixed", "channels_last": True, "compile": True, "base_channels": 16}
+    write_training(tmp_path, "training-half", half, gpu="Made-up GPU")
+    text = training_section(read_files(tmp_path))
+    assert text.count("## Training") == 1
+    assert text.count("- Made-up GPU") == text.count("| network |") == 2
+    assert "| bf16-mixed, channels_last, compiled |" in text
+    assert "width: 16 base channels" in text
+
+
+def test_the_memory_of_a_process_is_not_listed(tmp_path):
+    write_training(tmp_path)
+    text = training_section(read_files(tmp_path))
+    assert "- Made-up CPU, " in text
+    assert "Memory is not listed: on a CPU it is that of the process since its beginning" in text
+    assert "GiB" not in text
+
+
+def test_a_page_of_trainings_alone_has_something_measured(tmp_path):
+    write_training(tmp_path)
+    page = report.report(read_files(tmp_path), read_results(tmp_path), {})
+    assert "## Training" in page
+    assert "Nothing has been measured yet." not in page
 
 
 def test_bytes_launches_and_instructions_have_their_sections(tmp_path):

@@ -9,6 +9,8 @@ import torch
 pytest.importorskip("lightning", reason="the extra train is not installed")
 
 from benchmarks import record, training
+from benchmarks.results import read_files
+from benchmarks.training_report import training_section
 from fdkernels.segmentation.presets import TABLE_2
 
 SMALL = ["--device=cpu", "--size=16", "--batch-size=2", "--base-channels=2", "--steps=2"]
@@ -33,6 +35,16 @@ def test_each_pair_is_measured_without_and_with_the_loss(tmp_path):
             assert math.isfinite(entry[name]["loss"])
         medians = [entry[name]["seconds_per_step"]["median"] for name in ("with_loss", "without_loss")]
         assert entry["ratio_of_medians"] == pytest.approx(medians[0] / medians[1])
+
+
+def test_the_report_reads_what_is_written(monkeypatch, tmp_path):
+    head = {"commit": {"id": "abc"}, "when": "now", "command": "made-up", "quick": False}
+    machine = {"cpu_model": "Made-up CPU", "versions": {"fdkernels": "0.1.0", "torch": "9.9"}}
+    monkeypatch.setattr(record, "header", lambda arguments, device: {"machine": machine, **head})
+    assert training.main([f"--output={tmp_path / 'x.json'}", *SMALL, "--presets", "tnbc-nucleisegnet"]) == 0
+    text = training_section(read_files(tmp_path))
+    assert "- Timed steps: 2; width: 2 base channels\n" in text
+    assert "| nucleisegnet | tnbc | 2x3x16x16 | 32-true | " in text
 
 
 def test_real_sizes_are_the_presets():
