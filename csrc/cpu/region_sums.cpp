@@ -20,8 +20,8 @@ namespace {
 
 // Elements of a tile: long enough that dealing it out costs nothing, short enough for an even split over threads.
 constexpr int64_t kTileElements = 1 << 16;
-// Channels of a tile where pixels are inner: one group of the kernel, so that few streams are read at a time.
-constexpr int64_t kTileChannels = 16;
+// Channels of a tile where pixels are inner: a look at the mask serves them all, and runs of pixels stay long.
+constexpr int64_t kTileChannels = 8;
 // Work below this many elements is not worth waking a thread for.
 constexpr int64_t kElementsPerThread = 1 << 14;
 
