@@ -111,7 +111,7 @@ def _backward_fake(
 
 
 class _LayerLosses(torch.autograd.Function):
-    """Features to losses, under `tap` also the features themselves, and under `twice` sums and masses.
+    """Features to losses, under `tap` also the features themselves, and under `twice` their sums.
 
     With a `share` of 1 or 1/L the losses [L] become one, Σ_l share·L_l.
 
@@ -151,18 +151,15 @@ class _LayerLosses(torch.autograd.Function):
         ctx.backend, ctx.options, ctx.twice, ctx.has_bg = backend, options, twice, bool(bg)
         ctx.num_weights = len(tensors) - num_layers
         aliases = [layer.view_as(layer) for layer in features] if tap else []
-        if not twice:
-            return loss, *aliases
-        ctx.mark_non_differentiable(masses)
-        return loss, *aliases, sums, masses
+        return (loss, *aliases, sums) if twice else (loss, *aliases)
 
     @staticmethod
     def backward(
         ctx: Any, grad_loss: Tensor | None, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         num_layers = len(ctx.geometry)
-        grad_sums = grad_outputs[-2] if ctx.twice else None
-        upstream = list(grad_outputs[:-2] if ctx.twice else grad_outputs)
+        grad_sums = grad_outputs[-1] if ctx.twice else None
+        upstream = list(grad_outputs[:-1] if ctx.twice else grad_outputs)
         slopes, *weights = ctx.saved_tensors
         fg, bg = weights[:num_layers], weights[num_layers : 2 * num_layers] if ctx.has_bg else []
         grads: list[Tensor | None] = [None] * num_layers
@@ -287,4 +284,4 @@ def fused_layer_losses(
         )
         return (_one_loss(loss, share) if share else loss), *aliases
     outputs = _LayerLosses.apply(backend, tap, True, share, options, pairing, num_layers, masks, *features)
-    return outputs[:-2]
+    return outputs[:-1]
