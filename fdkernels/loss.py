@@ -13,7 +13,7 @@ from fdkernels import backend as backends
 from fdkernels import checks
 from fdkernels.conventions import MASK_RESIZES, Convention, get_convention
 from fdkernels.discrepancy import draw_pairing, gather_batch
-from fdkernels.layer_losses import fused_layer_losses, tapped_layer_losses
+from fdkernels.layer_losses import fused_layer_losses, tapped_layer_losses, tapped_region_sums
 from fdkernels.layer_masks import layer_masks
 from fdkernels.log_norm import Options, log_norm
 from fdkernels.log_norm.options import EXCHANGES, REDUCTIONS
@@ -248,13 +248,17 @@ def layer_losses(
         settings.exchange,
         settings.reduction,
     )
+    fused = None if taps is None or mask.requires_grad else taps.take_stand_ins()
     if group is None and options.reduction != "none" and not mask.requires_grad:
-        fused = None if taps is None else taps.take_stand_ins()
         if fused is not None:
             return tapped_layer_losses(layers, *fused, masks, pairing, options, backend), []
         per_layer, *aliases = fused_layer_losses(layers, masks, pairing, options, backend, tapped, share)
         return per_layer, aliases
-    sums, masses, *aliases = sum_regions(layers, masks, backend, tapped)
+    if fused is not None:
+        sums, masses = tapped_region_sums(layers, *fused, masks, backend)
+        aliases = []
+    else:
+        sums, masses, *aliases = sum_regions(layers, masks, backend, tapped)
     if group is not None:
         sums, masses = gather_batch(sums, group), gather_batch(masses, group)
     channels = [layer.shape[1] for layer in layers]

@@ -35,10 +35,10 @@ class FeatureTaps:
     `feature_discrepancy_loss(taps, mask)`) the numbers are the same, and backward saves two transfers of
     every map: where the gradient of the network arrives at a tapped output, one pass reads it and writes its
     sum with the gradient of the loss, as `fdkernels.tap` does. The first such call on a forward pass is
-    served so; further ones, calls inside torch.compile, and what cannot be fused (a mask that asks for a
-    gradient, `reduction="none"`, a group of ranks) take the features as they are. The layer after a tapped
-    one must not change its input in place (`nn.ReLU(inplace=True)`): torch refuses it. Under
-    torch.utils.checkpoint use `use_reentrant=False`; what is recomputed in backward is not tapped anew.
+    served so; further ones, calls inside torch.compile, and those with a mask that asks for a gradient take
+    the features as they are. The layer after a tapped one must not change its input in place
+    (`nn.ReLU(inplace=True)`): torch refuses it. Under torch.utils.checkpoint use `use_reentrant=False`; what
+    is recomputed in backward is not tapped anew.
 
     Args:
         model: any network.

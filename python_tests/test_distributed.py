@@ -53,9 +53,12 @@ def data() -> tuple[Tensor, Tensor]:
     return images, mask
 
 
-def losses(net: nn.Module, images: Tensor, mask: Tensor, group: Any) -> dict[str, list[Tensor]]:
+def losses(
+    net: nn.Module, images: Tensor, mask: Tensor, group: Any, fused: bool = False
+) -> dict[str, list[Tensor]]:
     """For each case the loss, the entries, the gradients of the network, and that of α."""
     results = {}
+    taps = fdk.FeatureTaps(net, ["module.conv" if group is not None else "conv"], fused=fused)
     for name, case in CASES.items():
         exchange = "shuffle" if name == "released" else name.split()[0]
         partners = {key: value for key, value in case.items() if key != "seed"}
@@ -72,7 +75,7 @@ def losses(net: nn.Module, images: Tensor, mask: Tensor, group: Any) -> dict[str
             ignore_index=255,
             group=group,
         )
-        loss = crit(features, mask, **partners)
+        loss = crit(taps if fused else features, mask, **partners)
         loss.backward()
         if "seed" in case:
             partners["generator"] = torch.Generator().manual_seed(case["seed"])
@@ -88,6 +91,7 @@ def losses(net: nn.Module, images: Tensor, mask: Tensor, group: Any) -> dict[str
         )
         grads = [parameter.grad.clone() for parameter in net.parameters()]
         results[name] = [loss.detach(), entries, crit.alpha.grad, *grads]
+    taps.close()
     return results
 
 
@@ -99,15 +103,17 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     net = nn.parallel.DistributedDataParallel(Net())
     images, mask = (part.chunk(WORLD)[rank] for part in data())
-    results = losses(net, images, mask, dist.group.WORLD)
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    for fused in (False, True):
+        results = losses(net, images, mask, dist.group.WORLD, fused)
+        torch.save(results, Path(folder) / f"{rank}-{fused}.pt")
     dist.barrier()
     # Without cleaning up: gloo's threads and the destructor of their group may wait for each other.
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory) -> list[dict[str, list[Tensor]]]:
+def of_ranks(tmp_path_factory) -> dict[bool, list[dict[str, list[Tensor]]]]:
+    """What each rank computed, from plain features and from fused taps."""
     folder = tmp_path_factory.mktemp("ranks")
     # By the path of this file: what pytest names the module, another process cannot import.
     ranks = [
@@ -119,13 +125,16 @@ def of_ranks(tmp_path_factory) -> list[dict[str, list[Tensor]]]:
     for rank in ranks:
         _, errors = rank.communicate()
         assert rank.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return {
+        fused: [torch.load(folder / f"{rank}-{fused}.pt") for rank in range(WORLD)] for fused in (False, True)
+    }
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused taps"])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_together_equal_one_process(of_ranks, name):
+def test_ranks_together_equal_one_process(of_ranks, name, fused):
     loss, entries, grad_alpha, *grads = losses(Net(), *data(), group=None)[name]
-    for rank, results in enumerate(of_ranks):
+    for rank, results in enumerate(of_ranks[fused]):
         rank_loss, rank_entries, rank_grad_alpha, *rank_grads = results[name]
         torch.testing.assert_close(rank_loss, loss)
         torch.testing.assert_close(rank_grad_alpha, grad_alpha)

@@ -365,16 +365,30 @@ def test_a_second_loss_on_one_forward_pass_of_fused_taps_adds_its_gradient():
     assert_all_close(gradients(total(True), step.net), gradients(total(False), step.net))
 
 
-@pytest.mark.parametrize("case", ["a soft mask that asks for a gradient", "no reduction"])
-def test_what_cannot_be_fused_takes_the_features_as_they_are(case):
+def test_a_mask_that_asks_for_a_gradient_takes_the_features_as_they_are():
     soft = torch.rand(3, 8, 8, dtype=torch.float64, requires_grad=True)
-    step = Step(reduction="none") if case == "no reduction" else Step()
-    mask = None if case == "no reduction" else soft
+    step = Step()
     grads = []
     for fused in (True, False):
-        main, loss = step.parts(fused, mask)
+        main, loss = step.parts(fused, soft)
         grads.append(gradients(main + loss.sum(), step.net))
     assert_all_close(*grads)
+
+
+@pytest.mark.parametrize("convention", ["paper", "released"])
+@pytest.mark.parametrize("ignore_index", [None, 1])
+def test_entries_of_fused_taps_have_the_gradients_of_plain_ones(convention, ignore_index):
+    step = Step(reduction="none", convention=convention, ignore_index=ignore_index)
+    results = []
+    for fused in (True, False):
+        main, entries = step.parts(fused)
+        weights = torch.linspace(-1, 1, entries.numel(), dtype=entries.dtype).view_as(entries)
+        first = gradients(main + (weights * entries).sum(), step.net, create_graph=True)
+        second = gradients(sum(grad.square().sum() for grad in first), step.net)
+        results.append((entries, first, second))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_all_close(results[0][1], results[1][1])
+    assert_all_close(results[0][2], results[1][2])
 
 
 @pytest.mark.parametrize("active", [True, False])

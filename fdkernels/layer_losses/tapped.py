@@ -20,7 +20,7 @@ from fdkernels.layer_masks import LayerMasks
 from fdkernels.log_norm.options import Options
 from fdkernels.region_sums import geometry as geo
 
-__all__ = ["FusedTap", "Place", "Weights", "tapped_layer_losses"]
+__all__ = ["FusedTap", "Place", "Weights", "tapped_layer_losses", "tapped_region_sums"]
 
 
 class Weights(NamedTuple):
@@ -32,7 +32,7 @@ class Weights(NamedTuple):
 
 
 class Place:
-    """Where the backward of the loss leaves the weights of a layer for the backward of its tap."""
+    """Where the loss, or its backward, leaves the weights of a layer for the backward of its tap."""
 
     weights: Weights | None = None
 
@@ -51,7 +51,7 @@ class FusedTap(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, None]:
         if grad_sums is None:
             return upstream, None
-        # Left there by the backward of the loss, which autograd runs first.
+        # Left there by the loss or by its backward, which autograd runs first.
         fg, bg, backend = ctx.place.weights
         backgrounds, added = [] if bg is None else [bg], [] if upstream is None else [upstream]
         if torch.is_grad_enabled() or not backends.may_call_directly([grad_sums, fg, *backgrounds, *added]):
@@ -156,3 +156,28 @@ def tapped_layer_losses(
         features, places, bool(masks.bg), options, pairing, backend, *stand_ins, *masks.fg, *masks.bg
     )
     return loss
+
+
+def tapped_region_sums(
+    features: Sequence[Tensor],
+    stand_ins: Sequence[Tensor | None],
+    places: Sequence[Place | None],
+    masks: LayerMasks,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Sums [2, N, ΣC] and masses [2, N, L] of which a loss is made elsewhere; the gradient goes to the taps.
+
+    For losses of which the kernels of one process know only a part: those of a group of ranks, or entries
+    without reduction. The arguments are those of `tapped_layer_losses`.
+    """
+    channels = [layer.shape[1] for layer in features]
+    with torch.no_grad():
+        sums, masses = torch.ops.fdkernels.region_sums_forward(list(features), masks.fg, masks.bg, backend)
+    parts = [
+        part if stand_in is None else _InPlaceOf.apply(part, stand_in)
+        for part, stand_in in zip(sums.split(channels, dim=-1), stand_ins, strict=True)
+    ]
+    for index, place in enumerate(places):
+        if place is not None:
+            place.weights = Weights(masks.fg[index], masks.bg[index] if masks.bg else None, backend)
+    return torch.cat(parts, dim=-1), masses
