@@ -53,7 +53,8 @@ bench: $(VENV)/.bench ## Measure the op beside its floors and its peers (about t
 	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.record); \
 	$(BENCH) --set core,scaling --results=$$folder/calls.json $(BENCH_FLAGS); \
 	$(BIN)/python -m benchmarks.steps --modes eager channels_last --output $$folder/steps.json; \
-	$(BIN)/python -m benchmarks.steps --modes amp compiled --networks unet --output $$folder/steps-compiled.json; \
+	$(BIN)/python -m benchmarks.steps --modes compiled --networks unet --output $$folder/steps-compiled.json; \
+	$(BIN)/python -m benchmarks.steps --modes amp --networks unet --output $$folder/steps-amp.json; \
 	$(BIN)/python -m benchmarks.launches --output benchmarks/results/launches.json || echo "Launches were not counted."
 	$(MAKE) bench-report
 
