@@ -13,7 +13,12 @@ from fdkernels import backend as backends
 from fdkernels import checks
 from fdkernels.conventions import MASK_RESIZES, Convention, get_convention
 from fdkernels.discrepancy import draw_pairing, gather_batch
-from fdkernels.layer_losses import fused_layer_losses, tapped_layer_losses, tapped_region_sums
+from fdkernels.layer_losses import (
+    fused_layer_losses,
+    one_loss,
+    tapped_layer_losses,
+    tapped_region_sums,
+)
 from fdkernels.layer_masks import layer_masks
 from fdkernels.log_norm import Options, log_norm
 from fdkernels.log_norm.options import EXCHANGES, REDUCTIONS
@@ -286,9 +291,7 @@ def _combine(
         per_layer = per_layer * weights.to(per_layer.dtype)
     if reduction == "none":
         return per_layer.squeeze(1) if per_layer.shape[1:] == (1,) else per_layer
-    if len(layers) == 1:
-        return per_layer.squeeze(0)
-    return per_layer.mean() if weights is None and reduction == "mean" else per_layer.sum()
+    return one_loss(per_layer, _share(layers, layer_weights, reduction) or 1.0)
 
 
 def _share(layers: Sequence[Tensor], layer_weights: object, reduction: str) -> float:

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fdkernels.region_sums.geometry import DTYPE_CODES, LAYER_WORDS, Geometry, describe
+from fdkernels.region_sums.geometry import DTYPE_CODES, LAYER_WORDS, Geometry, Layers, describe
 
 # The places of words within a `Layer` of csrc/region_sums.h.
 _FEATURES, _FG, _BG, _MASK_DTYPE, _UPSTREAM, _GRAD_FG, _GRAD_BG = 0, 11, 12, 13, 14, 20, 21
 
 
-def forward_words(features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor]) -> list[int]:
-    """Describe layers that are read: `Layer` of csrc/region_sums.h for each, as one flat list."""
-    words = describe(features).words.copy()
+def forward_words(
+    features: Sequence[Tensor], fg: Sequence[Tensor], bg: Sequence[Tensor], layers: Layers | None = None
+) -> list[int]:
+    """Describe layers that are read: `Layer` of csrc/region_sums.h for each, as one flat list.
+
+    `layers` is the description of `features`, where the caller has it already.
+    """
+    words = (layers or describe(features)).words.copy()
     words[_FEATURES::LAYER_WORDS] = [layer.data_ptr() for layer in features]
     words[_FG::LAYER_WORDS] = [weight.data_ptr() for weight in fg]
     if bg:

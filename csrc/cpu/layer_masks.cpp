@@ -81,21 +81,33 @@ struct Columns {
   std::vector<float>& bg_of(float) { return bg_floats; }
 };
 
+// Calls body(i, pixel) for each pixel of a row; a loop of its own where pixels are neighbours, which vectorises.
+template <class S, class Body>
+void for_each_pixel(const S* row, int64_t stride, int64_t width, const Body& body) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < width; ++i)
+      body(i, row[i]);
+  } else {
+    for (int64_t i = 0; i < width; ++i)
+      body(i, row[i * stride]);
+  }
+}
+
+// The row of mask pixels of sample n that has the number `row`, counted over (d0, d1).
+template <class S>
+const S* row_of(const LayerMasks& mask, int64_t n, int64_t row) {
+  return static_cast<const S*>(mask.mask) + n * mask.stride_n + row / mask.size[1] * mask.stride[0] +
+         row % mask.size[1] * mask.stride[1];
+}
+
 template <class S, bool kIgnore, class A>
 void add_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* fg, A* bg) {
-  const auto add = [&](int64_t i, const S& value) {
+  for_each_pixel(row, stride, width, [&](int64_t i, const S& value) {
     const A y = static_cast<A>(static_cast<double>(value));
     const A valid = !kIgnore || y != static_cast<A>(ignore_index); // (M1)
     fg[i] += kIgnore ? y * valid : y;
     if (kIgnore) bg[i] += (1 - y) * valid;
-  };
-  if (stride == 1) {
-    for (int64_t i = 0; i < width; ++i)
-      add(i, row[i]);
-  } else {
-    for (int64_t i = 0; i < width; ++i)
-      add(i, row[i * stride]);
-  }
+  });
 }
 
 // A NaN stays and wins.
@@ -204,16 +216,10 @@ template <class S, class T, bool kIgnore>
 void copy_pixels(const LayerMasks& mask, double ignore_index, const MaskSize& layer, int64_t n, int64_t row) {
   const int64_t width = mask.size[2], stride = mask.stride[2];
   const int64_t at = (n * layer.size[0] * layer.size[1] + row) * width;
-  const S* line = static_cast<const S*>(mask.mask) + n * mask.stride_n + row / mask.size[1] * mask.stride[0] +
-                  row % mask.size[1] * mask.stride[1];
   T *fg = static_cast<T*>(layer.fg) + at, *bg = kIgnore ? static_cast<T*>(layer.bg) + at : fg, unused;
-  if (stride == 1) {
-    for (int64_t i = 0; i < width; ++i)
-      copy_pixel<S, T, kIgnore>(line[i], mask, ignore_index, fg[i], kIgnore ? bg[i] : unused);
-  } else {
-    for (int64_t i = 0; i < width; ++i)
-      copy_pixel<S, T, kIgnore>(line[i * stride], mask, ignore_index, fg[i], kIgnore ? bg[i] : unused);
-  }
+  for_each_pixel(row_of<S>(mask, n, row), stride, width, [&](int64_t i, const S& value) {
+    copy_pixel<S, T, kIgnore>(value, mask, ignore_index, fg[i], kIgnore ? bg[i] : unused);
+  });
 }
 
 bool has_size_of_mask(const LayerMasks& mask, const MaskSize& layer) {
@@ -315,7 +321,7 @@ namespace {
 template <class S, bool kIgnore>
 bool row_is_valid(const S* row, int64_t stride, int64_t width, double ignore_index, int64_t ignore_number) {
   int32_t all = 1;
-  const auto look = [&](const S& value) {
+  for_each_pixel(row, stride, width, [&](int64_t, const S& value) {
     if constexpr (std::is_integral<S>::value) {
       all &= (value == 0) | (value == 1) | (kIgnore && value == static_cast<S>(ignore_number));
     } else {
@@ -323,14 +329,7 @@ bool row_is_valid(const S* row, int64_t stride, int64_t width, double ignore_ind
       const A y = static_cast<A>(value);
       all &= ((y >= 0) & (y <= 1)) | (kIgnore && y == static_cast<A>(ignore_index));
     }
-  };
-  if (stride == 1) {
-    for (int64_t i = 0; i < width; ++i)
-      look(row[i]);
-  } else {
-    for (int64_t i = 0; i < width; ++i)
-      look(row[i * stride]);
-  }
+  });
   return all != 0;
 }
 
@@ -346,8 +345,7 @@ bool layer_masks_is_valid(const LayerMasks& mask, int num_threads) {
     parallel_for(mask.batch * items, num_threads, [&](int64_t item) {
       const int64_t n = item / items, begin = item % items * per_item;
       for (int64_t row = begin; row < std::min(begin + per_item, rows); ++row) {
-        const S* line = static_cast<const S*>(mask.mask) + n * mask.stride_n + row / mask.size[1] * mask.stride[0] +
-                        row % mask.size[1] * mask.stride[1];
+        const S* line = row_of<S>(mask, n, row);
         const auto look = mask.has_ignore ? row_is_valid<S, true> : row_is_valid<S, false>;
         if (!look(line, mask.stride[2], mask.size[2], mask.ignore_value, mask.ignore_number)) valid = false;
       }

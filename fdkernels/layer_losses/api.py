@@ -18,7 +18,7 @@ from fdkernels.layer_masks import LayerMasks
 from fdkernels.log_norm.options import Options
 from fdkernels.region_sums import geometry as geo
 
-__all__ = ["fused_layer_losses", "through_log_norm"]
+__all__ = ["fused_layer_losses", "one_loss", "through_log_norm"]
 
 # Where the features begin among the arguments of the autograd function.
 _FIRST_FEATURE = 8
@@ -145,7 +145,7 @@ class _LayerLosses(torch.autograd.Function):
             )
         loss, sums, masses, slopes = outputs
         if share and not ctx.share_is_in_slopes:
-            loss = _one_loss(loss, share)
+            loss = one_loss(loss, share)
         ctx.save_for_backward(slopes, *fg, *bg, *((pairing, sums, masses) if twice else ()))
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.options, ctx.twice, ctx.has_bg = backend, options, twice, bool(bg)
@@ -171,21 +171,20 @@ class _LayerLosses(torch.autograd.Function):
             fg = [fg[layer] for layer in wanted]
             bg = [bg[layer] for layer in wanted] if bg else []
             added = [upstream[layer] for layer in wanted] if upstream else []
-            through_stages = grad_loss is None or grad_sums is not None or torch.is_grad_enabled()
-            if grad_loss is not None and ctx.share and (through_stages or not ctx.share_is_in_slopes):
-                grad_loss = _of_each_layer(grad_loss, ctx.share, num_layers)
-            if ctx.twice and through_stages:
+            if grad_loss is None or grad_sums is not None or (ctx.twice and torch.is_grad_enabled()):
                 pairing, sums, masses = weights[-3:]
                 total = torch.zeros_like(sums) if grad_sums is None else grad_sums
                 if grad_loss is not None:
-                    total = total + through_log_norm(ctx, grad_loss, sums, masses, pairing)
+                    of_each = _of_each_layer(grad_loss, ctx.share, num_layers)
+                    total = total + through_log_norm(ctx, of_each, sums, masses, pairing)
                 through = geo.select_layers(total, ctx.geometry, wanted)
                 tapped, places = _present(added)
                 written = torch.ops.fdkernels.region_sums_backward(
                     through, fg, bg, tapped, places, [], geo.pack(geometry), ctx.backend
                 )[0]
             else:
-                assert grad_loss is not None  # nothing else has a gradient without the sums
+                if not ctx.share_is_in_slopes:
+                    grad_loss = _of_each_layer(grad_loss, ctx.share, num_layers)
                 chosen = grad_loss[wanted] if grad_loss.dim() and len(wanted) < num_layers else grad_loss
                 chosen_slopes = geo.select_layers(slopes, ctx.geometry, wanted)
                 written = _write_gradients(chosen, chosen_slopes, fg, bg, added, geometry, ctx.backend)
@@ -194,15 +193,17 @@ class _LayerLosses(torch.autograd.Function):
         return (*([None] * _FIRST_FEATURE), *grads, *([None] * ctx.num_weights))
 
 
-def _one_loss(losses: Tensor, share: float) -> Tensor:
-    """The losses [L] as one; `share` is 1 or 1/L."""
+def one_loss(losses: Tensor, share: float) -> Tensor:
+    """The losses [L] as one, Σ_l share·L_l; `share` is 1 or 1/L."""
     if losses.shape[0] == 1:
         return losses.squeeze(0)
     return losses.sum() if share == 1 else losses.mean()
 
 
 def _of_each_layer(grad_loss: Tensor, share: float, num_layers: int) -> Tensor:
-    """The gradients of the losses [L] from that of the one."""
+    """The gradients of the losses [L], which are given where `share` is 0, else from that of the one loss."""
+    if not share:
+        return grad_loss
     return (grad_loss if share == 1 else grad_loss * share).expand(num_layers)
 
 
@@ -282,6 +283,6 @@ def fused_layer_losses(
         loss, *aliases = _LayerLosses.apply(
             backend, tap, False, 0.0, options, pairing, num_layers, None, *features, *masks.fg, *masks.bg
         )
-        return (_one_loss(loss, share) if share else loss), *aliases
+        return (one_loss(loss, share) if share else loss), *aliases
     outputs = _LayerLosses.apply(backend, tap, True, share, options, pairing, num_layers, masks, *features)
     return outputs[:-1]

@@ -35,7 +35,6 @@ class Layers(NamedTuple):
 
     Attributes:
         geometry: that of the gradient of every layer.
-        sizes: the spatial size S_l of every layer.
         channels: C_l.
         pixels: P_l.
         dtype: the accumulation dtype.
@@ -43,7 +42,6 @@ class Layers(NamedTuple):
     """
 
     geometry: list[Geometry]
-    sizes: list[torch.Size]
     channels: list[int]
     pixels: list[int]
     dtype: torch.dtype
@@ -70,12 +68,10 @@ def _describe(kinds: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
         words += [0, DTYPE_CODES[dtype], shape[1], *[1] * padding, *shape[2:]]
         words += [*stride[:2], *[0] * padding, *stride[2:]]
         words += [0] * (LAYER_WORDS - 11)
-    sizes = [shape[2:] for shape, _, _ in kinds]
     return Layers(
         [geometry_of(layer) for layer in features],
-        sizes,
         [shape[1] for shape, _, _ in kinds],
-        [size.numel() for size in sizes],
+        [shape[2:].numel() for shape, _, _ in kinds],
         accumulate_dtype(features),
         words,
     )

@@ -39,7 +39,7 @@ def forward(
     slopes = torch.empty(sums.shape if with_slopes else 0, dtype=dtype)
     pairing = contiguous(pairing)
     _C.cpu_layer_losses_forward(
-        native.forward_words(features, fg, bg),
+        native.forward_words(features, fg, bg, layers),
         arguments(sums, pairing, layers.channels, layers.pixels, options),
         share,
         sums.data_ptr(),

@@ -40,7 +40,7 @@ def forward(
         return workspace[0].data_ptr()
 
     _C.cuda_layer_losses_forward(
-        native.forward_words(features, fg, bg),
+        native.forward_words(features, fg, bg, layers),
         batch,
         DTYPE_CODES[dtype],
         log_norm.arguments(sums, pairing, layers.channels, layers.pixels, options),
