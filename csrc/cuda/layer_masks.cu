@@ -41,11 +41,7 @@ struct Run {
 // The pixels of a cell as adaptive pooling takes them, or the one of nearest-exact sampling.
 __device__ Run pixels_of(const LayerMasks& args, const SizeWork& size, int dim, int64_t cell) {
   const int64_t from = args.size[dim], to = size.size[dim];
-  if (args.resize == MaskResize::kNearest) { // as torch computes it on a GPU
-    const float scale = static_cast<float>(from) / static_cast<float>(to);
-    const auto pixel = static_cast<int64_t>(floorf((static_cast<float>(cell) + 0.5f) * scale));
-    return {min(pixel, from - 1), 1};
-  }
+  if (args.resize == MaskResize::kNearest) return {(2 * cell + 1) * from / (2 * to), 1}; // (M5)
   if (size.factor[dim]) return {cell * size.factor[dim], size.factor[dim]};
   const int64_t first = cell * from / to;
   return {first, static_cast<uint32_t>(ceil_div((cell + 1) * from, to) - first)};

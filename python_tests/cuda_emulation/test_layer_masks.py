@@ -82,16 +82,6 @@ def run(
     return fg, bg
 
 
-def nearest(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """The pixels that torch's nearest-exact sampling takes on a GPU, whose CPU kernel rounds otherwise."""
-    for dim, to in enumerate(size, start=2):
-        extent = mask.shape[dim]
-        scale = torch.tensor(float(extent)) / to
-        pixels = ((torch.arange(to, dtype=torch.float32) + 0.5) * scale).floor().long()
-        mask = mask.index_select(dim, pixels.clamp(max=extent - 1))
-    return mask
-
-
 def check(
     emulated,
     mask: Tensor,
@@ -105,8 +95,7 @@ def check(
     assert len(bg) == (0 if ignore is None else len(shapes))
     mask = mask.to(dtype) if mask.dtype == torch.float64 else mask  # 1 - y is of the rounded y
     for index, size in enumerate(shapes):
-        source, mode = (nearest(mask, size), "max") if resize == "nearest" else (mask, resize)
-        wanted_fg, wanted_bg = reference.forward(source, [size], torch.float64, mode, ignore)
+        wanted_fg, wanted_bg = reference.forward(mask, [size], torch.float64, resize, ignore)
         kind = weight_dtype(mask.dtype, size == mask.shape[2:], dtype, resize)
         pairs = [(fg[index], wanted_fg[0])] + ([(bg[index], wanted_bg[0])] if bg else [])
         for got, wanted in pairs:
@@ -137,13 +126,16 @@ def test_masks_of_any_strides(emulated, rank, layout, resize):
 
 
 @pytest.mark.parametrize("ignore", [None, 255])
-def test_whole_factors_sample_as_the_reference_does(emulated, ignore):
-    mask = make_mask((2, 1, 16, 24), torch.uint8, ignore)
-    sizes = [torch.Size(size) for size in ((8, 8), (4, 3), (16, 12))]
-    wanted = reference.forward(mask, sizes, torch.float32, "nearest", ignore)
-    got = run(emulated, mask, sizes, torch.float32, "nearest", ignore)
-    for value, truth in zip([*got[0], *got[1]], [*wanted[0], *wanted[1]], strict=True):
-        assert torch.equal(value, truth)
+@pytest.mark.parametrize(("full", "size"), [(26, 11), (28, 23), (52, 22), (24, 8)])
+def test_nearest_takes_the_pixel_that_holds_the_centre(emulated, full, size, ignore):
+    """At the first three sizes a position rounded to float32 falls on the pixel before."""
+    pixels = [(2 * cell + 1) * full // (2 * size) for cell in range(size)]
+    mask = make_mask((2, 1, full, full), torch.uint8, ignore)
+    stripes = mask.new_zeros(1, 1, full)
+    stripes[..., ::2] = 1  # neighbours differ
+    fg, _ = run(emulated, stripes, [(size,)], torch.float32, "nearest", None)
+    assert fg[0].tolist() == [[1 - pixel % 2 for pixel in pixels]]
+    check(emulated, mask, [(size, size), (size, full)], torch.float32, "nearest", ignore)
 
 
 def test_a_value_is_ignored_as_the_mask_rounds_it(emulated):
