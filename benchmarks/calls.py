@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ _PEAK_FACTORS = {"cpu": 7.0, "cuda": 2.6}
 
 _BEGIN = time.monotonic()
 _ENTRIES: list[dict[str, Any]] = []
+_READY: dict[Case, Setup] = {}
 
 
 class Options:
@@ -89,41 +90,39 @@ class Options:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every mode of every case; the modes of a case follow one another and share its setup."""
+    """Every mode of every case."""
     option = metafunc.config.getoption
     devices = [option("--device")] if option("--device") else ["cpu", *["cuda"] * torch.cuda.is_available()]
     chosen = [case for device in devices for case in chosen_cases(device, option("--set").split(","))]
     pairs = [(case, mode) for case in chosen for mode in modes(case)]
-    ids = [f"{case.id}-{mode}" for case, mode in pairs]
-    metafunc.parametrize(("ready", "mode"), pairs, indirect=["ready"], scope="session", ids=ids)
+    metafunc.parametrize(("case", "mode"), pairs, ids=[f"{case.id}-{mode}" for case, mode in pairs])
 
 
-@pytest.fixture(scope="session")
-def ready(request: pytest.FixtureRequest) -> Iterator[Setup]:
-    """A case, set up and compared with the truth."""
-    case: Case = request.param
-    limit = request.config.getoption("--time-limit")
+def test_call(case: Case, mode: str, benchmark: Any, pytestconfig: pytest.Config) -> None:
+    option = pytestconfig.getoption
+    limit, results, quick = option("--time-limit"), option("--results"), option("--set") == "quick"
     if limit is not None and time.monotonic() - _BEGIN > limit:
         pytest.skip(f"the time limit of {limit:g} s has passed")
-    reason = does_not_fit(case)
-    if reason is not None:
-        pytest.skip(f"too little memory: {reason}")
-    yield Setup(case)
-    torch.compiler.reset()
-    if case.device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def test_call(ready: Setup, mode: str, benchmark: Any, pytestconfig: pytest.Config) -> None:
-    quick, results = pytestconfig.getoption("--set") == "quick", pytestconfig.getoption("--results")
-    entry = ready.measure(benchmark, mode, QUICK_BUDGET if quick else BUDGETS[ready.case.device])
-    if entry is None:
-        return
-    _ENTRIES.append(entry)
-    if results is not None:
+    entry = _ready(case).measure(benchmark, mode, QUICK_BUDGET if quick else BUDGETS[case.device])
+    if entry is not None:
+        _ENTRIES.append(entry)
+    if _ENTRIES and results is not None:
         command = ["python", "-m", "benchmarks.calls", *sys.argv[1:]]
-        device = pytestconfig.getoption("--device") or "all"
-        cases.write_results(results, cases.header(command, device, quick), _ENTRIES)
+        cases.write_results(results, cases.header(command, option("--device") or "all", quick), _ENTRIES)
+
+
+def _ready(case: Case) -> Setup:
+    """The setup of a case, which all of its modes share."""
+    if case not in _READY:
+        _READY.clear()
+        torch.compiler.reset()
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+        reason = does_not_fit(case)
+        if reason is not None:
+            pytest.skip(f"too little memory: {reason}")
+        _READY[case] = Setup(case)
+    return _READY[case]
 
 
 def modes(case: Case) -> list[str]:

@@ -1,6 +1,7 @@
 """Everyone who computes the loss of a case, the floors below them, and the truth they are compared with.
 
-Contenders take nothing and return the loss, a scalar: the op, and what a user would write instead. Each computes the convention `"paper"`, averaged over samples and layers,
+Contenders take nothing and return the loss, a scalar: the op, and what a user would write instead. Each
+computes the convention `"paper"`, averaged over samples and layers,
 
     L[n] = -log( Σ_c (f - b)² + ε ),  f = mean_p(y·F),  b = mean_p((1-y)·F)
 

@@ -1,50 +1,163 @@
-"""What the loss costs in a training step: `python -m benchmarks.steps --output FILE`.
+"""What the loss costs in training: `python -m benchmarks.steps --output FILE`.
 
 The step of each network with the loss on all nine layers beside the same step without it, in one interleaved
-run.
+run. With `--presets`: the steps of `fdkernels train` for the presets, without the loss and then with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from benchmarks import record
-from benchmarks.memory import kernel_launches, peak_bytes
-from benchmarks.prepared import compile_reason
-from benchmarks.results import write_results
-from benchmarks.step_contenders import (
-    CONTENDERS,
-    MODES,
-    OP,
-    PLAIN,
-    WITHOUT,
-    Step,
-    StepCase,
-    count_parameters,
-    disagreement,
-    unavailable,
-)
-from benchmarks.timing import MIN_ROUNDS, Samples, summarize
-from fdkernels import models
+from benchmarks import cases
+from benchmarks.calls import MIN_ROUNDS, Samples, summarize
+from benchmarks.counts import kernel_launches, peak_bytes
+from benchmarks.peers import PeerMask, compile_reason, plain
+from fdkernels import FeatureDiscrepancyLoss, FeatureTaps, models
+from fdkernels.segmentation.objective import SegmentationLoss
 
-# Real sizes on a GPU; on a CPU such that a step takes tenths of a second.
+MODES = ("eager", "amp", "channels_last", "compiled", "amp channels_last compiled")
+WITHOUT, OP, TAP, PLAIN = CONTENDERS = ("without", "op", "tap", "plain")
+ALPHA = 0.1
+# Batch, side and base channels: real sizes on a GPU; on a CPU such that a step takes tenths of a second.
 SIZES = {"cpu": (2, 128, 16), "cuda": (4, 512, None)}
 BUDGETS = {"cpu": 5.0, "cuda": 3.0}
 # Steps of a sample: on a GPU several, so that the host runs ahead as it does in training.
 _REPEATS = {"cpu": 1, "cuda": 3}
 _MAX_ROUNDS = 50
-# Bounds on what the contenders may differ by in loss and gradients, of which rounding in the network below
-# the loss is the larger part.
+# Bounds on the differences of loss and gradients, without and with autocast, most of them rounding in the
+# network below the loss.
 BOUNDS = {False: (1e-4, 1e-2), True: (2e-2, 0.2)}
+# Steps of a training that are not counted: they allocate, choose convolutions and make the optimizer's state.
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A network in training.
+
+    Args:
+        network: a name of `fdkernels.models`.
+        mode: one of `MODES`: amp is autocast to bfloat16, compiled is model and loss in one graph.
+        device: `"cpu"` or `"cuda"`.
+        batch, side: the images, [batch, 3, side, side].
+        base_channels: width of the first level; None is the published one.
+    """
+
+    network: str
+    mode: str
+    device: str
+    batch: int
+    side: int
+    base_channels: int | None
+
+    @property
+    def id(self) -> str:
+        """Such as `unet amp cpu`."""
+        return f"{self.network} {self.mode} {self.device}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The case as the results name it."""
+        images = f"{self.batch}x3x{self.side}x{self.side}"
+        known = {"network": self.network, "mode": self.mode, "device": self.device, "images": images}
+        return known | {"base_channels": self.base_channels}
+
+
+class Step:
+    """Forward, segmentation loss, the loss on all nine taps, backward, Adam.
+
+    Args:
+        case: the network and how it runs.
+        contender: `"without"` the loss; the `"op"`; `"tap"`, whose backward is part of the network's own;
+            `"plain"`, the loss written in torch within the step, which a compiler can fuse with the layers.
+    """
+
+    def __init__(self, case: StepCase, contender: str) -> None:
+        self.case, self.contender = case, contender
+        torch.manual_seed(0)
+        self.model = models.create(case.network, base_channels=case.base_channels).to(case.device)
+        if "channels_last" in case.mode:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.objective = SegmentationLoss()
+        names = self.model.tap_names
+        self.criterion = FeatureDiscrepancyLoss(len(names), alpha_init=ALPHA).to(case.device)
+        parameters = [*self.model.parameters(), *self.criterion.parameters()]
+        # A small rate: a network that soon has nothing to learn would be another one in the last round.
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-5)
+        self.taps: FeatureTaps | None = None
+        if contender != WITHOUT:
+            self.taps = FeatureTaps(self.model, names, fused=contender == TAP)
+        self.images, self.mask = nuclei(case.batch, case.side)
+        if "channels_last" in case.mode:
+            self.images = self.images.to(memory_format=torch.channels_last)
+        self.images, self.mask = self.images.to(case.device), self.mask.to(case.device)
+        self.total: Callable[[], Tensor] = self._total
+        if "compiled" in case.mode:
+            self.total = torch.compile(self._total, fullgraph=True, dynamic=False)
+
+    def __call__(self) -> None:
+        """One step."""
+        self.backward()
+        self.optimizer.step()
+
+    def backward(self) -> Tensor:
+        """Everything but the optimizer; the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.total()
+        loss.backward()
+        if self.taps is not None:
+            self.taps.clear()
+        return loss
+
+    def outcome(self) -> tuple[float, Tensor]:
+        """Loss and gradients, [parameters], of a step that changes no weights."""
+        # Running statistics of batch norm move; no contender reads them in training.
+        loss = self.backward().item()
+        gradients = [parameter.grad.flatten().float() for parameter in self.model.parameters()]
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, torch.cat(gradients)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        if self.taps is not None:
+            self.taps.close()
+
+    def _total(self) -> Tensor:
+        half = "amp" in self.case.mode
+        with torch.autocast(self.case.device, torch.bfloat16) if half else contextlib.nullcontext():
+            logits = self.model(self.images)
+        loss = self.objective(logits, self.mask)
+        if self.contender == WITHOUT:
+            return loss
+        if self.contender != PLAIN:
+            return loss + self.criterion(
+                self.taps if self.contender == TAP else self.taps.features, self.mask
+            )
+        for alpha, layer in zip(self.criterion.alpha.unbind(), self.taps.features, strict=True):
+            loss = loss + alpha.detach() * plain([layer], PeerMask(self.mask.to(layer.dtype), None))
+        return loss
+
+
+def nuclei(batch: int, side: int) -> tuple[Tensor, Tensor]:
+    """Noise with round nuclei, [N, 3, H, W], and their masks, [N, 1, H, W], float32."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((batch, 3, side, side), generator=generator)
+    rows, columns = torch.arange(side).view(-1, 1) / 8, torch.arange(side) / 8
+    phase = torch.rand((batch, 2, 1, 1), generator=generator) * 6
+    mask = (torch.sin(rows + phase[:, :1]) * torch.sin(columns + phase[:, 1:]) > 0.3).float()
+    return images + mask, mask
 
 
 def run_case(case: StepCase, budget: float) -> dict[str, Any]:
@@ -56,30 +169,20 @@ def run_case(case: StepCase, budget: float) -> dict[str, Any]:
     Raises:
         AssertionError: a contender gives other numbers; nothing is timed.
     """
-    left_out = {name: reason for name in CONTENDERS if (reason := unavailable(name)) is not None}
     steps: dict[str, Step] = {}
     try:
-        steps = {name: Step(case, name) for name in CONTENDERS if name not in left_out}
-        left_out |= _leave_out_uncompilable(steps)
+        steps = {name: Step(case, name) for name in CONTENDERS}
+        left_out = leave_out_uncompilable(steps)
         errors = check(case, steps)
         samples = measure(steps, case.device, budget)
         peaks = {name: peak_bytes(step, case.device) for name, step in steps.items()}
-        launches = {}
-        if case.device == "cuda":
-            launches = {name: kernel_launches(step) for name, step in steps.items()}
-        parameters = count_parameters(steps[WITHOUT].model)
+        on_gpu = steps if case.device == "cuda" else {}
+        launches = {name: kernel_launches(step) for name, step in on_gpu.items()}
     finally:
         for step in steps.values():
             step.close()
-    pairs = [(name, WITHOUT) for name in steps if name != WITHOUT]
-    seconds, ratios = summarize(samples, pairs)
-    return {
-        "network": case.network,
-        "mode": case.mode,
-        "device": case.device,
-        "images": f"{case.batch}x3x{case.side}x{case.side}",
-        "base_channels": case.base_channels,
-        "parameters": parameters,
+    seconds, ratios = summarize(samples, [(name, WITHOUT) for name in steps if name != WITHOUT])
+    return case.record | {
         "rounds": len(samples[WITHOUT]),
         "seconds": seconds,
         "ratios": ratios,
@@ -90,7 +193,7 @@ def run_case(case: StepCase, budget: float) -> dict[str, Any]:
     }
 
 
-def _leave_out_uncompilable(steps: dict[str, Step]) -> dict[str, str]:
+def leave_out_uncompilable(steps: dict[str, Step]) -> dict[str, str]:
     """Take out the steps that torch.compile refuses; why, by name."""
     reasons = {}
     for name, step in list(steps.items()):
@@ -103,26 +206,32 @@ def _leave_out_uncompilable(steps: dict[str, Step]) -> dict[str, str]:
 
 
 def check(case: StepCase, steps: Mapping[str, Step]) -> dict[str, dict[str, float]]:
-    """How far the others' loss and gradients are from those of the plain loss.
+    """|loss - expected| / max(1, |expected|) and ‖gradients - expected‖ / ‖expected‖ against the plain loss.
 
     Raises:
-        AssertionError: further than rounding explains.
+        AssertionError: more than rounding explains.
     """
     expected = steps[PLAIN].outcome()
-    bounds = BOUNDS["amp" in case.mode]
     errors = {}
-    for name, step in steps.items():
-        if name in (WITHOUT, PLAIN):
+    for name in (OP, TAP):
+        if name not in steps:
             continue
-        found = disagreement(step.outcome(), expected)
-        for what, error, bound in zip(("loss", "gradient"), found, bounds, strict=True):
+        found = disagreement(steps[name].outcome(), expected)
+        errors[name] = dict(zip(("loss", "gradient"), found, strict=True))
+        for (what, error), bound in zip(errors[name].items(), BOUNDS["amp" in case.mode], strict=True):
             if not error <= bound:
                 raise AssertionError(
                     f"{what} of {name} is wrong for {case.id}, so nothing is timed: it differs by "
                     f"{error:.2g} from that of the plain loss, at most {bound:.2g} was expected"
                 )
-        errors[name] = {"loss": float(f"{found[0]:.2g}"), "gradient": float(f"{found[1]:.2g}")}
     return errors
+
+
+def disagreement(got: tuple[float, Tensor], expected: tuple[float, Tensor]) -> tuple[float, float]:
+    """The relative errors of `check` for two outcomes."""
+    (loss, gradients), (right, norm) = got, (expected[0], torch.linalg.vector_norm(expected[1]))
+    distance = torch.linalg.vector_norm(gradients - expected[1])
+    return abs(loss - right) / max(1.0, abs(right)), (distance / norm).item()
 
 
 def measure(steps: Mapping[str, Step], device: str, budget: float) -> Samples:
@@ -141,19 +250,15 @@ def measure(steps: Mapping[str, Step], device: str, budget: float) -> Samples:
                 break
             order.append(order.pop(0))
             for name in order:
-                samples[name].append(_seconds(steps[name], device, repeats) / repeats)
+                _wait(device)
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    steps[name]()
+                _wait(device)
+                samples[name].append((time.perf_counter() - start) / repeats)
     finally:
         gc.enable()
     return samples
-
-
-def _seconds(step: Step, device: str, repeats: int) -> float:
-    _wait(device)
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    _wait(device)
-    return time.perf_counter() - begin
 
 
 def _wait(device: str) -> None:
@@ -161,91 +266,137 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def chosen_cases(arguments: argparse.Namespace) -> Iterator[StepCase]:
-    """The cases that the command line asks for, those first that need no compiler."""
-    batch, side, base_channels = SIZES[arguments.device]
-    for mode in arguments.modes:
+def run_preset(preset: str, mode: str, device: str, steps: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Time steps of the second phase of `fdkernels train`, without the loss and then with it.
+
+    The images are made up, in memory, of the preset's size unless `changes` has another. Drift of the machine
+    does not cancel, as it does between the contenders of a step.
+
+    Returns:
+        The entry of the results; the ratios are those of step to step, memory is known on a GPU alone.
+    """
+    from fdkernels.segmentation.config import TrainingConfig
+    from fdkernels.segmentation.presets import preset_fields
+
+    fields = preset_fields(preset) | {name: value for name, value in changes.items() if value is not None}
+    fields |= {"channels_last": "channels_last" in mode, "compile": "compiled" in mode}
+    fields |= {"precision": "bf16-mixed" if "amp" in mode else "32-true", "accelerator": device}
+    samples, peaks = {}, {}
+    for name in (WITHOUT, OP):
+        config = TrainingConfig(data="", output="", fd_loss=name == OP, **fields)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        samples[name] = train_steps(config, steps)
+        if device == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()
+        gc.collect()
+    case = StepCase(config.model, mode, device, config.batch_size, config.size or 1, config.base_channels)
+    seconds, ratios = summarize(samples, [(OP, WITHOUT)])
+    known = {"preset": preset, **case.record, "rounds": steps}
+    return known | {"seconds": seconds, "ratios": ratios, "peak_bytes": peaks, "left_out": {}}
+
+
+def train_steps(config: Any, steps: int) -> list[float]:
+    """Seconds of each step, after `WARM_UP`; the one place that calls what lies under `fdkernels train`."""
+    from fdkernels.segmentation.display import quiet_lightning
+    from fdkernels.segmentation.measure import StepClock
+    from fdkernels.segmentation.phase import build_module, make_trainer
+
+    torch.manual_seed(0)
+    module = build_module(config)
+    if module.criterion is not None:
+        module.criterion.target = -100.0
+        module.criterion.activate()
+    images, mask = nuclei(config.batch_size, config.size)
+    batches = [{"image": images / 2, "mask": mask}] * (WARM_UP + steps)
+    clock = StepClock()
+    with quiet_lightning():
+        trainer = make_trainer(config, [clock], max_epochs=1, logger=False)
+        loaders = [torch.utils.data.DataLoader(part, batch_size=None) for part in (batches, batches[:1])]
+        trainer.fit(module, *loaders)
+    return clock.fits[-1][WARM_UP:]
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """Name, mode and work of all that the command line asks for, what needs no compiler first."""
+    batch, side, width = arguments.batch, arguments.side, arguments.base_channels
+    if arguments.presets is not None:
+        from fdkernels.segmentation.presets import TABLE_2
+
+        changes = {"size": side, "batch_size": batch, "base_channels": width}
+        for mode in arguments.modes or ["eager"]:
+            for preset in arguments.presets or [f"{dataset}-{model}" for dataset, model in TABLE_2]:
+                work = (preset, mode, arguments.device, arguments.steps, changes)
+                yield preset, mode, lambda work=work: run_preset(*work)
+        return
+    usual = SIZES[arguments.device]
+    size = (batch or usual[0], side or usual[1], width or usual[2])
+    for mode in arguments.modes or MODES:
         for network in arguments.networks:
-            yield StepCase(
-                network,
-                mode,
-                arguments.device,
-                arguments.batch or batch,
-                arguments.side or side,
-                arguments.base_channels or base_channels,
-            )
+            case = StepCase(network, mode, arguments.device, *size)
+            budget = arguments.budget or BUDGETS[arguments.device]
+            yield network, mode, lambda case=case, budget=budget: run_case(case, budget)
 
 
-def main() -> None:
-    """Measure and write FILE after each network; the exit status is 1 if a contender was wrong."""
-    arguments = _parse()
+def main(options: Sequence[str] | None = None) -> int:
+    """Measure, and write FILE after each entry; the exit status is 1 if a contender was wrong."""
+    arguments = _parse(options)
+    if arguments.presets is not None and arguments.device == "cpu" and arguments.side is None:
+        print("There is no GPU. At real size a step takes minutes on a CPU: give --side, such as 64.")
+        return 0
     begin = time.monotonic()
-    header = record.header(["python", "-m", "benchmarks.steps", *sys.argv[1:]], arguments.device)
-    if arguments.device == "cuda":
+    head = cases.header(["python", "-m", "benchmarks.steps", *sys.argv[1:]], arguments.device)
+    kind = "steps" if arguments.presets is None else "training"
+    if arguments.device == "cuda" and kind == "steps":
         torch.backends.cudnn.benchmark = True
     entries: list[dict[str, Any]] = []
     wrong = 0
-    for case in chosen_cases(arguments):
+    for name, mode, work in jobs(arguments):
         if arguments.time_limit is not None and time.monotonic() - begin > arguments.time_limit:
-            print(
-                f"the time limit of {arguments.time_limit:g} s has passed: {case.id} and what follows is "
-                "left out"
-            )
+            print(f"the time limit of {arguments.time_limit:g} s has passed: {name} {mode} and what follows")
             break
-        reason = compile_reason(case.device) if case.compiled else None
+        reason = compile_reason(arguments.device) if "compiled" in mode else None
         if reason is not None:
-            print(f"{case.id}: {reason}")
+            print(f"{name} {mode}: {reason}")
             continue
         try:
-            entry = run_case(case, arguments.budget or BUDGETS[case.device])
+            entries.append(work())
         except torch.OutOfMemoryError as error:
-            print(f"{case.id}: {str(error).splitlines()[0]}")
+            print(f"{name} {mode}: {str(error).splitlines()[0]}")
         except AssertionError as error:
-            wrong += 1
+            wrong = 1
             print(error)
         else:
-            entries.append(entry)
-            write_results(arguments.output, header, entries, kind="steps")
-            print(_line(entry), flush=True)
-        _clear(case)
-    sys.exit(min(wrong, 1))
+            cases.write_results(arguments.output, head, entries, kind)
+            ratios = "  ".join(f"{k} {ratio['median']:.3f}" for k, ratio in entries[-1]["ratios"].items())
+            milliseconds = 1e3 * entries[-1]["seconds"][WITHOUT]["median"]
+            print(f"{name:24} {mode:27} {milliseconds:8.1f} ms  {ratios}", flush=True)
+        torch.compiler.reset()
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+    return wrong
 
 
-def _clear(case: StepCase) -> None:
-    torch.compiler.reset()
-    gc.collect()
-    if case.device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _line(entry: dict[str, Any]) -> str:
-    ratios = "  ".join(f"{name} {ratio['median']:.3f}" for name, ratio in entry["ratios"].items())
-    seconds = entry["seconds"][WITHOUT]["median"]
-    return f"{entry['network']:15} {entry['mode']:27} {seconds * 1e3:8.1f} ms  {ratios}"
-
-
-def _parse() -> argparse.Namespace:
+def _parse(options: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the JSON to write")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--batch", type=int, help="images of a step")
-    parser.add_argument("--side", type=int, help="their side in pixels, a multiple of 16")
-    parser.add_argument("--base-channels", type=int, help="width of the first level")
-    parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="of timing, for each network and mode"
-    )
-    parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="begin no network after this time"
-    )
-    arguments = parser.parse_args()
-    if arguments.device is None:
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="FILE", help="the JSON to write")
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    add("--networks", nargs="+", choices=models.names(), default=models.names())
+    add("--presets", nargs="*", metavar="PRESET", help="trainings; without names the nine pairs of Table 2")
+    add("--modes", nargs="+", choices=MODES, help="default: all; of presets eager")
+    add("--batch", type=int, help="images of a step")
+    add("--side", type=int, help="their side in pixels, a multiple of 16")
+    add("--base-channels", type=int, help="width of the first level")
+    add("--steps", type=int, default=10, help="timed steps of a preset")
+    add("--budget", type=float, metavar="SECONDS", help="of timing, for each network and mode")
+    add("--time-limit", type=float, metavar="SECONDS", help="begin nothing after this time")
+    arguments = parser.parse_args(options)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return arguments
 
 
-__all__ = ["BOUNDS", "OP", "check", "measure", "run_case"]
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,434 @@
+"""Makes the pages from the JSON files: `python -m benchmarks.page`. Every number on them is theirs.
+
+README.md is page.md with what a reader needs, all machines side by side; `tables.md` beside the JSON has all of
+it. page.json has the rows of the table and the figures to hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+_TEXTS = json.loads((HERE / "page.json").read_text(encoding="utf-8"))
+ROWS: list[tuple[str, ...]] = [tuple(row.split()) for row in _TEXTS["rows"]]
+TARGETS: dict[str, dict[str, Any]] = _TEXTS["targets"]
+LIMITS = {name: target["limit"] for name, target in TARGETS.items()}
+MAX_ROWS = 10
+NONE = "–"
+PEERS = ("eager", "compiled", "bmm")
+FORWARD, STEP = "forward", "forward+backward"
+SMALL_PYRAMIDS = ("pyramid-32", "deep-256")
+PICTURES = {
+    "times": "time of forward and backward over the op's: right of 1 the op is faster",
+    "scaling": "GB/s of forward and backward (features read, gradient written) by MiB of the features",
+}
+
+Entry = dict[str, Any]
+Modes = dict[str, Entry]  # a case: the entry of each mode
+
+
+class ResultFile(NamedTuple):
+    """A JSON file: its folder within that of the results, its kind, its head, and its measurements."""
+
+    folder: str
+    kind: str
+    head: dict[str, Any]
+    entries: list[Entry]
+
+
+class Machine(NamedTuple):
+    """The calls measured on one device; `cases` by name, dtype and layout, the cache 0 where it is unknown."""
+
+    name: str
+    cache_bytes: int
+    file: ResultFile
+    cases: dict[tuple[str, ...], Modes]
+
+
+class Miss(NamedTuple):
+    """A number that misses one of `TARGETS`, by which factor, and the number as text."""
+
+    target: str
+    case: tuple[str, ...]
+    mode: str
+    severity: float
+    text: str
+
+
+def read_files(folder: Path) -> list[ResultFile]:
+    """Every file of results under a folder, by name; other JSON is passed over.
+
+    Raises:
+        ValueError: a file is not JSON.
+    """
+    found = []
+    for path in sorted(folder.rglob("[!.]*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if isinstance(content, dict) and "measurements" in content:
+            place = path.parent.relative_to(folder).as_posix()
+            found.append(ResultFile(place, content["kind"], content, content["measurements"]))
+    return found
+
+
+def machines_of(files: Iterable[ResultFile]) -> list[Machine]:
+    """The calls of each device in each file; on a GPU `seconds` and `ratios` are those of the device."""
+    found = []
+    for file in (file for file in files if file.kind == "calls"):
+        for device in sorted({entry["device"] for entry in file.entries}):
+            cases: dict[tuple[str, ...], Modes] = {}
+            for entry in (entry for entry in file.entries if entry["device"] == device):
+                times: Entry = {}
+                if "device_seconds" in entry:
+                    times = {"seconds": entry["device_seconds"], "ratios": entry["device_ratios"]}
+                    times |= {"host_seconds": entry["seconds"], "host_ratios": entry["ratios"]}
+                cases.setdefault(_key(entry), {})[entry["mode"]] = entry | times
+            about, prefix = file.head["machine"], "gpu" if device == "cuda" else "cpu"
+            name = about["gpu"] if device == "cuda" else about["cpu_model"]
+            found.append(Machine(name, about[f"{prefix}_cache_bytes"] or 0, file, cases))
+    return found
+
+
+def _key(entry: Entry) -> tuple[str, ...]:
+    return entry["case"], entry["dtype"], entry["layout"]
+
+
+def median(entry: Entry | None, ratio: str) -> float | None:
+    """The median of a ratio such as `op/floor`, or None."""
+    value: float | None = entry["ratios"].get(ratio, {}).get("median") if entry else None
+    return value
+
+
+def best_peer(entry: Entry | None) -> tuple[float | None, str]:
+    """Time of the fastest peer over the op's, None where there is no peer, and its name."""
+    found = [(value, name) for name in PEERS if (value := median(entry, f"{name}/op")) is not None]
+    return min(found, default=(None, ""))
+
+
+def memory_share(entry: Entry, name: str = "op") -> float:
+    """Peak memory over the features' bytes, beyond the gradient that backward has to write."""
+    gradient = entry["feature_bytes"] if entry["mode"] == STEP else 0
+    return (entry["peak_bytes"][name] - gradient) / entry["feature_bytes"]
+
+
+def missed_targets(machine: Machine) -> list[Miss]:
+    """Every number that misses a target, by target, the worst first."""
+    cache = machine.cache_bytes
+    found = [miss for case, modes in machine.cases.items() for miss in _missed(case, modes, cache)]
+    return sorted(found, key=lambda miss: ([*TARGETS].index(miss.target), -miss.severity))
+
+
+def _missed(case: tuple[str, ...], modes: Modes, cache: int) -> Iterator[Miss]:
+    size = next(iter(modes.values()))["feature_bytes"]
+    where = "in" if 2 * size <= cache else "beyond"
+    for mode, entry in modes.items():
+        for name in (*PEERS, "single calls"):
+            factor = median(entry, f"{name}/op") or 1
+            noise = ", within the noise" if factor < 1 <= entry["ratios"][f"{name}/op"]["q3"] else ""
+            if factor < 1:
+                text = f"{1 / factor:.2f} times the time of `{name}`{noise}"
+                yield Miss(f"slower, {where} the cache", case, mode, 1 / factor, text)
+        floor = median(entry, "kernel/floor" if mode == "kernel backward" else "op/floor")
+        if mode in LIMITS and 0 < cache < size and floor and floor > LIMITS[mode]:
+            yield Miss(mode, case, mode, floor / LIMITS[mode], f"{floor:.2f}")
+        share = memory_share(entry) if mode in (FORWARD, STEP) else 0
+        if share >= LIMITS["memory"]:
+            yield Miss("memory", case, mode, share / LIMITS["memory"], f"{share:.1%}")
+    aims = {"eager": (median(modes.get(STEP), "eager/op"), "eager")}
+    if case[2] == "channels_last" or where == "in":
+        aims["best peer"] = best_peer(modes.get(STEP))
+    if case[0] in SMALL_PYRAMIDS:
+        aims["single calls"] = (median(modes.get(STEP), "single calls/op"), "single calls")
+    for target, (value, name) in aims.items():
+        if value is not None and value < LIMITS[target]:
+            yield Miss(target, case, STEP, LIMITS[target] / value, f"{value:.2f} (`{name}`)")
+
+
+def page(files: Sequence[ResultFile], way: str = "", pictures: Iterable[str] = ()) -> str:
+    """README.md, at most 100 lines whatever was measured; `way` leads to the folder of the results."""
+    machines = dict(zip("ABCDEFGH", machines_of(files), strict=False))
+    about = [f"**{letter}**: {_summary(machine, files, way)}" for letter, machine in machines.items()]
+    filled = {
+        "MACHINES": "\n".join(map(_bullet, about)) or "Nothing has been measured yet.",
+        "TABLE": _rows_table(machines),
+        "PICTURES": "\n".join(f"![{PICTURES[name]}]({Path(way, name).as_posix()}.png)" for name in pictures),
+        "LOSSES": "\n".join(map(_bullet, _losses(machines))) or "Nowhere: every figure is held.",
+    }
+    text = (HERE / "page.md").read_text(encoding="utf-8")
+    return re.sub(f"^({'|'.join(filled)})$", lambda found: filled[found[0]], text, flags=re.MULTILINE)
+
+
+def _rows_table(machines: dict[str, Machine]) -> str:
+    """The rows that the most machines have measured."""
+    measured = {row: sum(row in machine.cases for machine in machines.values()) for row in ROWS}
+    chosen = sorted((row for row in ROWS if measured[row]), key=lambda row: -measured[row])[:MAX_ROWS]
+    rows = []
+    for row in (row for row in ROWS if row in chosen):
+        cells = [_label(row)]
+        for modes in (machine.cases.get(row, {}) for machine in machines.values()):
+            for mode in ("kernel forward", "kernel backward"):
+                value = median(modes.get(mode), "kernel/floor")
+                cells.append(NONE if value is None else f"{value:.2f}")
+            for value in (median(modes.get(STEP), f"{name}/op") for name in PEERS):
+                text = NONE if value is None else f"{value:.3g}×"
+                cells.append(f"**{text}**" if value is not None and value < 1 else text)
+        rows.append(cells)
+    names = ("forward", "backward", *PEERS)
+    return _table(["case", *(f"{letter} {name}" for letter in machines for name in names)], rows)
+
+
+def _losses(machines: dict[str, Machine]) -> Iterator[str]:
+    """What misses each target on each machine, and why."""
+    missed = {letter: missed_targets(machine) for letter, machine in machines.items()}
+    for name, target in TARGETS.items():
+        worst = []
+        for letter, misses in missed.items():
+            found = [miss for miss in misses if miss.target == name]
+            if found:
+                count = f", {len(found)} in all" if len(found) > 1 else ""
+                worst.append(f"{letter} {found[0].text} ({_label(found[0].case)}{count})")
+        if worst:
+            title = target["title"].format(limit=target["limit"])
+            yield f"**{title}**: {'; '.join(worst)}. {target['reason']}"
+
+
+def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
+    """What the machine is, from what to what its ratios go, and what a training step costs there."""
+    head, about = machine.file.head, machine.file.head["machine"]
+    device = machine.file.entries[0]["device"]
+    parts = [
+        f"[{machine.name}]({Path(way, machine.file.folder, 'tables.md').as_posix()}), "
+        + (f"{about['cpu_cores']} cores, {_instruction_set(about)}, " if device == "cpu" else "")
+        + f"cache {machine.cache_bytes / 2**20:.0f} MiB; torch {about['versions']['torch']}; commit "
+        + f"{str(head['commit'].get('id'))[:7]}, {head['when'][:10]}"
+    ]
+    steps = [modes[STEP] for modes in machine.cases.values() if STEP in modes]
+    best = [value for value, _ in map(best_peer, steps) if value is not None]
+    eager = [value for value in (median(step, "eager/op") for step in steps) if value is not None]
+    if best and eager:
+        parts.append(
+            f"Forward and backward are {_span(best)} times as fast as the best peer, {_span(eager)} times as "
+            "fast as eager"
+        )
+    trained = [file.entries for file in files if (file.folder, file.kind) == (machine.file.folder, "steps")]
+    for word, compiled in (("A training step", False), ("A compiled one", True)):
+        found = [
+            min(ratios)
+            for step in (step for steps in trained for step in steps if step["device"] == device)
+            if (ratios := [x for name in ("op", "tap") if (x := median(step, f"{name}/without")) is not None])
+            and ("compiled" in step["mode"]) == compiled
+        ]
+        if found:
+            parts.append(f"{word} with the loss on nine layers takes {_span(found)} times as long as without")
+    return ". ".join(parts) + "."
+
+
+def _instruction_set(about: dict[str, Any]) -> str:
+    return about.get("instruction_set") or f"one of {', '.join(about['build']['isa'])}"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _bullet(text: str) -> str:
+    options = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(f"- {text}", 120, **options)
+
+
+def _label(case: Sequence[str]) -> str:
+    return f"`{case[0]}` {case[1]} {case[2]}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def tables(files: Sequence[ResultFile]) -> str:
+    """tables.md: all that the files of one folder hold."""
+    parts = ["# All measurements\n", _TEXTS["tables"], ""]
+    shown: dict[str, Callable[[Entry, str], str]] = {
+        "Peak memory": lambda entry, name: f"{memory_share(entry, name):.1%}",
+        "As the host sees it": lambda entry, name: _time(entry, name, "host_"),
+        "Launches": lambda entry, name: str(entry["launches"][name]),
+    }
+    for machine in machines_of(files):
+        parts += [f"## Calls, {machine.name}\n", *_conditions(machine.file.head)]
+        modes = dict.fromkeys(mode for modes in machine.cases.values() for mode in modes)
+        for mode in modes:
+            parts += [f"### {mode.capitalize()}\n", _mode_table(machine, mode, _time), ""]
+        for title, show in shown.items() if "gpu" in machine.file.head["machine"] else [*shown.items()][:1]:
+            for mode in (FORWARD, STEP):
+                parts += [f"### {title}, {mode}\n", _mode_table(machine, mode, show), ""]
+        rows = [(_label(miss.case), miss.mode, miss.target, miss.text) for miss in missed_targets(machine)]
+        parts += ["### Figures missed\n", _table(("case", "mode", "figure", "measured"), rows), ""]
+    makers = {"steps": _steps, "training": _steps, "instructions": _instructions, "launches": _counted}
+    for file in (file for file in files if file.kind in makers):
+        table = makers[file.kind](file.entries)
+        parts += [f"## {file.kind.capitalize()}\n", *_conditions(file.head), table, ""]
+    return "\n".join(parts)
+
+
+def _conditions(head: dict[str, Any]) -> list[str]:
+    about, build = head["machine"], head["machine"]["build"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    built = ", ".join([build["cpp_compiler"] or "no C++ compiler", *build["isa"], *build["cuda_archs"]])
+    rates = [f"{rate / 1e9:.3g} GB/s on {name}" for name, rate in about["copy_bytes_per_second"].items()]
+    changes = ", with changes" if head["commit"].get("dirty") else ""
+    lines = (
+        f"{about['cpu_model']}, {about['threads']} threads, {about['system']}; {versions}",
+        f"Built with {built}; a copy reads and writes {', '.join(rates)}",
+        f"Commit {head['commit'].get('id')}{changes}, {head['when']}, `{head['command']}`",
+    )
+    return [*map(_bullet, lines), ""]
+
+
+def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) -> str:
+    """A row a case and a column a contender."""
+    entries = [modes[mode] for modes in machine.cases.values() if mode in modes]
+    names = dict.fromkeys(name for entry in entries for name in entry["seconds"])
+    rows = [
+        [
+            _label(_key(entry)),
+            f"{entry['feature_bytes'] / 2**20:.3g}",
+            *(show(entry, name) if name in entry["seconds"] else NONE for name in names),
+        ]
+        for entry in entries
+    ]
+    return _table(["case", "MiB", *names], rows)
+
+
+def _time(entry: Entry, name: str, by: str = "") -> str:
+    first = next(iter(entry["seconds"]))
+    over = f"{name}/floor" if name == first else f"{name}/{first}"
+    text = f"{1e3 * entry[f'{by}seconds'][name]['median']:.3g}"
+    return f"{text}, {_ratio(entry, over, by)}" if over in entry["ratios"] else text
+
+
+def _ratio(entry: Entry, name: str, by: str = "") -> str:
+    found = entry[f"{by}ratios"].get(name)
+    return f"{found['median']:.3g} [{found['q1']:.3g}–{found['q3']:.3g}]" if found else NONE
+
+
+def _steps(entries: Sequence[Entry]) -> str:
+    """Steps or trainings."""
+    names = ("op", "tap", "plain")
+    rows = []
+    for entry in entries:
+        peaks, width = entry["peak_bytes"], entry["base_channels"] or "published"
+        sizes = (f"{peaks[n] / 2**20:.4g}" if n in peaks else NONE for n in ("without", *names))
+        what = [entry.get("preset", entry["network"]), entry["mode"], f"{entry['images']}, {width}"]
+        ratios = (_ratio(entry, f"{name}/without") for name in names)
+        rows.append([*what, _time(entry, "without"), *ratios, " / ".join(sizes)])
+    header = ["network", "mode", "images, base channels", "without, ms", *(f"{n} / without" for n in names)]
+    reasons = sorted({f"`{name}`: {why}" for entry in entries for name, why in entry["left_out"].items()})
+    return "\n".join(
+        [_table([*header, "peak MiB"], rows), *(["", *map(_bullet, reasons)] if reasons else [])]
+    )
+
+
+def _instructions(entries: Sequence[Entry]) -> str:
+    rows = [(entry["figure"], f"{entry['instructions']:,}", entry["instruction_set"]) for entry in entries]
+    return _table(("figure", "instructions of a call", "kernels"), rows)
+
+
+def _counted(entries: Sequence[Entry]) -> str:
+    """Launches of the backend `triton`; bytes from the shapes over one read and one write of the features."""
+    rows = []
+    for entry in entries:
+        moved = sum(stage["read"] + stage["written"] for stage in entry["stages"])
+        floor = f"{moved / (2 * entry['feature_bytes']):.3f}"
+        tap = " / ".join(f"{size / 2**20:.3g}" for size in entry["tap_bytes"])
+        counts = (", ".join(f"{n} × {k}" for k, n in entry[way].items()) for way in ("forward", "backward"))
+        rows.append([f"`{entry['case']}`", str(entry["num_layers"]), floor, tap, *counts])
+    header = ("case", "layers", "bytes over the floor", "MiB of backward, `tap` / separate")
+    return _table([*header, "launches forward", "launches backward"], rows)
+
+
+def draw(machines: Sequence[Machine], folder: Path) -> list[str]:
+    """Draw `PICTURES`, a panel for each machine: every case beside the op, and the series by size; their names."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    styles = {
+        "floor": "|k",
+        "single calls": "dC7",
+        "bmm": "sC1",
+        "compiled": "^C0",
+        "eager": "vC3",
+        "op": "oC2",
+    }
+    listed = dict.fromkeys(case for machine in machines for case in machine.cases)
+    series = [case for case in listed if case[0].startswith("scaling")]
+    rows = [case for case in listed if case not in series]
+    drawn = {name: cases for name, cases in (("times", rows), ("scaling", series)) if len(cases) > 1}
+    for picture, cases in drawn.items():
+        size = (10, 3.5 if cases is series else 1.5 + 0.19 * len(rows))
+        figure, panels = plt.subplots(
+            1, len(machines), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, machine in zip(panels[0], machines, strict=True):
+            for name, style in styles.items():
+                points = list(_points(machine, cases, name, picture))
+                line = "-" if cases is series else ""
+                axes.plot(
+                    *zip(*points, strict=True), style + line, label=name, markersize=5
+                ) if points else None
+            axes.set_title(machine.name, fontsize=10)
+            axes.set_xscale("log", base=2 if cases is series else 10)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.grid(color="#DDDDDD", linewidth=0.6)
+        if cases is rows:
+            panels[0][0].set_yticks(range(len(rows)), [" ".join(case) for case in rows], fontsize=8)
+            panels[0][0].invert_yaxis()
+        figure.supxlabel(PICTURES[picture], fontsize=9)
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+        figure.savefig(folder / f"{picture}.png", dpi=90, pil_kwargs={"optimize": True})
+        plt.close(figure)
+    return list(drawn)
+
+
+def _points(
+    machine: Machine, cases: Sequence[tuple[str, ...]], name: str, picture: str
+) -> Iterator[tuple[float, float]]:
+    """A contender's time over the op's, and the row of the case; or its size in MiB, and GB/s."""
+    for row, case in enumerate(cases):
+        entry = machine.cases.get(case, {}).get(STEP)
+        if entry is not None and name in entry["seconds"]:
+            seconds, size = entry["seconds"][name]["median"], entry["feature_bytes"]
+            over = seconds / entry["seconds"]["op"]["median"]
+            yield (over, row) if picture == "times" else (size / 2**20, 2 * size / seconds / 1e9)
+
+
+def main() -> None:
+    """Write the page, the tables and the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON")
+    parser.add_argument("--page", type=Path, default=HERE / "README.md", help="file to write")
+    arguments = parser.parse_args()
+    files = read_files(arguments.results)
+    for folder in {file.folder for file in files}:
+        text = tables([file for file in files if file.folder == folder])
+        (arguments.results / folder / "tables.md").write_text(text, encoding="utf-8")
+    way = os.path.relpath(arguments.results, arguments.page.resolve().parent)
+    text = page(files, way, draw(machines_of(files), arguments.results))
+    arguments.page.write_text(text, encoding="utf-8")
+    print(f"{arguments.page}: {len(text.splitlines())} lines from {len(files)} files of results")
+
+
+if __name__ == "__main__":
+    main()
