@@ -20,8 +20,6 @@ BUILD_TOOLS := cmake ninja pybind11 setuptools
 SOURCES := pyproject.toml setup.py CMakeLists.txt LICENSE $(wildcard README.md) \
 	$(shell find csrc fdkernels -name '__pycache__' -prune -o \( -type d -o -name '*.py' -o -name '*.md' \
 	-o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name 'py.typed' \) -print)
-BENCH = $(BIN)/pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-sort=name \
-	--benchmark-columns=median,iqr,rounds
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # PYTHONPATH could put this source tree, which has no compiled module, before the installed package; so would
@@ -50,25 +48,25 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes
 # under torch.compile and autocast are those of one network, as CPUs are slow at both.
 .PHONY: bench bench-full bench-instructions bench-report
 bench: $(VENV)/.bench ## Measure the op beside its floors and its peers (about ten minutes)
-	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.record); \
-	$(BENCH) --set core,scaling --results=$$folder/calls.json $(BENCH_FLAGS); \
+	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.cases); \
+	$(BIN)/python -m benchmarks.calls --set core,scaling --results $$folder/calls.json $(BENCH_FLAGS); \
 	$(BIN)/python -m benchmarks.steps --modes eager channels_last --output $$folder/steps.json; \
 	$(BIN)/python -m benchmarks.steps --modes compiled --networks unet --output $$folder/steps-compiled.json; \
 	$(BIN)/python -m benchmarks.steps --modes amp --networks unet --output $$folder/steps-amp.json; \
-	$(BIN)/python -m benchmarks.launches --output benchmarks/results/launches.json || echo "Launches were not counted."
+	$(BIN)/python -m benchmarks.counts launches || echo "Launches were not counted."
 	$(MAKE) bench-report
 
 bench-full: $(VENV)/.bench ## Measure every case in every dtype and layout (an hour and more)
-	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.record); \
-	$(BENCH) --set full,scaling --results=$$folder/calls.json $(BENCH_FLAGS)
+	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.cases); \
+	$(BIN)/python -m benchmarks.calls --set full,scaling --results $$folder/calls.json $(BENCH_FLAGS)
 	$(MAKE) bench-report
 
 bench-instructions: $(VENV)/.bench ## Count the instructions of a call with callgrind, and compare with the last count
-	$(BIN)/python -m benchmarks.instructions
+	$(BIN)/python -m benchmarks.counts instructions
 	$(MAKE) bench-report
 
-bench-report: $(VENV)/.bench ## Make benchmarks/README.md from the measured results
-	$(BIN)/python -m benchmarks.report
+bench-report: $(VENV)/.bench ## Make benchmarks/README.md and the tables from the measured results
+	$(BIN)/python -m benchmarks.page
 
 .PHONY: lint format
 lint: $(VENV)/.dev ## Check style and types

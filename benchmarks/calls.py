@@ -146,7 +146,7 @@ class Setup:
         self.truth = peers.Truth(case, self.inputs)
         self.floors = peers.Floors(self.inputs.layers)
         reason = peers.compile_reason(case.device) if compiled else "not asked for"
-        self.left_out = {} if reason is None else {"compiled": reason}
+        self.left_out = {"compiled": reason} if reason else {}
         self.losses = peers.contenders(case, self.inputs, compiled=reason is None)
         self.errors: dict[str, dict[str, float]] = {}
         for name, loss in list(self.losses.items()):
@@ -201,11 +201,9 @@ class Setup:
         return tapped
 
     def measure(self, benchmark: Any, mode: str, budget: float) -> dict[str, Any] | None:
-        """Time a mode, the first of its functions by pytest-benchmark.
+        """Time a mode, its first function by pytest-benchmark; the entry of the results, None if that is off.
 
-        Returns:
-            The entry of the results, with ratios of the first to the floor and of the others to the first;
-            None if pytest-benchmark is switched off.
+        Ratios are those of the first to the floor and of the others to the first.
         """
         case, functions = self.case, self.functions(mode)
         first = next(iter(functions))
@@ -326,8 +324,8 @@ def device_samples(functions: Functions, host_seconds: Mapping[str, float], budg
 
 def quartiles(values: Iterable[float]) -> dict[str, float]:
     """Median and quartiles, in five digits."""
-    low, middle, high = statistics.quantiles(list(values), n=4, method="inclusive")
-    return {name: float(f"{x:.5g}") for name, x in (("median", middle), ("q1", low), ("q3", high))}
+    q1, middle, q3 = (float(f"{x:.5g}") for x in statistics.quantiles(list(values), n=4, method="inclusive"))
+    return {"median": middle, "q1": q1, "q3": q3}
 
 
 def summarize(

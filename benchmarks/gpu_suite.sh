@@ -5,7 +5,7 @@
 #     benchmarks/gpu_suite.sh [FOLDER]
 #
 # writes into FOLDER, by default benchmarks/results/gpu: suite.log, summary.json, calls.json, steps.json, training.json,
-# what each step said, and the page README.md with its pictures.
+# what each step said, and the pages README.md and tables.md with their pictures.
 #
 # PYTHON names the interpreter; FDKERNELS_SUITE_SECONDS is the time for all steps (570); FDKERNELS_SUITE_STEPS chooses
 # among them, by default all of "build backends tests calls sanitizer benchmarks steps training page"; FDKERNELS_SUITE_SET
@@ -182,8 +182,8 @@ if wanted tests; then
   fi
 fi
 
-calls=("$python" -c "import runpy, sys; sys.path[:] = [p for p in sys.path if p]
-sys.argv[0] = 'small_calls.py'; runpy.run_path('benchmarks/small_calls.py', run_name='__main__')")
+# A process as short as can be: neither the fixtures of the other tests nor the plugins that they need.
+calls=("$python" -c "$run_pytest" -p no:cacheprovider -q --noconftest python_tests/test_small_calls.py)
 if wanted calls; then step "small calls" 60 "${calls[@]}"; fi
 if wanted sanitizer; then
   for tool in memcheck racecheck initcheck synccheck; do
@@ -200,9 +200,8 @@ fi
 if wanted benchmarks; then
   if has_module pytest && has_module pytest_benchmark; then
     # The time limit lets pytest end by itself: no case starts in the last seconds.
-    step benchmarks 130 "$python" -c "$run_pytest" -p no:cacheprovider -q benchmarks --device cuda --set "$cases" \
-      --time-limit 100 --benchmark-only --results "$out/calls.json" \
-      --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+    step benchmarks 130 "$python" -m benchmarks.calls --device cuda --set "$cases" --time-limit 100 \
+      --results "$out/calls.json"
   else
     skip benchmarks "pytest or pytest-benchmark is missing"
   fi
@@ -214,15 +213,11 @@ if wanted steps; then
 fi
 
 if wanted training; then
-  if [[ -f benchmarks/training.py ]]; then
-    step training 60 "$python" -m benchmarks.training --output "$out/training.json"
-  else
-    skip training "benchmarks/training.py is missing"
-  fi
+  step training 60 "$python" -m benchmarks.steps --device cuda --presets --output "$out/training.json" --time-limit 50
 fi
 
 if wanted page; then
-  step page "$page_seconds" "$python" -m benchmarks.report --results "$out" --page "$out/README.md"
+  step page "$page_seconds" "$python" -m benchmarks.page --results "$out" --page "$out/README.md"
 fi
 
 for ((i = 0; i < ${#summary[@]}; i += 3)); do

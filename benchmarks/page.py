@@ -1,7 +1,7 @@
 """Makes the pages from the JSON files: `python -m benchmarks.page`. Every number on them is theirs.
 
-README.md is page.md with what a reader needs, all machines side by side; `tables.md` beside the JSON has all of
-it. page.json has the rows of the table and the figures to hold.
+README.md is page.md with what a reader needs, all machines side by side; `tables.md` beside the JSON has the
+rest. page.json has the rows of the table and the figures to hold.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ NONE = "–"
 PEERS = ("eager", "compiled", "bmm")
 FORWARD, STEP = "forward", "forward+backward"
 SMALL_PYRAMIDS = ("pyramid-32", "deep-256")
-PICTURES = {
-    "times": "time of forward and backward over the op's: right of 1 the op is faster",
-    "scaling": "GB/s of forward and backward (features read, gradient written) by MiB of the features",
-}
+PICTURES: dict[str, str] = _TEXTS["pictures"]
 
+Case = tuple[str, ...]  # name, dtype and layout
 Entry = dict[str, Any]
 Modes = dict[str, Entry]  # a case: the entry of each mode
 
@@ -44,30 +42,27 @@ class ResultFile(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """The calls measured on one device; `cases` by name, dtype and layout, the cache 0 where it is unknown."""
+    """The calls measured on a device; `cases` by name, dtype and layout; the cache is 0 if unknown."""
 
     name: str
+    device: str
     cache_bytes: int
     file: ResultFile
-    cases: dict[tuple[str, ...], Modes]
+    cases: dict[Case, Modes]
 
 
 class Miss(NamedTuple):
     """A number that misses one of `TARGETS`, by which factor, and the number as text."""
 
     target: str
-    case: tuple[str, ...]
+    case: Case
     mode: str
     severity: float
     text: str
 
 
 def read_files(folder: Path) -> list[ResultFile]:
-    """Every file of results under a folder, by name; other JSON is passed over.
-
-    Raises:
-        ValueError: a file is not JSON.
-    """
+    """Every file of results under a folder, by name; other JSON is passed over, no JSON is a ValueError."""
     found = []
     for path in sorted(folder.rglob("[!.]*.json")):
         try:
@@ -85,20 +80,21 @@ def machines_of(files: Iterable[ResultFile]) -> list[Machine]:
     found = []
     for file in (file for file in files if file.kind == "calls"):
         for device in sorted({entry["device"] for entry in file.entries}):
-            cases: dict[tuple[str, ...], Modes] = {}
+            cases: dict[Case, Modes] = {}
             for entry in (entry for entry in file.entries if entry["device"] == device):
                 times: Entry = {}
                 if "device_seconds" in entry:
                     times = {"seconds": entry["device_seconds"], "ratios": entry["device_ratios"]}
                     times |= {"host_seconds": entry["seconds"], "host_ratios": entry["ratios"]}
                 cases.setdefault(_key(entry), {})[entry["mode"]] = entry | times
-            about, prefix = file.head["machine"], "gpu" if device == "cuda" else "cpu"
-            name = about["gpu"] if device == "cuda" else about["cpu_model"]
-            found.append(Machine(name, about[f"{prefix}_cache_bytes"] or 0, file, cases))
+            names, about = [key[0] for key in cases], file.head["machine"]
+            ordered = {key: cases[key] for key in sorted(cases, key=lambda key: names.index(key[0]))}
+            name, cache = ("gpu", "gpu_cache_bytes") if device == "cuda" else ("cpu_model", "cpu_cache_bytes")
+            found.append(Machine(about[name], device, about[cache] or 0, file, ordered))
     return found
 
 
-def _key(entry: Entry) -> tuple[str, ...]:
+def _key(entry: Entry) -> Case:
     return entry["case"], entry["dtype"], entry["layout"]
 
 
@@ -122,12 +118,11 @@ def memory_share(entry: Entry, name: str = "op") -> float:
 
 def missed_targets(machine: Machine) -> list[Miss]:
     """Every number that misses a target, by target, the worst first."""
-    cache = machine.cache_bytes
-    found = [miss for case, modes in machine.cases.items() for miss in _missed(case, modes, cache)]
+    found = [miss for case in machine.cases.items() for miss in _missed(*case, machine.cache_bytes)]
     return sorted(found, key=lambda miss: ([*TARGETS].index(miss.target), -miss.severity))
 
 
-def _missed(case: tuple[str, ...], modes: Modes, cache: int) -> Iterator[Miss]:
+def _missed(case: Case, modes: Modes, cache: int) -> Iterator[Miss]:
     size = next(iter(modes.values()))["feature_bytes"]
     where = "in" if 2 * size <= cache else "beyond"
     for mode, entry in modes.items():
@@ -203,37 +198,28 @@ def _losses(machines: dict[str, Machine]) -> Iterator[str]:
 
 def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
     """What the machine is, from what to what its ratios go, and what a training step costs there."""
-    head, about = machine.file.head, machine.file.head["machine"]
-    device = machine.file.entries[0]["device"]
-    parts = [
-        f"[{machine.name}]({Path(way, machine.file.folder, 'tables.md').as_posix()}), "
-        + (f"{about['cpu_cores']} cores, {_instruction_set(about)}, " if device == "cpu" else "")
-        + f"cache {machine.cache_bytes / 2**20:.0f} MiB; torch {about['versions']['torch']}; commit "
-        + f"{str(head['commit'].get('id'))[:7]}, {head['when'][:10]}"
-    ]
+    head, about, folder = machine.file.head, machine.file.head["machine"], machine.file.folder
+    sets = about.get("instruction_set") or "/".join(about["build"]["isa"])
+    name = f"[{machine.name}]({Path(way, folder, 'tables.md').as_posix()})"
+    size = f"{about['cpu_cores']} cores, {sets}, cache {machine.cache_bytes / 2**20:.0f} MiB"
+    build = f"torch {about['versions']['torch']}, commit {str(head['commit'].get('id'))[:7]}"
+    parts = [f"{name}, {size}; {build}, {head['when'][:10]}"]
     steps = [modes[STEP] for modes in machine.cases.values() if STEP in modes]
     best = [value for value, _ in map(best_peer, steps) if value is not None]
     eager = [value for value in (median(step, "eager/op") for step in steps) if value is not None]
     if best and eager:
-        parts.append(
-            f"Forward and backward are {_span(best)} times as fast as the best peer, {_span(eager)} times as "
-            "fast as eager"
-        )
-    trained = [file.entries for file in files if (file.folder, file.kind) == (machine.file.folder, "steps")]
-    for word, compiled in (("A training step", False), ("A compiled one", True)):
-        found = [
-            min(ratios)
-            for step in (step for steps in trained for step in steps if step["device"] == device)
-            if (ratios := [x for name in ("op", "tap") if (x := median(step, f"{name}/without")) is not None])
-            and ("compiled" in step["mode"]) == compiled
-        ]
-        if found:
-            parts.append(f"{word} with the loss on nine layers takes {_span(found)} times as long as without")
+        times = f"{_span(best)} times as fast as the best peer, {_span(eager)} times as fast as eager"
+        parts.append(f"Forward and backward are {times}")
+    # A step with the better of `op` and `tap` over the step without the loss.
+    costs: dict[str, list[float]] = {}
+    for file in (file for file in files if (file.folder, file.kind) == (folder, "steps")):
+        for step in (step for step in file.entries if step["device"] == machine.device):
+            word = "A compiled one" if "compiled" in step["mode"] else "A training step"
+            ratios = [step["ratios"][key]["median"] for key in step["ratios"] if key != "plain/without"]
+            costs.setdefault(word, []).extend([min(ratios)] if ratios else [])
+    for word, found in sorted(costs.items(), reverse=True):
+        parts += [f"{word} with the loss on nine layers takes {_span(found)} times as long as without"]
     return ". ".join(parts) + "."
-
-
-def _instruction_set(about: dict[str, Any]) -> str:
-    return about.get("instruction_set") or f"one of {', '.join(about['build']['isa'])}"
 
 
 def _span(values: Sequence[float]) -> str:
@@ -269,7 +255,7 @@ def tables(files: Sequence[ResultFile]) -> str:
         modes = dict.fromkeys(mode for modes in machine.cases.values() for mode in modes)
         for mode in modes:
             parts += [f"### {mode.capitalize()}\n", _mode_table(machine, mode, _time), ""]
-        for title, show in shown.items() if "gpu" in machine.file.head["machine"] else [*shown.items()][:1]:
+        for title, show in [*shown.items()][: None if machine.device == "cuda" else 1]:
             for mode in (FORWARD, STEP):
                 parts += [f"### {title}, {mode}\n", _mode_table(machine, mode, show), ""]
         rows = [(_label(miss.case), miss.mode, miss.target, miss.text) for miss in missed_targets(machine)]
@@ -285,28 +271,21 @@ def _conditions(head: dict[str, Any]) -> list[str]:
     about, build = head["machine"], head["machine"]["build"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     built = ", ".join([build["cpp_compiler"] or "no C++ compiler", *build["isa"], *build["cuda_archs"]])
-    rates = [f"{rate / 1e9:.3g} GB/s on {name}" for name, rate in about["copy_bytes_per_second"].items()]
+    rates = ", ".join(f"{rate / 1e9:.3g} GB/s" for rate in about["copy_bytes_per_second"].values())
     changes = ", with changes" if head["commit"].get("dirty") else ""
-    lines = (
-        f"{about['cpu_model']}, {about['threads']} threads, {about['system']}; {versions}",
-        f"Built with {built}; a copy reads and writes {', '.join(rates)}",
-        f"Commit {head['commit'].get('id')}{changes}, {head['when']}, `{head['command']}`",
-    )
-    return [*map(_bullet, lines), ""]
+    where = f"{about['cpu_model']}, {about['threads']} threads, {about['system']}; a copy moves {rates}"
+    when = f"Commit {head['commit'].get('id')}{changes}, {head['when']}, `{head['command']}`"
+    return [*map(_bullet, (where, f"{versions}; built with {built}", when)), ""]
 
 
 def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) -> str:
     """A row a case and a column a contender."""
     entries = [modes[mode] for modes in machine.cases.values() if mode in modes]
     names = dict.fromkeys(name for entry in entries for name in entry["seconds"])
-    rows = [
-        [
-            _label(_key(entry)),
-            f"{entry['feature_bytes'] / 2**20:.3g}",
-            *(show(entry, name) if name in entry["seconds"] else NONE for name in names),
-        ]
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        cells = (show(entry, name) if name in entry["seconds"] else NONE for name in names)
+        rows.append([_label(_key(entry)), f"{entry['feature_bytes'] / 2**20:.3g}", *cells])
     return _table(["case", "MiB", *names], rows)
 
 
@@ -334,9 +313,7 @@ def _steps(entries: Sequence[Entry]) -> str:
         rows.append([*what, _time(entry, "without"), *ratios, " / ".join(sizes)])
     header = ["network", "mode", "images, base channels", "without, ms", *(f"{n} / without" for n in names)]
     reasons = sorted({f"`{name}`: {why}" for entry in entries for name, why in entry["left_out"].items()})
-    return "\n".join(
-        [_table([*header, "peak MiB"], rows), *(["", *map(_bullet, reasons)] if reasons else [])]
-    )
+    return _table([*header, "peak MiB"], rows) + "".join(f"\n\n{_bullet(reason)}" for reason in reasons)
 
 
 def _instructions(entries: Sequence[Entry]) -> str:
@@ -358,38 +335,28 @@ def _counted(entries: Sequence[Entry]) -> str:
 
 
 def draw(machines: Sequence[Machine], folder: Path) -> list[str]:
-    """Draw `PICTURES`, a panel for each machine: every case beside the op, and the series by size; their names."""
+    """Draw `PICTURES`, a panel for each machine, as far as there are numbers; the names of those drawn."""
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    styles = {
-        "floor": "|k",
-        "single calls": "dC7",
-        "bmm": "sC1",
-        "compiled": "^C0",
-        "eager": "vC3",
-        "op": "oC2",
-    }
+    plt.style.use("tableau-colorblind10")
     listed = dict.fromkeys(case for machine in machines for case in machine.cases)
     series = [case for case in listed if case[0].startswith("scaling")]
     rows = [case for case in listed if case not in series]
     drawn = {name: cases for name, cases in (("times", rows), ("scaling", series)) if len(cases) > 1}
     for picture, cases in drawn.items():
-        size = (10, 3.5 if cases is series else 1.5 + 0.19 * len(rows))
-        figure, panels = plt.subplots(
-            1, len(machines), figsize=size, sharey=True, squeeze=False, layout="constrained"
-        )
+        size, line, base = ((10, 1.5 + 0.19 * len(rows)), "", 10) if cases is rows else ((10, 3.5), "-", 2)
+        options = {"figsize": size, "sharey": True, "squeeze": False, "layout": "constrained"}
+        figure, panels = plt.subplots(1, len(machines), **options)
         for axes, machine in zip(panels[0], machines, strict=True):
-            for name, style in styles.items():
-                points = list(_points(machine, cases, name, picture))
-                line = "-" if cases is series else ""
-                axes.plot(
-                    *zip(*points, strict=True), style + line, label=name, markersize=5
-                ) if points else None
+            for name, style in _TEXTS["styles"].items():
+                points = list(_points(machine, cases, name, cases is series))
+                if points:
+                    axes.plot(*zip(*points, strict=True), style + line, label=name, markersize=5)
             axes.set_title(machine.name, fontsize=10)
-            axes.set_xscale("log", base=2 if cases is series else 10)
+            axes.set_xscale("log", base=base)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.grid(color="#DDDDDD", linewidth=0.6)
         if cases is rows:
@@ -402,16 +369,14 @@ def draw(machines: Sequence[Machine], folder: Path) -> list[str]:
     return list(drawn)
 
 
-def _points(
-    machine: Machine, cases: Sequence[tuple[str, ...]], name: str, picture: str
-) -> Iterator[tuple[float, float]]:
-    """A contender's time over the op's, and the row of the case; or its size in MiB, and GB/s."""
+def _points(machine: Machine, cases: Sequence[Case], name: str, rates: bool) -> Iterator[tuple[float, float]]:
+    """A contender's time over the op's, by row of the case; or its GB/s by MiB."""
     for row, case in enumerate(cases):
         entry = machine.cases.get(case, {}).get(STEP)
         if entry is not None and name in entry["seconds"]:
-            seconds, size = entry["seconds"][name]["median"], entry["feature_bytes"]
-            over = seconds / entry["seconds"]["op"]["median"]
-            yield (over, row) if picture == "times" else (size / 2**20, 2 * size / seconds / 1e9)
+            size, own = entry["feature_bytes"], entry["seconds"][name]["median"]
+            over_op = (own / entry["seconds"]["op"]["median"], row)
+            yield (size / 2**20, 2 * size / own / 1e9) if rates else over_op
 
 
 def main() -> None:

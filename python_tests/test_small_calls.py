@@ -1,0 +1,96 @@
+"""Small calls of every kind on a GPU against the reference: one short process for compute-sanitizer too."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdkernels as fdk
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+# Of the loss and, as a norm, of the gradient.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+class Call(NamedTuple):
+    """Layers [N, C, *S], mask [N, 1, *S0] and options, on the CPU."""
+
+    layers: list[Tensor]
+    mask: Tensor
+    options: dict[str, Any]
+
+
+def small_calls() -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    found = {}
+    # Far from one half: where f and b are nearly equal, L and its gradient amplify every rounding.
+    mask, solid = (random(2, 1, 24, 20) > 0.7).float(), (random(2, 1, 5, 7, 9) > 0.7).float()
+    for dtype in BOUNDS:
+        features, wide = random(2, 5, 24, 20).to(dtype), random(2, 70, 24, 20).to(dtype)
+        line, volume = random(2, 3, 301).to(dtype), random(2, 3, 5, 7, 9).to(dtype)
+        for name, layer, of in (
+            ("contiguous", features, mask),
+            ("channels_last", features.to(memory_format=torch.channels_last), mask),
+            ("channels_last-wide", wide.to(memory_format=torch.channels_last), mask),
+            ("transposed", features.mT.contiguous().mT, mask),
+            ("1-D", line, mask.flatten(2)[..., :301]),
+            ("3-D", volume, solid),
+            ("3-D-channels_last", volume.to(memory_format=torch.channels_last_3d), solid),
+        ):
+            found[f"{name}-{str(dtype).removeprefix('torch.')}"] = Call([layer], of, {})
+    pyramid = [random(2, 4, 24, 20), random(2, 9, 12, 10), random(2, 33, 3, 5), random(2, 2, 1, 1)]
+    ignored = torch.where(random(2, 1, 24, 20) > 0.8, 255.0, mask)
+    soft = random(2, 1, 24, 20).square().requires_grad_()
+    shuffled = {"exchange": "shuffle", "pairing": torch.tensor([1, 0])}
+    return found | {
+        "pyramid": Call(pyramid, mask, {}),
+        "shuffled": Call(pyramid, mask, shuffled),
+        "released": Call(pyramid, mask, {"convention": "released"}),
+        # Not for the single pixel, whose two means are equal.
+        "region_mean": Call(pyramid[:3], mask, {"convention": "region_mean"}),
+        "ignore_index": Call(pyramid, ignored, {"ignore_index": 255}),
+        "boolean-mask": Call(pyramid, mask.bool(), {}),
+        "soft-mask": Call(pyramid, soft, {}),
+    }
+
+
+CALLS = small_calls()
+
+
+def run(call: Call, device: str, backend: str) -> list[Tensor]:
+    """Losses and gradients, with a gradient from elsewhere by `tap`, as double on the CPU."""
+    # detach() before to(): a copy keeps the strides.
+    leaves = [layer.detach().to(device).requires_grad_() for layer in call.layers]
+    mask = call.mask.detach().to(device).requires_grad_(call.mask.requires_grad)
+    options = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.options.items()
+    }
+    tapped, loss = fdk.tap(leaves, mask, backend=backend, **options)
+    plain = fdk.feature_discrepancy_loss(leaves, mask, backend=backend, **options)
+    (loss + plain + sum(layer.sum() for layer in tapped)).backward()
+    inputs = [*leaves, mask] if mask.requires_grad else leaves
+    return [tensor.detach().cpu().double() for tensor in (loss, plain, *(i.grad for i in inputs))]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_small_call_matches_the_reference(name, backend):
+    reason = fdk.backends()[backend]
+    if reason is not None:
+        pytest.skip(f"backend {backend!r}: {reason}")
+    call = CALLS[name]
+    found, expected = run(call, "cuda", backend), run(call, "cpu", "reference")
+    for got, right in zip(found, expected, strict=True):
+        error = (got - right).norm() / right.norm().clamp(min=1)
+        assert error <= BOUNDS[call.layers[0].dtype]
