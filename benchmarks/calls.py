@@ -73,6 +73,7 @@ _CLOCK_HZ = 3e9
 # Bytes that a case needs at once, over those of the features. What does not fit a GPU says so itself.
 _PEAK_FACTORS = {"cpu": 7.0, "cuda": 2.6}
 
+MEMORY = Path("/proc/meminfo")
 _BEGIN = time.monotonic()
 _ENTRIES: list[dict[str, Any]] = []
 _READY: dict[Case, Setup] = {}
@@ -382,8 +383,8 @@ def does_not_fit(case: Case) -> str | None:
     if case.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
-        info = Path("/proc/meminfo")
-        found = re.search(r"MemAvailable: +(\d+)", info.read_text("ascii")) if info.is_file() else None
+        text = MEMORY.read_text("ascii") if MEMORY.is_file() else ""
+        found = re.search(r"MemAvailable: +(\d+)", text)
         free = int(found[1]) * 1024 if found else needed
     if free >= needed:
         return None

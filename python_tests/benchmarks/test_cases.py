@@ -3,11 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.case_sets import SETS, VARIANTS, cases
+from benchmarks.calls import SETS, VARIANTS, chosen_cases, modes
 from benchmarks.cases import IGNORED, make_inputs, named_case, tap_shapes
-from benchmarks.counted import count_bytes, tap_bytes
 
-SMALL = [case.shrunk() for case in cases("cpu", ("core",))]
+SMALL = [case.shrunk() for case in chosen_cases("cpu", ("core",))]
 
 
 def plain_case(name):
@@ -45,19 +44,29 @@ def test_a_name_that_is_no_case_is_refused():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_has_each_case_once(name, device):
-    ids = [case.id for case in cases(device, (name,))]
+    ids = [case.id for case in chosen_cases(device, (name,))]
     assert ids
     assert len(set(ids)) == len(ids)
 
 
 def test_sets_add_up_without_repeating_a_case():
-    both = {case.id for case in cases("cpu", ("core", "quick"))}
-    assert both == {case.id for case in cases("cpu", ("core",))}
+    both = {case.id for case in chosen_cases("cpu", ("core", "quick"))}
+    assert both == {case.id for case in chosen_cases("cpu", ("core",))}
 
 
 def test_a_set_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="set must be one of core, scaling, full, brief, quick, got 'all'"):
-        cases("cpu", ("all",))
+        chosen_cases("cpu", ("all",))
+
+
+def test_kernels_are_timed_where_the_mask_changes_nothing_about_them():
+    assert modes(plain_case("soft-256")) == ["forward", "forward+backward"]
+    assert modes(plain_case("scaling-64")) == ["forward", "forward+backward"]
+    assert "kernel backward, warm" in modes(plain_case("enc1-256"))
+    # The memory that a GPU's allocator gives is warm.
+    on_gpu = modes(named_case("enc1-256", torch.float32, "contiguous", "cuda"))
+    assert {"kernel forward", "kernel backward", "tap"} <= set(on_gpu)
+    assert "kernel backward, warm" not in on_gpu
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
@@ -74,25 +83,3 @@ def test_inputs_are_as_the_case_says(case):
     else:
         expected = [0, 1, IGNORED] if case.mask_kind == "ignore" else [0, 1]
         assert mask.unique().tolist() == expected
-
-
-def test_bytes_of_a_call_are_those_worked_out_by_hand():
-    stages = {stage.name: stage for stage in count_bytes(plain_case("enc1-128"))}
-    features, mask, sums = 4 * 64 * 128**2 * 4, 4 * 128**2 * 4, 2 * 4 * (64 + 1) * 4
-    # A mask of the layer's size is read as it is: nothing is made.
-    assert stages["layer_masks forward"][1:] == (0, 0)
-    assert stages["region_sums forward"][1:] == (features + mask, sums)
-    assert stages["log_norm forward"][1:] == (sums, 4)
-    assert stages["region_sums backward"][1:] == (sums + mask, features)
-
-
-def test_pixels_to_ignore_need_two_weights():
-    stages = {stage.name: stage for stage in count_bytes(plain_case("ignore-256"))}
-    assert stages["layer_masks forward"].read == 4 * 256**2  # uint8
-    assert stages["layer_masks forward"].written == 2 * 4 * 256**2 * 4
-
-
-def test_tap_saves_two_transfers_of_the_features():
-    case = plain_case("enc1-128")
-    by_tap, separate = tap_bytes(case)
-    assert separate - by_tap == 2 * case.feature_bytes

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import record
+from benchmarks import cases
+from benchmarks.page import machines_of, read_files
 
 ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
@@ -67,33 +68,36 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path):
 
 @pytest.mark.slow
 def test_a_quick_run_writes_results_that_the_report_reads(tmp_path):
-    from benchmarks.results import read_results
-
     results = tmp_path / "calls.json"
     command = [
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--quick"),
-        *("--benchmark-only", f"--results={results}", "-k", "pyramid-32 and (forward or tap)"),
+        *(sys.executable, "-m", "benchmarks.calls", "--set=quick", "--device=cpu"),
+        *(f"--results={results}", "-k", "pyramid-32 and (forward or tap)"),
     ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:]
-    (found,) = read_results(tmp_path)
-    (case,) = found.cases
-    assert case.name == "pyramid-32"
-    assert {"forward", "forward+backward", "tap"} <= case.modes.keys()
-    assert case.modes["forward"].ops["op"] < case.modes["forward"].ops["eager"]
+    (machine,) = machines_of(read_files(tmp_path))
+    ((case, modes),) = machine.cases.items()
+    assert case == ("pyramid-32", "float32", "contiguous")
+    assert {"forward", "forward+backward", "tap"} <= modes.keys()
+    head = machine.file.head
+    assert head["machine"]["instruction_set"] == cases.instruction_set()
+    assert head["machine"]["versions"]["torch"] == torch.__version__
+    assert head["command"].startswith("python -m benchmarks.calls --set=quick")
+    assert head["quick"]
     assert results.stat().st_size < 20_000
 
 
-def test_a_command_names_no_folder_of_this_machine():
+def test_a_command_names_no_folder_of_this_machine(monkeypatch):
     words = ["pytest", f"{ROOT}/benchmarks", "--results=/somewhere/else/calls.json"]
-    assert record.command(words) == "pytest benchmarks --results=calls.json"
+    monkeypatch.setattr(cases, "machine", lambda device: {})
+    assert cases.header(words, "cpu")["command"] == "pytest benchmarks --results=calls.json"
 
 
 def test_the_commit_is_told_where_there_is_no_history(monkeypatch):
     monkeypatch.setenv("FDKERNELS_COMMIT", "abc")
-    record.commit.cache_clear()
-    assert record.commit() == {"id": "abc", "dirty": None}
-    record.commit.cache_clear()
+    cases.commit.cache_clear()
+    assert cases.commit() == {"id": "abc", "dirty": None}
+    cases.commit.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -105,5 +109,5 @@ def test_the_commit_is_told_where_there_is_no_history(monkeypatch):
     ],
 )
 def test_results_lie_in_a_folder_for_the_kind_of_machine(monkeypatch, model, folder):
-    monkeypatch.setattr(record, "_cpu_model", lambda: model)
-    assert record.folder_name("cpu") == folder
+    monkeypatch.setattr(cases, "_cpu_model", lambda: model)
+    assert cases.folder_name("cpu") == folder

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from benchmarks import step_contenders, steps
-from benchmarks.step_contenders import OP, PLAIN, WITHOUT, Step, StepCase, disagreement, unavailable
-from benchmarks.timing import MIN_ROUNDS
+from benchmarks import cases, steps
+from benchmarks.calls import MIN_ROUNDS
+from benchmarks.steps import OP, PLAIN, WITHOUT, Step, StepCase, disagreement
 from fdkernels import models
 
+TINY_STEPS = ("--batch=2", "--side=16", "--base-channels=2", "--budget=0")
 TINY = StepCase("unet", "eager", "cpu", batch=2, side=16, base_channels=2)
 
 
@@ -32,15 +34,15 @@ def test_the_loss_is_what_makes_the_step_another():
 def test_an_entry_has_all_contenders_or_the_reason(monkeypatch):
     monkeypatch.setattr(steps, "MIN_ROUNDS", 3)
     entry = steps.run_case(TINY, budget=0)
-    assert entry["seconds"].keys() | entry["left_out"].keys() == set(step_contenders.CONTENDERS)
+    assert entry["seconds"].keys() | entry["left_out"].keys() == set(steps.CONTENDERS)
     assert entry["ratios"].keys() == {f"{name}/without" for name in entry["seconds"] if name != WITHOUT}
     assert entry["rounds"] == 3 < MIN_ROUNDS
-    assert entry["parameters"] == sum(p.numel() for p in models.create("unet", base_channels=2).parameters())
+    assert (entry["images"], entry["base_channels"]) == ("2x3x16x16", 2)
 
 
 def test_a_wrong_contender_is_named_and_nothing_is_timed(monkeypatch):
-    right = step_contenders.plain
-    monkeypatch.setattr(step_contenders, "plain", lambda *inputs: 1.1 * right(*inputs))
+    right = steps.plain
+    monkeypatch.setattr(steps, "plain", lambda *inputs: 1.1 * right(*inputs))
     with pytest.raises(AssertionError, match="loss of op is wrong for unet eager cpu, so nothing is timed"):
         steps.run_case(TINY, budget=0)
 
@@ -52,16 +54,6 @@ def test_half_precision_is_held_to_wider_bounds():
     assert errors[OP]["gradient"] < steps.BOUNDS[True][1]
 
 
-def test_a_contender_of_a_later_version_is_left_out_with_the_reason(monkeypatch):
-    class OldTaps:
-        def __init__(self, model, names):
-            raise NotImplementedError
-
-    monkeypatch.setattr(step_contenders, "FeatureTaps", OldTaps)
-    assert unavailable("tap") == "this version has no FeatureTaps(fused=True)"
-    assert unavailable(OP) is None
-
-
 def test_a_step_that_does_not_compile_is_left_out_with_the_reason(monkeypatch):
     def refuse(self):
         if self.contender == OP:
@@ -70,7 +62,7 @@ def test_a_step_that_does_not_compile_is_left_out_with_the_reason(monkeypatch):
 
     monkeypatch.setattr(Step, "backward", refuse)
     chosen = {name: Step(TINY, name) for name in (WITHOUT, OP, PLAIN)}
-    assert steps._leave_out_uncompilable(chosen) == {OP: "torch.compile does not take it: made-up reason"}
+    assert steps.leave_out_uncompilable(chosen) == {OP: "torch.compile does not take it: made-up reason"}
     assert list(chosen) == [WITHOUT, PLAIN]
 
 
@@ -80,3 +72,51 @@ def test_a_compiled_step_agrees():
     errors = steps.check(case, {name: Step(case, name) for name in (WITHOUT, OP, PLAIN)})
     assert errors[OP]["loss"] < 1e-4
     torch.compiler.reset()
+
+
+def test_a_wrong_contender_is_the_exit_status_and_no_entry(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cases, "header", lambda arguments, device: {})
+    monkeypatch.setattr(steps, "plain", lambda *inputs: torch.zeros(()))
+    options = ["--device=cpu", "--networks", "unet", "--modes", "eager", *TINY_STEPS]
+    assert steps.main([f"--output={tmp_path / 'steps.json'}", *options]) == 1
+    assert "loss of op is wrong for unet eager cpu" in capsys.readouterr().out
+    assert not (tmp_path / "steps.json").exists()
+
+
+def test_each_preset_is_trained_without_and_with_the_loss(monkeypatch, tmp_path):
+    pytest.importorskip("lightning", reason="the extra train is not installed")
+    monkeypatch.setattr(cases, "header", lambda arguments, device: {})
+    file, presets = tmp_path / "training.json", ["udiat-cmunet", "tnbc-nucleisegnet"]
+    options = ["--device=cpu", "--steps=2", *TINY_STEPS]
+    assert steps.main([f"--output={file}", *options, "--presets", *presets]) == 0
+    content = json.loads(file.read_text())
+    assert content["kind"] == "training"
+    assert [entry["preset"] for entry in content["measurements"]] == presets
+    for entry in content["measurements"]:
+        assert entry["seconds"].keys() == {WITHOUT, OP}
+        assert entry["ratios"].keys() == {"op/without"}
+        assert (entry["images"], entry["rounds"], entry["mode"]) == ("2x3x16x16", 2, "eager")
+
+
+def test_real_sizes_are_the_presets(monkeypatch):
+    pytest.importorskip("lightning", reason="the extra train is not installed")
+    configs = []
+    monkeypatch.setattr(steps, "train_steps", lambda config, count: configs.append(config) or [1.0, 1.0])
+    entry = steps.run_preset("us-tnbc-cmunet", "amp channels_last compiled", "cpu", 2, {"size": None})
+    assert [config.fd_loss for config in configs] == [False, True]
+    config = configs[0]
+    assert (config.precision, config.channels_last, config.compile) == ("bf16-mixed", True, True)
+    assert (entry["network"], entry["images"], entry["base_channels"]) == ("cmunet", "4x3x512x512", None)
+
+
+def test_without_names_the_presets_are_those_of_table_2():
+    presets = pytest.importorskip("fdkernels.segmentation.presets", reason="the extra train is not installed")
+    arguments = steps._parse(["--output=x", "--device=cuda", "--presets"])
+    chosen = [name for name, mode, _ in steps.jobs(arguments) if mode == "eager"]
+    assert chosen == [f"{dataset}-{model}" for dataset, model in presets.TABLE_2]
+
+
+def test_without_a_gpu_real_trainings_are_refused_with_a_sentence(tmp_path, capsys):
+    assert steps.main([f"--output={tmp_path / 'x.json'}", "--device=cpu", "--presets"]) == 0
+    assert "There is no GPU" in capsys.readouterr().out
+    assert not (tmp_path / "x.json").exists()

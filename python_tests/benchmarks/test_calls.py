@@ -3,16 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import memory, peers, prepared
-from benchmarks.case_sets import cases
+from benchmarks import calls, cases, peers
+from benchmarks.calls import Setup, chosen_cases, does_not_fit, host_samples, quartiles, summarize
 from benchmarks.cases import Case, Inputs, named_case
-from benchmarks.memory import dispatched_ops, does_not_fit, peak_bytes
-from benchmarks.prepared import Prepared
-from benchmarks.timing import Rounds, quartiles, summarize
-from benchmarks.truth import Truth
+from benchmarks.peers import Truth
 from fdkernels import backends
 
-SMALL = [case.shrunk() for case in cases("cpu", ("full",)) if case.dtype == torch.float32]
+SMALL = [case.shrunk() for case in chosen_cases("cpu", ("full",)) if case.dtype == torch.float32]
 
 needs_extension = pytest.mark.skipif(
     backends()["cpu"] is not None, reason=f"backend cpu: {backends()['cpu']}"
@@ -29,61 +26,70 @@ def two_pixels(**options):
 @needs_extension
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
 def test_everyone_agrees_with_the_truth(case):
-    ready = Prepared(case, compiled=False)
-    ready.require_agreement()
-    assert {"op", "eager"} <= ready.errors.keys()
+    assert {"op", "eager", "floor"} <= Setup(case, compiled=False).functions("forward").keys()
 
 
 @needs_extension
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_and_tap_agree_with_the_truth(dtype, layout):
-    ready = Prepared(named_case("pyramid-32", dtype, layout, "cpu"), compiled=False)
-    assert ready.kernels.backend == "cpu"
-    assert ready.tapped.errors().keys() == {"tap", "separate"}
+    ready = Setup(named_case("pyramid-32", dtype, layout, "cpu"), compiled=False)
+    for mode in calls.modes(ready.case):
+        for function in ready.functions(mode).values():
+            function()
 
 
 @needs_extension
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["enc1-128", "pyramid-32", "ignore-256", "released-256"])
 def test_compiled_agrees_with_the_truth(name):
-    ready = Prepared(named_case(name, torch.float32, "contiguous", "cpu").shrunk())
-    ready.require_agreement()
+    ready = Setup(named_case(name, torch.float32, "contiguous", "cpu").shrunk())
+    ready.functions("forward+backward")
     assert "compiled" in ready.losses or "compiled" in ready.left_out
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 def test_everyone_agrees_with_the_truth_on_cuda():
-    for case in cases("cuda", ("core",)):
-        Prepared(case.shrunk(), compiled=False).require_agreement()
+    for case in chosen_cases("cuda", ("core",)):
+        Setup(case.shrunk(), compiled=False).functions("forward")
 
 
 @needs_extension
 def test_a_wrong_peer_is_named_and_nothing_is_timed(monkeypatch):
     right = peers.two_column_bmm
     monkeypatch.setattr(peers, "two_column_bmm", lambda *inputs: 1.01 * right(*inputs))
-    ready = Prepared(SMALL[0], compiled=False)
+    ready = Setup(SMALL[0], compiled=False)
     with pytest.raises(AssertionError, match=r"loss of bmm is wrong for unet-512-float32-cont"):
-        ready.measure(None, "forward", ready.losses, budget=0)
+        ready.measure(None, "forward", budget=0)
 
 
 @needs_extension
-def test_a_wrong_kernel_is_named(monkeypatch):
-    monkeypatch.setattr(prepared.Kernels, "forward", lambda self: (2 * self.grad_sums, None))
-    with pytest.raises(AssertionError, match="kernel forward is wrong"):
-        _ = Prepared(SMALL[0], compiled=False).kernels
+@pytest.mark.parametrize("function", ["forward", "backward"])
+def test_a_wrong_kernel_is_named(monkeypatch, function):
+    right = cases.kernels_of
+
+    def wrong(*arguments):
+        kernels = right(*arguments)
+        return kernels._replace(**{function: broken(getattr(kernels, function))})
+
+    def broken(call):
+        return lambda: [2 * gradient for gradient in call()] if function == "backward" else 2 * call()
+
+    monkeypatch.setattr(cases, "kernels_of", wrong)
+    with pytest.raises(AssertionError, match=f"kernel {function} is wrong"):
+        Setup(SMALL[0], compiled=False).functions("kernel forward")
 
 
 @needs_extension
 def test_a_tap_that_drops_the_gradient_of_the_network_is_named(monkeypatch):
     def without_upstream(self):
-        prepared.clear_gradients(self.layers)
+        peers.clear_gradients(self.layers)
         peers.fdkernels.feature_discrepancy_loss(self.layers, self.mask, **self.options).backward()
 
-    monkeypatch.setattr(prepared.Tapped, "tap", without_upstream)
+    monkeypatch.setattr(peers.Tapped, "tap", without_upstream)
     with pytest.raises(AssertionError, match="gradient of tap is wrong"):
-        _ = Prepared(SMALL[0], compiled=False).tapped
+        Setup(SMALL[0], compiled=False).functions("tap")
 
 
 def test_the_truth_of_two_pixels_is_that_by_hand():
@@ -105,28 +111,24 @@ def test_the_truth_of_the_released_convention_is_that_by_hand():
     assert truth.gradient_error([torch.tensor([[[[-0.4, 0.0]]]])]) < 1e-7
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of the profiler, about what it cannot trace here
-def test_peak_memory_is_what_is_alive_at_once():
-    def two_at_once_of_three():
-        first = torch.zeros(1000, 1000)
-        second = first + 1
-        del first
-        return second, torch.zeros(10)
-
-    assert peak_bytes(two_at_once_of_three, "cpu") == pytest.approx(8_000_000, abs=100)
-
-
-def test_ops_are_counted_where_torch_dispatches_them():
-    x = torch.ones(3)
-    assert dispatched_ops(lambda: x + 1) == 1
-    assert dispatched_ops(lambda: (x * x).exp().sum()) == 3
-
-
-def test_a_contender_that_does_not_fit_is_left_out_with_the_reason(monkeypatch):
+def test_a_case_that_does_not_fit_is_left_out_with_the_reason(monkeypatch, tmp_path):
     case = named_case("scaling-512", torch.float32, "contiguous", "cpu")
-    monkeypatch.setattr(memory, "_available_bytes", lambda: 2 * 2**30)
+    monkeypatch.setattr(calls, "MEMORY", tmp_path / "meminfo")
+    calls.MEMORY.write_text(f"MemTotal: 9 kB\nMemAvailable: {4 * 2**20} kB\n")
     assert does_not_fit(case) is None
-    assert does_not_fit(case, "eager") == "3.5 GiB are needed for scaling-512, 2 GiB are free"
+    calls.MEMORY.write_text(f"MemTotal: 9 kB\nMemAvailable: {2 * 2**20} kB\n")
+    assert does_not_fit(case) == "3.5 GiB are needed for scaling-512, 2 GiB are free"
+
+
+@needs_extension
+def test_a_contender_without_memory_is_left_out_with_the_reason(monkeypatch):
+    def too_large(*inputs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(peers, "two_column_bmm", too_large)
+    ready = Setup(SMALL[0], compiled=False)
+    assert ready.left_out["bmm"] == "too little memory for unet-512"
+    assert "bmm" not in ready.functions("forward")
 
 
 class FakeBenchmark:
@@ -134,23 +136,23 @@ class FakeBenchmark:
 
     disabled = True
 
-    def pedantic(self, target, setup, rounds):
+    def pedantic(self, target, args, setup, rounds):
         for _ in range(rounds):
             setup()
-            target()
+            target(*args)
 
 
-def test_a_round_times_everyone_once():
-    calls = {"op": 0, "eager": 0, "floor": 0}
+def test_a_round_calls_everyone_alike():
+    called = {"op": 0, "eager": 0, "floor": 0}
 
     def call(name):
-        calls[name] += 1
+        called[name] += 1
 
-    functions = {name: lambda name=name: call(name) for name in calls}
-    rounds = Rounds(functions, "op", "cpu")
-    assert rounds.run(FakeBenchmark(), budget=0) == {}
-    assert len(rounds.samples["eager"]) == len(rounds.samples["floor"])
-    assert len(set(calls.values())) == 1
+    functions = {name: lambda name=name: call(name) for name in called}
+    assert host_samples(FakeBenchmark(), functions, "cpu", budget=0) == {}
+    assert len(set(called.values())) == 1
+    # Twice to choose the number of rounds, then once untimed and once timed in each.
+    assert called["op"] == 2 + 2 * calls.MIN_ROUNDS
 
 
 def test_ratios_are_those_of_the_same_round():
