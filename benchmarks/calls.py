@@ -342,16 +342,11 @@ def summarize(
 
 
 def chosen_cases(device: str, sets: Iterable[str] = ("full",)) -> list[Case]:
-    """The cases of some sets on a device, each once.
+    """The cases of some sets on a device, each once; ValueError if no set has that name.
 
-    Args:
-        device: `"cpu"` or `"cuda"`.
-        sets: `"core"`, what a user meets, in ten minutes on two cores; `"scaling"`, one map from 1 MiB to the
-            largest that fits; `"full"`, every name in every dtype and layout; `"brief"`, a minute or two on a
-            GPU; `"quick"`, two cases, to see that it runs.
-
-    Raises:
-        ValueError: no set has that name.
+    `core` is what a user meets, in ten minutes on two cores; `scaling` one map from 1 MiB to the largest that
+    fits; `full` every name in every dtype and layout; `brief` a minute or two on a GPU; `quick` two cases, to
+    see that it runs.
     """
     chosen = {}
     for name in sets:

@@ -161,10 +161,7 @@ def nuclei(batch: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def run_case(case: StepCase, budget: float) -> dict[str, Any]:
-    """Compare the contenders' first steps, then time them in turn.
-
-    Returns:
-        The entry of the results.
+    """Compare the contenders' first steps, then time them in turn; the entry of the results.
 
     Raises:
         AssertionError: a contender gives other numbers; nothing is timed.
@@ -329,13 +326,13 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[],
                 work = (preset, mode, arguments.device, arguments.steps, changes)
                 yield preset, mode, lambda work=work: run_preset(*work)
         return
-    usual = SIZES[arguments.device]
+    usual, budget = SIZES[arguments.device], arguments.budget
+    budget = BUDGETS[arguments.device] if budget is None else budget
     size = (batch or usual[0], side or usual[1], width or usual[2])
     for mode in arguments.modes or MODES:
         for network in arguments.networks:
             case = StepCase(network, mode, arguments.device, *size)
-            budget = arguments.budget or BUDGETS[arguments.device]
-            yield network, mode, lambda case=case, budget=budget: run_case(case, budget)
+            yield network, mode, lambda case=case: run_case(case, budget)
 
 
 def main(options: Sequence[str] | None = None) -> int:

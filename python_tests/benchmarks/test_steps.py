@@ -86,7 +86,7 @@ def test_a_wrong_contender_is_the_exit_status_and_no_entry(monkeypatch, tmp_path
 def test_each_preset_is_trained_without_and_with_the_loss(monkeypatch, tmp_path):
     pytest.importorskip("lightning", reason="the extra train is not installed")
     monkeypatch.setattr(cases, "header", lambda arguments, device: {})
-    file, presets = tmp_path / "training.json", ["udiat-cmunet", "tnbc-nucleisegnet"]
+    file, presets = tmp_path / "training.json", ["udiat-unet", "tnbc-unet"]
     options = ["--device=cpu", "--steps=2", *TINY_STEPS]
     assert steps.main([f"--output={file}", *options, "--presets", *presets]) == 0
     content = json.loads(file.read_text())
