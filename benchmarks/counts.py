@@ -385,8 +385,11 @@ def main(options: Sequence[str] | None = None) -> int:
         names = drive(torch.get_num_interop_threads, figures())
         print(json.dumps({"instruction_set": cases.instruction_set(), "figures": names}))
         return 0
+    if arguments.what == "launches" and os.environ.get("TRITON_INTERPRET") != "1":
+        # A process of its own: triton reads the setting when it is imported.
+        again = [sys.executable, "-m", "benchmarks.counts", *(options or sys.argv[1:])]
+        return subprocess.run(again, check=False, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     if arguments.what == "launches":
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         return _launches(arguments.output or RESULTS / "launches.json")
     default = RESULTS / f"instructions-{platform.machine()}.json"
     return _instructions(arguments.output or default, arguments.limit)
