@@ -42,12 +42,9 @@ if sys.path[0] in ("", str(ROOT)):
     sys.path.append(sys.path.pop(0) or str(ROOT))
 
 import fdkernels
-from fdkernels import FeatureTaps, models, native
-from fdkernels.backend import auto_backend, implementation
+from fdkernels import FeatureTaps, models
+from fdkernels.backend import auto_backend
 from fdkernels.build_info import build_info
-from fdkernels.conventions import get_convention
-from fdkernels.layer_masks import layer_masks
-from fdkernels.region_sums.geometry import DTYPE_CODES, accumulate_dtype, geometry_of
 
 BATCH = 4
 NETWORK_BATCH = {512: 4, 256: 16}
@@ -223,12 +220,9 @@ def _mask(kind: str, noise: Tensor) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """The kernels of a case alone, without autograd, checks and masks around them.
+    """The kernels of a case alone: region sums [2, N, ΣC], and the gradient of every layer in fresh memory.
 
-    Attributes:
-        forward: region sums [2, N, ΣC].
-        backward: the gradient of every layer, in fresh memory.
-        warm: the same into given memory; None where the allocator keeps its memory warm anyway.
+    `warm` writes the gradient into given memory; None where the allocator keeps its memory warm anyway.
     """
 
     forward: Callable[[], Tensor]
@@ -246,11 +240,16 @@ def kernels_of(case: Case, inputs: Inputs, coefficients: Tensor, buffers: Sequen
         coefficients: the gradient of the sums, [2, N, ΣC], which backward spreads over the pixels.
         buffers: what `warm` writes, like the layers.
     """
+    from fdkernels import native
+    from fdkernels.backend import implementation
+    from fdkernels.conventions import get_convention
+    from fdkernels.layer_masks import layer_masks
+    from fdkernels.region_sums.geometry import DTYPE_CODES, accumulate_dtype, geometry_of
+
     layers = [layer.detach() for layer in inputs.layers]
     dtype, sizes = accumulate_dtype(layers), [layer.shape[2:] for layer in layers]
-    weights = layer_masks(
-        inputs.mask, sizes, dtype, get_convention(case.convention).mask_resize, case.ignore_index
-    )
+    resize = get_convention(case.convention).mask_resize
+    weights = layer_masks(inputs.mask, sizes, dtype, resize, case.ignore_index)
     stage = implementation("region_sums", auto_backend(case.device))
     grad_sums, geometry = coefficients.to(dtype).contiguous(), [geometry_of(layer) for layer in layers]
     warm: Callable[[], None] | None = None
