@@ -192,8 +192,7 @@ def _losses(machines: dict[str, Machine]) -> Iterator[str]:
                 count = f", {len(found)} in all" if len(found) > 1 else ""
                 worst.append(f"{letter} {found[0].text} ({_label(found[0].case)}{count})")
         if worst:
-            title = target["title"].format(limit=target["limit"])
-            yield f"**{title}**: {'; '.join(worst)}. {target['reason']}"
+            yield f"**{target['title'].format(**target)}**: {'; '.join(worst)}. {target['reason']}"
 
 
 def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
@@ -223,8 +222,7 @@ def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low} to {high}"
+    return " to ".join(dict.fromkeys((f"{min(values):.3g}", f"{max(values):.3g}")))
 
 
 def _bullet(text: str) -> str:
@@ -317,7 +315,7 @@ def _steps(entries: Sequence[Entry]) -> str:
 
 
 def _instructions(entries: Sequence[Entry]) -> str:
-    rows = [(entry["figure"], f"{entry['instructions']:,}", entry["instruction_set"]) for entry in entries]
+    rows = ((entry["figure"], f"{entry['instructions']:,}", entry["instruction_set"]) for entry in entries)
     return _table(("figure", "instructions of a call", "kernels"), rows)
 
 
@@ -325,27 +323,26 @@ def _counted(entries: Sequence[Entry]) -> str:
     """Launches of the backend `triton`; bytes from the shapes over one read and one write of the features."""
     rows = []
     for entry in entries:
-        moved = sum(stage["read"] + stage["written"] for stage in entry["stages"])
-        floor = f"{moved / (2 * entry['feature_bytes']):.3f}"
+        moved = sum(stage["read"] + stage["written"] for stage in entry["stages"]) / entry["feature_bytes"]
         tap = " / ".join(f"{size / 2**20:.3g}" for size in entry["tap_bytes"])
         counts = (", ".join(f"{n} × {k}" for k, n in entry[way].items()) for way in ("forward", "backward"))
-        rows.append([f"`{entry['case']}`", str(entry["num_layers"]), floor, tap, *counts])
+        rows.append([f"`{entry['case']}`", str(entry["num_layers"]), f"{moved / 2:.3f}", tap, *counts])
     header = ("case", "layers", "bytes over the floor", "MiB of backward, `tap` / separate")
     return _table([*header, "launches forward", "launches backward"], rows)
 
 
 def draw(machines: Sequence[Machine], folder: Path) -> list[str]:
     """Draw `PICTURES`, a panel for each machine, as far as there are numbers; the names of those drawn."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    plt.style.use("tableau-colorblind10")
     listed = dict.fromkeys(case for machine in machines for case in machine.cases)
     series = [case for case in listed if case[0].startswith("scaling")]
     rows = [case for case in listed if case not in series]
     drawn = {name: cases for name, cases in (("times", rows), ("scaling", series)) if len(cases) > 1}
+    if not drawn:
+        return []
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("agg")
+    plt.style.use("tableau-colorblind10")
     for picture, cases in drawn.items():
         size, line, base = ((10, 1.5 + 0.19 * len(rows)), "", 10) if cases is rows else ((10, 3.5), "-", 2)
         options = {"figsize": size, "sharey": True, "squeeze": False, "layout": "constrained"}
@@ -375,8 +372,8 @@ def _points(machine: Machine, cases: Sequence[Case], name: str, rates: bool) -> 
         entry = machine.cases.get(case, {}).get(STEP)
         if entry is not None and name in entry["seconds"]:
             size, own = entry["feature_bytes"], entry["seconds"][name]["median"]
-            over_op = (own / entry["seconds"]["op"]["median"], row)
-            yield (size / 2**20, 2 * size / own / 1e9) if rates else over_op
+            ours = entry["seconds"]["op"]["median"]
+            yield (size / 2**20, 2 * size / own / 1e9) if rates else (own / ours, row)
 
 
 def main() -> None:
@@ -389,8 +386,12 @@ def main() -> None:
     for folder in {file.folder for file in files}:
         text = tables([file for file in files if file.folder == folder])
         (arguments.results / folder / "tables.md").write_text(text, encoding="utf-8")
-    way = os.path.relpath(arguments.results, arguments.page.resolve().parent)
-    text = page(files, way, draw(machines_of(files), arguments.results))
+    try:
+        pictures = draw(machines_of(files), arguments.results)
+    except ImportError as error:
+        pictures = []
+        print(f"The page has no pictures: {error}")
+    text = page(files, os.path.relpath(arguments.results, arguments.page.resolve().parent), pictures)
     arguments.page.write_text(text, encoding="utf-8")
     print(f"{arguments.page}: {len(text.splitlines())} lines from {len(files)} files of results")
 
