@@ -137,6 +137,11 @@ class FeatureDiscrepancyLoss(nn.Module):
         """Whether α is in play: False in the warm start."""
         return self._active
 
+    @property
+    def exchange(self) -> str:
+        """The cross-sample term that calls add unless they name another."""
+        return self.settings.exchange
+
     def freeze(self) -> None:
         """Begin the warm start: α = 0 and not trained; calls return 0 and still record `layer_losses`."""
         self._active = False
@@ -169,6 +174,9 @@ class FeatureDiscrepancyLoss(nn.Module):
         pairing: Tensor | None = None,
         domains: Tensor | None = None,
         generator: torch.Generator | None = None,
+        exchange: str | None = None,
+        group: dist.ProcessGroup | None = None,
+        count_step: bool = True,
     ) -> Tensor:
         """Compute Σ_ℓ α_ℓ·L_ℓ, a scalar.
 
@@ -176,11 +184,27 @@ class FeatureDiscrepancyLoss(nn.Module):
             features: one tensor [N, C_l, *S_l] for each of the L layers, or the `FeatureTaps` that hold them.
             mask: [N, 1, *S0] or [N, *S0].
             pairing, domains, generator: as for `fdkernels.feature_discrepancy_loss`.
+            exchange: the cross-sample term of this call, `"none"`, `"shuffle"` or `"pooled"`; None is the
+                module's own. `"none"` leaves the term out of a batch that cannot be paired, such as one of a
+                single sample, or of a single domain under `"pooled"`.
+            group: the ranks over whose R·N samples this call makes its pairs and means; None is the module's
+                own. A process group exists only once it is initialised, often after the module was made.
+            count_step: False computes the same loss, but α is not projected or ramped and the pass does not
+                count towards `steps` and `patience`. Give True for one part of an accumulated step and False
+                for the others, so that a step of the optimizer counts once. Evaluation never counts.
+
+        Returns:
+            A scalar in the dtype of the layers' losses, float32, or float64 if any layer is; 0 while frozen.
 
         Raises:
             ValueError: another number of layers, and what `feature_discrepancy_loss` raises.
         """
-        layers, mask = check_features_and_mask(features, mask, self.settings)
+        settings = self.settings
+        if exchange is not None:
+            settings = settings._replace(exchange=exchange)
+        if group is not None:
+            settings = settings._replace(group=group)
+        layers, mask = check_features_and_mask(features, mask, settings)
         if len(layers) != self.alpha.shape[0]:
             raise ValueError(
                 f"features must have {self.alpha.shape[0]} layers, one for each alpha, got {len(layers)}"
@@ -193,13 +217,13 @@ class FeatureDiscrepancyLoss(nn.Module):
         partners = Partners(pairing, domains, generator)
         if not self._active:
             with torch.no_grad():
-                losses, _ = layer_losses(layers, mask, self.settings, partners)
+                losses, _ = layer_losses(layers, mask, settings, partners)
             self.layer_losses = losses
             return losses.new_zeros(())
-        if self.training:
+        if self.training and count_step:
             self._begin_step()
         taps = features if isinstance(features, FeatureTaps) else None
-        losses, _ = layer_losses(layers, mask, self.settings, partners, taps=taps)
+        losses, _ = layer_losses(layers, mask, settings, partners, taps=taps)
         self.layer_losses = losses.detach()
         return self._weigh(losses)
 

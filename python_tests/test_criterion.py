@@ -297,6 +297,59 @@ def test_exchange_arguments_go_through():
     assert pooled([features], mask, domains=[0, 1, 0, 1]).isfinite()
 
 
+def test_one_call_may_leave_out_or_change_the_exchange():
+    crit = fdk.FeatureDiscrepancyLoss(1, alpha_init=1.0, exchange="pooled")
+    features, mask = torch.randn(4, 3, 5), torch.rand(4, 5)
+    direct = fdk.feature_discrepancy_loss(features, mask)
+    torch.testing.assert_close(crit([features], mask, exchange="none"), direct)
+    assert crit([features[:1]], mask[:1], exchange="none").isfinite()  # a batch of one cannot be paired
+    pairing = [1, 2, 3, 0]
+    shuffled = fdk.feature_discrepancy_loss(features, mask, exchange="shuffle", pairing=pairing)
+    torch.testing.assert_close(crit([features], mask, exchange="shuffle", pairing=pairing), shuffled)
+    # The module's own is as before.
+    assert crit.exchange == "pooled"
+    with pytest.raises(ValueError, match="domains"):
+        crit([features], mask)
+
+
+def test_an_unknown_exchange_of_one_call_is_refused():
+    with pytest.raises(ValueError, match=r"exchange must be one of .*got 'swap'"):
+        fdk.FeatureDiscrepancyLoss(1)([layer(1.0)], MASK, exchange="swap")
+
+
+@pytest.mark.parametrize("rule", ALPHA_RULES)
+def test_a_pass_that_is_not_counted_moves_nothing_and_gives_the_same(rule):
+    crit = fdk.FeatureDiscrepancyLoss(1, rule, ramp_steps=4, patience=2)
+    features = layer(1.0).requires_grad_()
+    crit([features], MASK)
+    with torch.no_grad():
+        crit.alpha.fill_(0.5)
+    before = crit.alpha.detach().clone()
+    loss = crit([features], MASK, count_step=False)
+    assert loss.item() == pytest.approx(0.5)
+    assert torch.equal(crit.alpha, before)
+    assert crit.steps == 1
+    loss.backward()  # the gradient reaches features, and α unless it is ramped
+    assert features.grad.abs().max() > 0
+    assert rule == "ramp" or crit.alpha.grad.item() == pytest.approx(-1 if rule == "ascent" else 1)
+
+
+def test_parts_of_an_accumulated_step_are_one_step_of_a_ramp():
+    crit = fdk.FeatureDiscrepancyLoss(1, "ramp", ramp_steps=2)
+    for _ in range(3):
+        for part in range(4):
+            crit([layer(1.0)], MASK, count_step=part == 0)
+    assert crit.steps == 3
+    assert crit.alpha.item() == 1
+
+
+def test_passes_that_are_not_counted_do_not_make_alpha_stuck():
+    crit = fdk.FeatureDiscrepancyLoss(1, patience=2)  # α is in no optimizer
+    crit([layer(1.0)], MASK)
+    for _ in range(9):
+        crit([layer(1.0)], MASK, count_step=False)  # a warning would be an error here
+
+
 def test_settings_go_through():
     crit = fdk.FeatureDiscrepancyLoss(
         1,

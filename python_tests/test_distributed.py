@@ -73,9 +73,10 @@ def losses(
             exchange=exchange,
             convention=convention,
             ignore_index=255,
-            group=group,
+            group=group if fused else None,
         )
-        loss = crit(taps if fused else features, mask, **partners)
+        # The group is the module's own, or that of the call.
+        loss = crit(taps, mask, **partners) if fused else crit(features, mask, group=group, **partners)
         loss.backward()
         if "seed" in case:
             partners["generator"] = torch.Generator().manual_seed(case["seed"])
