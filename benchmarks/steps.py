@@ -295,12 +295,13 @@ def run_preset(preset: str, mode: str, device: str, steps: int, changes: Mapping
 
 def train_steps(config: Any, steps: int) -> list[float]:
     """Seconds of each step, after `WARM_UP`; the one place that calls what lies under `fdkernels train`."""
-    from fdkernels.segmentation.display import quiet_lightning
-    from fdkernels.segmentation.measure import StepClock
-    from fdkernels.segmentation.phase import build_module, make_trainer
+    from fdkernels.segmentation.console import quiet_lightning
+    from fdkernels.segmentation.module import SegmentationModule
+    from fdkernels.segmentation.profiling import StepClock
+    from fdkernels.segmentation.train import make_trainer
 
     torch.manual_seed(0)
-    module = build_module(config)
+    module = SegmentationModule.from_config(config)
     if module.criterion is not None:
         module.criterion.target = -100.0
         module.criterion.activate()

@@ -10,7 +10,10 @@ from fdkernels.info import info_text
 # Modules of the extras, with the extra that brings them.
 _EXTRAS = {
     **dict.fromkeys(
-        ("lightning", "matplotlib", "PIL", "rich", "safetensors", "tensorboard", "torchmetrics", "typer"),
+        (
+            *("defusedxml", "lightning", "matplotlib", "PIL", "rich", "safetensors"),
+            *("tensorboard", "tifffile", "torchmetrics", "typer"),
+        ),
         "train",
     ),
     "pydicom": "dicom",
@@ -20,7 +23,7 @@ _USAGE = "usage: fdkernels info | train | evaluate | prepare | demo"
 
 
 def _missing_extra(error: ModuleNotFoundError) -> str | None:
-    """The extra that brings the module which was not found, or None if none does."""
+    """Name the extra that brings the missing module; None if none does."""
     return _EXTRAS.get((error.name or "").partition(".")[0])
 
 
@@ -29,7 +32,7 @@ def _say(message: str) -> None:
 
 
 def _without_typer(arguments: list[str], extra: str) -> int:
-    """`info` in plain text; for all else, what to install."""
+    """Print `info` in plain text; for other commands print the packages to install."""
     if arguments == ["info"]:
         print(info_text())
         return 0
@@ -38,9 +41,9 @@ def _without_typer(arguments: list[str], extra: str) -> int:
 
 
 def main() -> int:
-    """Runs the command line; returns the exit code.
+    """Run the command line; return the exit code.
 
-    What a user can set right is shown as one sentence, with exit code 1. FDKERNELS_TRACEBACK=1 in
+    An error that a user can correct is shown as one sentence, with exit code 1. FDKERNELS_TRACEBACK=1 in
     the environment shows the traceback instead.
     """
     traceback_wanted = os.environ.get("FDKERNELS_TRACEBACK", "0") not in ("", "0")
@@ -68,7 +71,7 @@ def main() -> int:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether the sentence of the error is enough: wrong input, or something that is not here."""
+    """Whether the sentence of the error is enough: wrong input, or something that is missing."""
     if isinstance(error, (ValueError, TypeError, RuntimeError, OSError)):
         return True
     # Lightning's own for a wrong accelerator or precision; it derives from Exception alone.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -7,12 +8,15 @@ import sys
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fdkernels as fdk
 from fdkernels import __main__ as program
 from fdkernels.cli import app
+from fdkernels.conventions import CONVENTIONS
 from fdkernels.info import info_text
+from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.runfiles import read_json
 from tiny_data import make_tiny, write_tiny_tnbc
 
@@ -127,6 +131,20 @@ def test_train_takes_every_option(data, tmp_path):
     assert saved["accumulate"] == 2
     assert saved["channels_last"] is True
     assert (saved["tensorboard"], saved["sync_batchnorm"]) == (False, False)
+
+
+def test_train_has_an_option_with_help_for_every_field_of_a_run():
+    options = {option.name: option for option in get_command(app).commands["train"].params}
+    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    assert set(options) - {"help"} == {*fields, "preset", "resume"}
+    for name, field in fields.items():
+        assert options[name].opts == ["--" + name.replace("_", "-")]
+        assert options[name].help == field.metadata["help"]
+        assert name in ("data", "output", "dataset") or options[name].default == field.default
+    assert options["dataset"].default == "tnbc"
+    assert [name for name, option in options.items() if option.required] == ["output"]
+    for name in CONVENTIONS:
+        assert name in options["convention"].help
 
 
 def test_a_preset_sets_what_is_not_given(data, tmp_path):

@@ -1,25 +1,12 @@
-"""`fdkernels evaluate`: the options, and the tables at the terminal."""
+"""`fdkernels evaluate`: score a run, its folds or given weights, image by image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-SET_TITLES = {"worst_off": "worst off", "best_off": "best off", "all": "all"}
-SCORE_TITLES = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "precision": "precision",
-}
 
 
 class Phases(str, Enum):
@@ -105,6 +92,7 @@ def evaluate(
     """Score a run's best models image by image: worst-off, best-off and all, and L_fd by layer."""
     from rich.console import Console
 
+    from fdkernels.segmentation.console import scores_table
     from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate_weights
     from fdkernels.segmentation.evaluation import evaluate as evaluate_run
 
@@ -166,89 +154,4 @@ def _check_options(context: typer.Context, run: Path | None, weights: Path | Non
             raise ValueError(f"--{name.replace('_', '-')} goes with {other} only")
 
 
-def scores_table(summary: Mapping[str, Any], phase: str) -> Table:
-    """Worst-off, best-off and all samples of a phase in percent, as in Table 2.
-
-    With a baseline each set has two rows, and the second holds the differences to the first in
-    percentage points; without one, each score has a row, with its standard deviation over the
-    samples.
-
-    Args:
-        summary: what summary.json holds.
-        phase: one of its phases.
-    """
-    from rich.table import Table
-
-    found = summary["phases"][phase]
-    table = Table(title=_title(summary, phase), caption=f"In percent. Worst off: {found['worst_off_rule']}.")
-    if "baseline" in found:
-        _compare(table, found)
-    else:
-        _describe(table, found)
-    return table
-
-
-def _title(summary: Mapping[str, Any], phase: str) -> str:
-    from fdkernels.segmentation.display import phase_title
-
-    of = "all images" if summary["part"] == "all" else f"{summary['part']} images"
-    what = "given weights" if phase == "weights" else phase_title(phase, summary["fd_loss"])
-    return f"{summary['model']} on {of} of {summary['dataset']}, {what}"
-
-
-def _compare(table: Table, found: Mapping[str, Any]) -> None:
-    """One section a set: the baseline, then the run with its differences."""
-    table.add_column("samples")
-    table.add_column("images", justify="right")
-    table.add_column("run")
-    for heading in ("Dice", "Δ Dice", "IoU", "Δ IoU"):
-        table.add_column(heading, justify="right")
-    for name, title in SET_TITLES.items():
-        before, after = found["baseline"]["sets"][name], found["sets"][name]
-        table.add_section()
-        table.add_row(
-            title,
-            str(before["images"]),
-            "baseline",
-            _percent(before["dice"]["mean"]),
-            "",
-            _percent(before["iou"]["mean"]),
-            "",
-        )
-        cells = []
-        for score in ("dice", "iou"):
-            cells += [_percent(after[score]["mean"]), _percent(found["difference"][name][score], "+")]
-        table.add_row("", "", "this", *cells)
-
-
-def _describe(table: Table, found: Mapping[str, Any]) -> None:
-    """One row a score and one column a set; then the pooled scores, then the mean over the folds."""
-    sets = [found["sets"][name] for name in SET_TITLES]
-    table.add_column("score")
-    for one, title in zip(sets, SET_TITLES.values(), strict=True):
-        images = "1 image" if one["images"] == 1 else f"{one['images']} images"
-        table.add_column(f"{title}\n{images}", justify="right")
-    for score, title in SCORE_TITLES.items():
-        table.add_row(title, *(_with_deviation(one[score]) for one in sets))
-    table.add_section()
-    for score in ("dice", "iou"):
-        pooled = (_percent(one["pooled"] and one["pooled"][score]) for one in sets)
-        table.add_row(f"{SCORE_TITLES[score]}, pixels pooled", *pooled)
-    if "folds" in found:
-        folds = found["folds"]
-        table.add_section()
-        for score in ("dice", "iou"):
-            title = f"{SCORE_TITLES[score]}, mean of {len(folds['each'])} folds"
-            table.add_row(title, "", "", _with_deviation(folds[score]))
-
-
-def _percent(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else f"{100 * value:{sign}.2f}"
-
-
-def _with_deviation(described: Mapping[str, Any]) -> str:
-    mean, deviation = described["mean"], described["std"]
-    return _percent(mean) if deviation is None else f"{_percent(mean)} ± {_percent(deviation)}"
-
-
-__all__ = ["evaluate", "scores_table"]
+__all__ = ["evaluate"]

@@ -1,7 +1,7 @@
-"""Which images make a batch, and on which rank: decided by seed, epoch and place alone.
+"""Which images make a batch, and on which rank: decided by seed, epoch and position alone.
 
-Neither worker processes nor what was drawn before have a say, so that a run that is resumed, one with
-other workers, and one on several ranks all see the batches of the unbroken run in one process.
+The number of worker processes and earlier random draws change nothing, so a resumed run, one with other
+workers, and one on several ranks all see the batches of the unbroken run in one process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Ranks(NamedTuple):
 
 
 class BatchKey(NamedTuple):
-    """What is to be read for one batch of one rank.
+    """The samples of one batch on one rank.
 
     Attributes:
-        items: their indices.
-        seeds: of the augmentation of each.
-        counted: which of them count; the others only fill up a rank.
+        items: indices of the samples.
+        seeds: the seed of each sample's augmentation.
+        counted: whether each sample counts; the others only fill up a rank.
         mixed: whether the batch, over all ranks, has samples of both domains.
     """
 
@@ -93,7 +93,8 @@ class TrainingBatches(Sampler[BatchKey]):
     Over all ranks a batch has `batch_size` samples a rank; the samples of rank r are the r-th part of
     it. The last batch has what is left, as far as it divides among the ranks: up to `world - 1` samples
     sit out the epoch, other ones each time. Of two domains every batch holds both, wherever that is
-    possible (`mixed_sizes`). Lightning calls `set_epoch`.
+    possible (`mixed_sizes`). Lightning calls `set_epoch`. (Lightning's own DistributedSampler repeats samples
+    to fill up ranks, knows no domains, and gives R ranks other batches than one process.)
 
     Args:
         domains: samples of each domain, one number or two; indices count through the first domain,
@@ -192,7 +193,7 @@ class EvaluationBatches(Sampler[BatchKey]):
             yield BatchKey(items, [0] * len(batch), [place < self.samples for place in batch], False)
 
 
-def shared_training_loader(
+def training_loader(
     samples: Sequence[SegmentationSample],
     novel: Sequence[SegmentationSample] = (),
     *,
@@ -200,12 +201,25 @@ def shared_training_loader(
     batch_size: int,
     workers: int,
     seed: int,
-    ranks: Ranks,
-    pairs: bool,
+    ranks: Ranks = Ranks(),  # noqa: B008 - immutable
+    pairs: bool = False,
+    epoch: int = 0,
 ) -> DataLoader[Any]:
-    """Augmented batches {"image": [N, 3, H, W], "mask": [N, 1, H, W]} as `TrainingBatches` has them.
+    """Load augmented batches {"image": [N, 3, H, W], "mask": [N, 1, H, W]}, chosen by `TrainingBatches`.
 
     With novel samples they also hold "domain", int64 [N] of 0 (base) and 1 (novel).
+
+    Args:
+        samples: of the data set.
+        novel: of a second data set.
+        size: side in pixels that images are resized to; None keeps the size of the file.
+        batch_size: N, samples a rank.
+        workers: processes that read images.
+        seed, ranks, pairs: as for `TrainingBatches`.
+        epoch: the first one.
+
+    Raises:
+        ValueError: as `TrainingBatches`.
     """
     items: Dataset[dict[str, Tensor]]
     if novel:
@@ -216,9 +230,11 @@ def shared_training_loader(
         items, domains = ConcatDataset(parts), [len(part) for part in parts]
     else:
         items, domains = SegmentationDataset(samples, size, augment=True), [len(samples)]
+    batches = TrainingBatches(domains, batch_size, seed, ranks, pairs)
+    batches.set_epoch(epoch)
     return DataLoader(
         Batches(items),
-        sampler=TrainingBatches(domains, batch_size, seed, ranks, pairs),
+        sampler=batches,
         batch_size=None,  # an item of this data set is a batch
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -226,14 +242,24 @@ def shared_training_loader(
     )
 
 
-def shared_evaluation_loader(
-    samples: Sequence[SegmentationSample], *, size: int | None, batch_size: int, ranks: Ranks
+def evaluation_loader(
+    samples: Sequence[SegmentationSample],
+    *,
+    size: int | None,
+    batch_size: int,
+    workers: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 - immutable
 ) -> DataLoader[Any]:
-    """Batches as from `shared_training_loader`, in order, not augmented, as `EvaluationBatches` has them."""
+    """Load batches as `training_loader` does, in order, not augmented, chosen by `EvaluationBatches`.
+
+    Args:
+        samples, size, batch_size, workers, ranks: as for `training_loader`.
+    """
     return DataLoader(
         Batches(SegmentationDataset(samples, size)),
         sampler=EvaluationBatches(len(samples), batch_size, ranks),
         batch_size=None,
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -244,7 +270,7 @@ __all__ = [
     "EvaluationBatches",
     "Ranks",
     "TrainingBatches",
+    "evaluation_loader",
     "mixed_sizes",
-    "shared_evaluation_loader",
-    "shared_training_loader",
+    "training_loader",
 ]

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fdkernels.segmentation.batches import TrainingBatches
 from fdkernels.segmentation.runfiles import replacing
 
 # A checkpoint of the largest network takes about a second to write.
@@ -20,7 +19,7 @@ SECONDS_BETWEEN = 60.0
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads it without executing anything.
+    """Write a checkpoint whole or not at all, and read it without executing anything.
 
     Lightning's own way holds the whole file in memory first and writes it to the system's folder for
     temporary files, from where it may have to be copied.
@@ -39,46 +38,54 @@ class WholeFiles(TorchCheckpointIO):
         return loaded
 
 
-class SaveBestAndLast(Checkpoint):
-    """Keeps the epoch with the highest validation Dice, and one from which a broken run goes on.
+class SaveBestAndLast(ModelCheckpoint):
+    """Lightning's ModelCheckpoint for the highest validation Dice, and a last.ckpt to resume from.
 
-    The last epoch is saved where it was the best so far, at the end of the phase, and where `seconds`
-    have passed since. (Lightning's ModelCheckpoint forgets the best score when a folder is moved.)
-    A run that goes on has its batches told the epoch here: Lightning does so only after it has made
-    the first iterator, when workers have begun to read.
-
-    Attributes:
-        score: the highest validation Dice so far.
+    best.ckpt holds weights alone. last.ckpt is written with each new best, at the end of the phase, and where
+    `seconds` have passed since. (ModelCheckpoint writes its last.ckpt each epoch, or within an epoch by time;
+    and it forgets the best score when the folder is moved, so that the state kept here is the score alone.)
 
     Args:
-        folder: for best.ckpt, which holds weights alone, and last.ckpt.
-        batches: those that are trained on.
-        seconds: that may pass without a checkpoint.
+        folder: of best.ckpt and last.ckpt.
+        seconds: how long to train on without writing last.ckpt.
     """
 
-    def __init__(self, folder: Path, batches: TrainingBatches, seconds: float = SECONDS_BETWEEN) -> None:
-        self.batches = batches
-        self.best = folder / "best.ckpt"
-        self.last = folder / "last.ckpt"
+    def __init__(self, folder: Path, seconds: float = SECONDS_BETWEEN) -> None:
+        super().__init__(
+            folder,
+            "best",
+            monitor="val/dice",
+            mode="max",
+            save_weights_only=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self.best = Path(self.format_checkpoint_name({}))
+        self.last = self.best.with_name("last.ckpt")
         self.seconds = seconds
-        self.score = -1.0
         self._saved_at = time.monotonic()
 
+    @property
+    def state_key(self) -> str:
+        return "SaveBestAndLast"
+
     def state_dict(self) -> dict[str, Any]:
-        return {"score": self.score, "next_epoch": self.batches.epoch + 1}
+        return {"score": None if self.best_model_score is None else float(self.best_model_score)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.score = state_dict["score"]
-        self.batches.set_epoch(state_dict["next_epoch"])
+        if state_dict["score"] is None:
+            return
+        score, path = torch.tensor(state_dict["score"], dtype=torch.float64), str(self.best)
+        kept = {"best_model_score": score, "best_model_path": path, "best_k_models": {path: score}}
+        super().load_state_dict(
+            {**kept, "dirpath": self.dirpath, "kth_best_model_path": path, "kth_value": score}
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        score = float(trainer.callback_metrics["val/dice"])
-        improved = score > self.score
-        if improved:
-            self.score = score
-            trainer.save_checkpoint(self.best, weights_only=True)
+        before = self.best_model_score
+        super().on_train_epoch_end(trainer, pl_module)
         due = (
-            improved
+            self.best_model_score is not before
             or trainer.current_epoch + 1 == trainer.max_epochs
             or time.monotonic() - self._saved_at >= self.seconds
         )

@@ -1,94 +1,109 @@
-"""What a training run is made of, as it is written beside the run."""
+"""The configuration of a training run; config.json beside the run holds it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from fdkernels import models
+from fdkernels.backend import BACKENDS
+from fdkernels.conventions import CONVENTIONS
+from fdkernels.criterion import ALPHA_RULES
+from fdkernels.log_norm.options import EXCHANGES
 from fdkernels.segmentation.data import DATASETS
 
 PHASES = ("warm", "active")
 FOLDS = 5
+ON_PROBLEM = ("refuse", "skip")
 
-# What stands in config.json beside the configuration, for whoever reads the run later.
+# Keys of config.json beside those of the configuration, for whoever reads the run later.
 _RECORDED = frozenset({"versions"})
+
+
+def one_of(names: Iterable[str]) -> str:
+    """List names in a sentence: "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _option(text: str, default: Any = dataclasses.MISSING, *, shown: str | None = None) -> Any:
+    """Declare a field with its meaning, which is also the help of its option on the command line.
+
+    Args:
+        text: the meaning, one clause.
+        default: of the field; without one it must be given.
+        shown: what the help shows in place of the default None.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "shown": shown})
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Every choice of a run; the defaults are the paper's where it states one.
 
-    Attributes:
-        dataset: name of the data set, whose preset gives `size` and `lr` where they are None.
-        data: its folder.
-        output: folder of the run.
-        model, base_channels: as `fdkernels.models.create` takes them.
-        size: side in pixels that images are resized to.
-        batch_size: images a step on each device (with `accumulate`: each part of a step).
-        epochs_warm: epochs of the first phase, with every alpha at 0.
-        epochs_active: epochs of the second, with the loss acting.
-        lr: Adam's learning rate for the network.
-        alpha_lr: Adam's learning rate for the layers' weights alpha.
-        alpha_target: the loss of a layer at which "ascent" stops raising its alpha; None sets it
-            by what the layers reach in the first phase (`phase.alpha_target`).
-        fd_loss: False trains the same two phases on the segmentation objective alone.
-        alpha_rule, convention, exchange, backend: as `fdkernels.FeatureDiscrepancyLoss` takes
-            them; exchange "pooled" needs a second data set.
-        fold: 1 to 5 trains on that fold of a cross-validation, "all" on one after the other; None
-            on one split 70-20-10.
-        on_problem: what to do about files that cannot be used, "refuse" or "skip".
-        novel_dataset, novel_data: a second data set and its folder, whose images are added to
-            those trained on; validation and test stay those of `dataset`.
-        novel_images: how many of them, drawn by the seed; None for all.
-        seed: of the split, the initial weights, the order of the images and their augmentation.
-        workers: processes that read images; None chooses by the number of images.
-        accelerator, devices, num_nodes, strategy, precision: as Lightning's Trainer takes them.
-        sync_batchnorm: whether batch norm takes its statistics over all devices; None does so
-            where several GPUs train, so that they equal one GPU with the whole batch.
-        channels_last: keep images and features in torch's channels_last memory format.
-        compile: run the network through `torch.compile`.
-        accumulate: batches whose gradients make one step of the optimizer.
-        tensorboard: write TensorBoard's files beside the CSV files.
-        limit_batches: at most so many batches an epoch, of each part; for trying things out.
+    Each field is declared with its meaning. Those of a network, of the loss and of Lightning's Trainer
+    (`accelerator`, `devices`, `num_nodes`, `strategy`, `precision`) take what `fdkernels.models.create`,
+    `fdkernels.FeatureDiscrepancyLoss` and Lightning take.
+
+    Raises:
+        ValueError: a number is out of its range, a name is unknown, or fields do not go together.
     """
 
-    dataset: str
-    data: str
-    output: str
-    model: str = "unet"
-    base_channels: int | None = None
-    size: int | None = None
-    batch_size: int = 4
-    epochs_warm: int = 100
-    epochs_active: int = 75
-    lr: float | None = None
-    alpha_lr: float = 1e-3
-    alpha_target: float | None = None
-    fd_loss: bool = True
-    alpha_rule: str = "ascent"
-    convention: str = "paper"
-    exchange: str = "none"
-    backend: str = "auto"
-    fold: int | str | None = None
-    on_problem: str = "refuse"
-    novel_dataset: str | None = None
-    novel_data: str | None = None
-    novel_images: int | None = None
-    seed: int = 0
-    workers: int | None = None
-    accelerator: str = "auto"
-    devices: str = "1"
-    num_nodes: int = 1
-    strategy: str = "auto"
-    sync_batchnorm: bool | None = None
-    precision: str = "32-true"
-    channels_last: bool = False
-    compile: bool = False
-    accumulate: int = 1
-    tensorboard: bool = True
-    limit_batches: int | None = None
+    dataset: str = _option(f"Data set: {one_of(DATASETS)}.")
+    data: str = _option("Folder of the data set.")
+    output: str = _option("Folder of the run, such as runs/first.")
+    model: str = _option(f"Network: {one_of(models.names())}.", "unet")
+    base_channels: int | None = _option("Width of the first level.", None, shown="as published")
+    size: int | None = _option(
+        "Side in pixels that images are resized to.", None, shown="that of the data set"
+    )
+    batch_size: int = _option("Images a batch and device.", 4)
+    accumulate: int = _option("Batches whose gradients make one step of the optimizer.", 1)
+    epochs_warm: int = _option("Epochs of phase one, every alpha at 0.", 100)
+    epochs_active: int = _option("Epochs of phase two, the loss acting.", 75)
+    lr: float | None = _option("Adam's learning rate for the network.", None, shown="that of the data set")
+    alpha_lr: float = _option("Adam's learning rate for alpha.", 1e-3)
+    alpha_target: float | None = _option(
+        "Layer loss at which ascent stops raising alpha.", None, shown="set by phase one"
+    )
+    alpha_rule: str = _option(f"How alpha moves: {one_of(ALPHA_RULES)}.", "ascent")
+    convention: str = _option(f"Reading of the paper: {one_of(CONVENTIONS)}.", "paper")
+    exchange: str = _option(
+        f"Cross-sample term: {one_of(EXCHANGES)}; pooled needs a second data set.", "none"
+    )
+    fd_loss: bool = _option("Train with the loss, or the same two phases without.", True)
+    backend: str = _option(f"Backend of the loss: {one_of(('auto', *BACKENDS))}.", "auto")
+    fold: int | str | None = _option(
+        f"1 to {FOLDS}: train on that fold of a cross-validation; all: on each, one after the other.",
+        None,
+        shown="one split 70-20-10",
+    )
+    on_problem: str = _option("Files that cannot be used: refuse the run, or skip them.", "refuse")
+    novel_dataset: str | None = _option(
+        "Second data set; its images are added to the training set, not to validation and test.", None
+    )
+    novel_data: str | None = _option("Folder of the second data set.", None)
+    novel_images: int | None = _option("Number of its images, drawn by the seed.", None, shown="all")
+    seed: int = _option("Seed of split, weights, order and augmentation.", 0)
+    workers: int | None = _option("Processes that read images.", None, shown="by the number of images")
+    accelerator: str = _option("cpu, cuda, mps or auto.", "auto")
+    devices: str = _option("How many devices, their numbers (0,2), or auto.", "1")
+    num_nodes: int = _option("Hosts that train together.", 1)
+    strategy: str = _option("As Lightning names it; auto is ddp on several devices.", "auto")
+    sync_batchnorm: bool | None = _option(
+        "Batch norm over the samples of all devices, so that they equal one with the whole batch.",
+        None,
+        shown="on GPUs",
+    )
+    precision: str = _option("32-true, bf16-mixed or 16-mixed.", "32-true")
+    channels_last: bool = _option("Keep images and features in the channels_last format.", False)
+    compile: bool = _option("Run the network through torch.compile.", False)
+    tensorboard: bool = _option("Write logs for TensorBoard beside the CSV files.", True)
+    limit_batches: int | None = _option(
+        "At most so many batches an epoch, of each part, to try things out.", None, shown="all"
+    )
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -103,7 +118,7 @@ class TrainingConfig:
             raise ValueError(f"model must be one of {', '.join(models.names())}, got {self.model}")
         if self.fold not in (None, "all", *range(1, FOLDS + 1)):
             raise ValueError(f"fold must be 1 to {FOLDS}, or all, got {self.fold}")
-        if self.on_problem not in ("refuse", "skip"):
+        if self.on_problem not in ON_PROBLEM:
             raise ValueError(f'on_problem must be "refuse" or "skip", got "{self.on_problem}"')
         self._check_exchange()
 
@@ -125,8 +140,9 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
 
     def _check_exchange(self) -> None:
-        if self.exchange not in ("none", "shuffle", "pooled"):
-            raise ValueError(f'exchange must be "none", "shuffle" or "pooled", got "{self.exchange}"')
+        if self.exchange not in EXCHANGES:
+            names = one_of(f'"{name}"' for name in EXCHANGES)
+            raise ValueError(f'exchange must be {names}, got "{self.exchange}"')
         if (self.novel_dataset is None) != (self.novel_data is None):
             raise ValueError(
                 "novel_dataset and novel_data must be given together, the name of the second data set "
@@ -150,7 +166,7 @@ class TrainingConfig:
 
     @property
     def exchanges(self) -> bool:
-        """Whether samples of a batch are paired with each other."""
+        """Whether the loss pairs the samples of a batch."""
         return self.fd_loss and self.exchange != "none"
 
     @property
@@ -158,11 +174,11 @@ class TrainingConfig:
         return self.fd_loss and self.alpha_rule == "ascent"
 
     def epochs(self, phase: str) -> int:
-        """Epochs of the phase of that name."""
+        """Give the epochs of a phase, "warm" or "active"."""
         return {"warm": self.epochs_warm, "active": self.epochs_active}[phase]
 
     def resolved(self) -> TrainingConfig:
-        """The same with size and learning rate taken from the data set's preset where None.
+        """Fill in size and learning rate from the data set's preset where None.
 
         Raises:
             ValueError: a data set is unknown.
@@ -179,12 +195,12 @@ class TrainingConfig:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Every field by name."""
+        """Give every field by name."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainingConfig:
-        """The configuration that `as_json` gave, from what config.json holds.
+        """Read the configuration from the content of config.json.
 
         Raises:
             ValueError: a field is unknown or missing.
@@ -198,4 +214,4 @@ class TrainingConfig:
             raise ValueError(f"the configuration is incomplete: {error}") from error
 
 
-__all__ = ["FOLDS", "PHASES", "TrainingConfig"]
+__all__ = ["FOLDS", "ON_PROBLEM", "PHASES", "TrainingConfig", "one_of"]

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import Split
-from fdkernels.segmentation.measure import train_measured
 from fdkernels.segmentation.pictures import draw_comparison
+from fdkernels.segmentation.profiling import train_measured
 from fdkernels.segmentation.runfiles import write_json
 from fdkernels.segmentation.slide import PATCH, write_patches
 

@@ -11,7 +11,7 @@ from fdkernels.discrepancy import gather_batch
 
 
 def _wide(values: Tensor) -> Tensor:
-    """The values in float32 at least."""
+    """Cast to float32 unless the dtype is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -54,14 +54,18 @@ class DiceLoss(nn.Module):
         self.eps = eps
         self.group = group
 
-    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """The loss of `logits` [N, 1, *S] against `mask` [N, 1, *S] in [0, 1]."""
+    def forward(self, logits: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Compute the loss of `logits` [N, 1, *S] against `mask` [N, 1, *S] in [0, 1].
+
+        `group` takes the place of the module's own for this call.
+        """
         _check_pair(logits, mask)
         soft = _wide(logits).sigmoid()  # [N, 1, *S]
         truth = mask.to(soft.dtype)  # [N, 1, *S]
         sums = torch.stack([(soft * truth).sum(), soft.sum() + truth.sum()])  # [2]
-        if self.group is not None:
-            sums = gather_batch(sums.view(2, 1, 1), self.group).sum(dim=(1, 2))
+        group = self.group if group is None else group
+        if group is not None:
+            sums = gather_batch(sums.view(2, 1, 1), group).sum(dim=(1, 2))
         return 1 - (2 * sums[0] + self.eps) / (sums[1] + self.eps)
 
 
@@ -86,9 +90,12 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         self.dice = DiceLoss(eps, group)
 
-    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """The loss of `logits` [N, 1, *S] against `mask` [N, 1, *S] in [0, 1]."""
-        dice: Tensor = self.dice(logits, mask)
+    def forward(self, logits: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Compute the loss of `logits` [N, 1, *S] against `mask` [N, 1, *S] in [0, 1].
+
+        `group` takes the place of the module's own for this call.
+        """
+        dice: Tensor = self.dice(logits, mask, group=group)
         logits = _wide(logits)
         return dice + functional.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype))
 

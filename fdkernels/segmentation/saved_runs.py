@@ -1,10 +1,14 @@
-"""Runs as they lie on the disk: their configuration, their samples and their networks."""
+"""Runs on the disk: begun in a folder, and read from it with their samples and networks."""
 
 from __future__ import annotations
 
+import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -14,9 +18,54 @@ from fdkernels.models import SegmentationNetwork
 from fdkernels.segmentation.config import PHASES, TrainingConfig
 from fdkernels.segmentation.data import SegmentationSample, Split
 from fdkernels.segmentation.data.finding import raise_problems
-from fdkernels.segmentation.runfiles import read_json, read_weights
+from fdkernels.segmentation.runfiles import read_json, read_weights, remove_unfinished, write_json
 
 PARTS = ("train", "validation", "test")
+
+
+def begin_run(config: TrainingConfig, described: Mapping[str, Any], resume: bool) -> None:
+    """Write config.json and split.json into the folder of the run, unless that would mix two runs.
+
+    Args:
+        config: the run.
+        described: the content of split.json.
+        resume: the folder may hold this run already.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is False, or a run with another split.
+    """
+    folder = Path(config.output)
+    if not resume:
+        check_free(folder)
+    written = folder / "split.json"
+    if resume and written.exists():
+        # Skipped files are told with the path of the data, which may have been moved.
+        before, now = ({**content, "skipped": []} for content in (read_json(written), described))
+        if before != now:
+            raise ValueError(
+                f"data {config.data} no longer splits as {written} says; resume with the files that "
+                "the run began with"
+            )
+    remove_unfinished(folder)
+    write_json(folder / "config.json", {**config.as_json(), "versions": _versions()})
+    write_json(written, described)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that already holds a run.
+
+    Raises:
+        ValueError: it does.
+    """
+    kept = [f"{phase}/{name}.ckpt" for phase in PHASES for name in ("best", "last")]
+    if any(list(folder.glob(pattern)) for name in kept for pattern in (name, f"fold-*/{name}")):
+        raise ValueError(f"output {folder} already holds a run; continue it with --resume, or name another")
+
+
+def _versions() -> dict[str, str]:
+    """The versions on which the numbers of a run depend."""
+    packages = {name: metadata.version(name) for name in ("torch", "lightning", "torchmetrics", "numpy")}
+    return {"fdkernels": fdkernels.__version__, "python": platform.python_version(), **packages}
 
 
 @dataclass(frozen=True)
@@ -24,9 +73,9 @@ class SavedRun:
     """A run's folder with its configuration, as `read_run` finds it.
 
     Attributes:
-        folder: of the run, in the layout of `protocol`.
+        folder: of the run, in the layout of `train`.
         config: config.json.
-        fold: number of the fold whose run it is, None if it is none.
+        fold: number of the fold, None for a run without folds.
     """
 
     folder: Path
@@ -34,11 +83,11 @@ class SavedRun:
     fold: int | None = None
 
     def finished_phases(self) -> list[str]:
-        """The phases that have been trained to their end, in their order."""
+        """List the phases that have been trained to their end, in their order."""
         return [phase for phase in PHASES if (self.folder / phase / "result.json").exists()]
 
     def load_network(self, phase: str) -> SegmentationNetwork:
-        """The network with the best weights of a phase, in evaluation mode, on the CPU.
+        """Load the network with the best weights of a phase, in evaluation mode, on the CPU.
 
         Raises:
             ValueError: the phase is not finished, or its weights cannot be read or do not fit.
@@ -47,13 +96,13 @@ class SavedRun:
             whole = self.folder if self.fold is None else self.folder.parent
             raise ValueError(
                 f"run {self.folder} has not finished phase {phase}: there is no {phase}/result.json; "
-                f"go on with it by fdkernels train --output {whole} --resume"
+                f"continue it with fdkernels train --output {whole} --resume"
             )
         weights = self.folder / phase / "best.safetensors"
         return load_network(weights, self.config.model, self.config.base_channels)
 
     def data(self, moved: str | Path | None = None) -> Path:
-        """The folder of the data, or where it was `moved`.
+        """Find the folder of the data, or where it was `moved`.
 
         Raises:
             ValueError: there is no such folder.
@@ -61,15 +110,15 @@ class SavedRun:
         root = Path(self.config.data if moved is None else moved)
         if not root.is_dir():
             hint = "; if it has moved, say where it is now with --data" if moved is None else ""
-            raise ValueError(f"data {root} of run {self.folder} is no folder{hint}")
+            raise ValueError(f"data {root} of run {self.folder} must be a folder{hint}")
         return root
 
     def part(self, part: str, moved: str | Path | None = None) -> tuple[list[SegmentationSample], list[str]]:
-        """The samples of a part as split.json lists them, and their images' paths in the data.
+        """Read the samples of a part from split.json, and their images' paths in the data.
 
         Raises:
             ValueError: the part is unknown or empty, split.json cannot be used, or files that it
-                names are not there.
+                names are missing.
         """
         if part not in PARTS:
             raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part}")
@@ -85,7 +134,7 @@ class SavedRun:
         raise_problems(
             root,
             [
-                f"{file} is named in {written} and not there"
+                f"{file} is named in {written}, but missing"
                 for sample in samples
                 for file in (sample.image, *sample.masks)
                 if not file.is_file()
@@ -95,7 +144,7 @@ class SavedRun:
 
 
 def read_run(folder: str | Path, fold: int | None = None) -> SavedRun:
-    """The run in a folder.
+    """Read the configuration of the run in a folder.
 
     Raises:
         ValueError: there is none, or its configuration cannot be used.
@@ -116,7 +165,7 @@ def read_run(folder: str | Path, fold: int | None = None) -> SavedRun:
 
 
 def find_runs(folder: str | Path) -> list[SavedRun]:
-    """The run in a folder, or the run of each fold where it holds fold-1, fold-2 and so on.
+    """Find the run in a folder, or the run of each fold where it holds fold-1, fold-2 and so on.
 
     Raises:
         ValueError: there is neither, a fold is missing between others, or as `read_run`.
@@ -139,7 +188,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def load_network(weights: str | Path, model: str, base_channels: int | None = None) -> SegmentationNetwork:
-    """A network with weights from a safetensors file, in evaluation mode, on the CPU.
+    """Load a network with weights from a safetensors file, in evaluation mode, on the CPU.
 
     Nothing is executed: other formats, which may hold code, are refused.
 
@@ -149,7 +198,7 @@ def load_network(weights: str | Path, model: str, base_channels: int | None = No
     weights = Path(weights)
     network = models.create(model, base_channels=base_channels)
     if not weights.is_file():
-        raise ValueError(f"weights {weights} are not there")
+        raise ValueError(f"weights must name a safetensors file, got {weights}, which does not exist")
     try:
         network.load_state_dict(read_weights(weights))
     except SafetensorError as error:
@@ -164,4 +213,4 @@ def load_network(weights: str | Path, model: str, base_channels: int | None = No
     return network.eval()
 
 
-__all__ = ["PARTS", "SavedRun", "find_runs", "load_network", "read_run"]
+__all__ = ["PARTS", "SavedRun", "begin_run", "check_free", "find_runs", "load_network", "read_run"]

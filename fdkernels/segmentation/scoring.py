@@ -14,7 +14,8 @@ import fdkernels as fdk
 from fdkernels.conventions import get_convention
 from fdkernels.layer_masks import layer_masks
 from fdkernels.models import SegmentationNetwork
-from fdkernels.segmentation.data import SegmentationSample, default_workers, evaluation_loader
+from fdkernels.segmentation.batches import evaluation_loader
+from fdkernels.segmentation.data import SegmentationSample, default_workers
 from fdkernels.segmentation.metrics import COUNTS, SCORES, sample_scores
 
 # The eight symmetries of the square: quarter turns to the left, and whether a mirror image is turned.

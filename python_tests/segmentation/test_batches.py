@@ -15,7 +15,7 @@ from fdkernels.segmentation.batches import (
     Ranks,
     TrainingBatches,
     mixed_sizes,
-    shared_training_loader,
+    training_loader,
 )
 from fdkernels.segmentation.data import DATASETS, SegmentationDataset
 from tiny_data import make_tiny
@@ -145,7 +145,7 @@ def samples(tmp_path_factory):
 
 
 def _load(samples, novel=(), workers=0, epoch=0):
-    loader = shared_training_loader(
+    loader = training_loader(
         samples,
         novel,
         size=32,

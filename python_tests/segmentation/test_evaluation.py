@@ -288,7 +288,7 @@ def test_data_that_has_moved_can_be_named(run, data, tmp_path):
     assert [row.counts for row in found.samples] == [
         row.counts for row in evaluate(run, options=ON_CPU).samples
     ]
-    with pytest.raises(ValueError, match=r"01_1\.png is named in .*split\.json and not there"):
+    with pytest.raises(ValueError, match=r"01_1\.png is named in .*split\.json, but missing"):
         evaluate(run, data=moved, part="validation", options=ON_CPU)
 
 

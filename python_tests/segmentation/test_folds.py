@@ -6,9 +6,8 @@ import shutil
 import pytest
 
 from fdkernels.segmentation.config import TrainingConfig
-from fdkernels.segmentation.folds import summarize
-from fdkernels.segmentation.protocol import train
 from fdkernels.segmentation.runfiles import read_json
+from fdkernels.segmentation.train import summarize_folds, train
 from tiny_data import make_tiny
 
 
@@ -18,7 +17,7 @@ def _result(dice):
 
 
 def test_mean_and_standard_deviation_are_those_worked_by_hand():
-    summary = summarize([_result(0.2), _result(0.4), _result(0.9)])
+    summary = summarize_folds([_result(0.2), _result(0.4), _result(0.9)])
     assert summary["folds"] == 3
     scores = summary["phases"]["warm"]
     assert set(scores) == {"validation_dice", "dice", "iou"}

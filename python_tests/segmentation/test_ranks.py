@@ -17,8 +17,8 @@ from torch import nn
 
 from fdkernels import models
 from fdkernels.segmentation.config import TrainingConfig
-from fdkernels.segmentation.protocol import train
 from fdkernels.segmentation.runfiles import read_json, read_weights
+from fdkernels.segmentation.train import train
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"

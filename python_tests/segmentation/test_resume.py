@@ -18,8 +18,8 @@ from lightning.pytorch import Callback
 from fdkernels.segmentation import checkpoints
 from fdkernels.segmentation.checkpoints import WholeFiles
 from fdkernels.segmentation.config import TrainingConfig
-from fdkernels.segmentation.protocol import train
 from fdkernels.segmentation.runfiles import read_json, read_weights
+from fdkernels.segmentation.train import train
 from tiny_data import make_tiny
 
 CASES = {
@@ -130,6 +130,22 @@ SAVE = checkpoints.SaveBestAndLast.on_train_epoch_end
 def _save_the_first_epoch(self, trainer, pl_module):
     if trainer.current_epoch == 0 or not pl_module.criterion.is_active:
         SAVE(self, trainer, pl_module)
+
+
+def test_the_best_score_is_kept_when_the_folder_moves(whole, tmp_path):
+    config = dataclasses.replace(whole, output=str(tmp_path / "run"))
+    with pytest.raises(InterruptedError):
+        train(config, callbacks=[_Break("active", 2)], progress=False)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    last, best = (tmp_path / "moved" / "active" / name for name in ("last.ckpt", "best.ckpt"))
+    checkpoint = torch.load(last, weights_only=True)
+    # As released versions wrote it; no epoch reaches such a Dice.
+    checkpoint["callbacks"]["SaveBestAndLast"] = {"score": 2.0, "next_epoch": checkpoint["epoch"] + 1}
+    torch.save(checkpoint, last)
+    before = best.read_bytes()
+    train(dataclasses.replace(config, output=str(tmp_path / "moved")), resume=True, progress=False)
+    assert best.read_bytes() == before
+    assert torch.load(last, weights_only=True)["callbacks"]["SaveBestAndLast"]["score"] == 2
 
 
 @pytest.mark.parametrize("deadly", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])

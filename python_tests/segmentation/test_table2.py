@@ -10,8 +10,8 @@ import pytest
 from fdkernels import models
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.presets import TABLE_2, preset_fields
-from fdkernels.segmentation.protocol import train
 from fdkernels.segmentation.runfiles import read_json, read_weights
+from fdkernels.segmentation.train import train
 from tiny_data import make_tiny
 
 # A second data set of the same kind of images, as section 4 pools them.

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import LightningModule
 from rich.console import Console
 
-from fdkernels.segmentation.display import PhaseProgress, quiet_lightning, results_table
+from fdkernels.segmentation.console import PhaseProgress, quiet_lightning, results_table
 
 
 class _Trainer:

@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fdkernels import models
 from fdkernels.segmentation.config import TrainingConfig
-from fdkernels.segmentation.phase import alpha_target, build_module
-from fdkernels.segmentation.protocol import train
+from fdkernels.segmentation.module import SegmentationModule
 from fdkernels.segmentation.runfiles import read_json, read_weights
+from fdkernels.segmentation.train import alpha_target, train
 from tiny_data import write_tiny_tnbc
 
 
@@ -271,4 +271,4 @@ def test_exchange_drops_a_last_batch_of_one(config, tmp_path):
 
 def test_a_module_needs_a_learning_rate(config):
     with pytest.raises(ValueError, match="lr must be given"):
-        build_module(dataclasses.replace(config, lr=None))
+        SegmentationModule.from_config(dataclasses.replace(config, lr=None))

@@ -1,4 +1,4 @@
-"""A training with the time of its steps and the peak memory of its process."""
+"""Profile a training: the time of its steps and the peak memory of its process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import Split
-from fdkernels.segmentation.run import run_phases
+from fdkernels.segmentation.train import train_run
 
 
 class StepClock(Callback):
-    """Times each training step: forward, backward and optimizer, without reading the data.
+    """Time each training step: forward, backward and optimizer, without reading the data.
 
     On a GPU it waits for the device before and after the step, so that the step itself is timed.
     """
@@ -27,7 +27,7 @@ class StepClock(Callback):
         self._start = 0.0
 
     def quartiles(self) -> list[float]:
-        """First quartile, median and third quartile of the seconds a step, of the last fit."""
+        """Compute first quartile, median and third quartile of the seconds a step, of the last fit."""
         return statistics.quantiles(self.fits[-1], n=4, method="inclusive")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +56,7 @@ class StepClock(Callback):
 
 
 def peak_memory() -> int | None:
-    """Most bytes of memory that this process has held; None where the system does not tell.
+    """Read the peak memory of this process in bytes; None where the system does not tell.
 
     On Linux this is VmHWM of /proc/self/status. The more portable getrusage is the second choice:
     there a child process inherits the peak of the process that started it.
@@ -75,10 +75,19 @@ def peak_memory() -> int | None:
 
 
 def train_measured(config: TrainingConfig, split: Split) -> dict[str, Any]:
-    """Trains both phases and returns the metrics, with time and memory of this process."""
+    """Train both phases and return the metrics, with time and memory of this process.
+
+    Args:
+        config: the run.
+        split: its images.
+
+    Returns:
+        The content of metrics.json, with seconds, cpu_seconds, quartiles of the seconds a step, steps of each
+        phase, and peak memory in bytes (on a GPU also of its tensors).
+    """
     clock = StepClock()
     before, start, cpu = peak_memory(), time.perf_counter(), time.process_time()
-    metrics = run_phases(config, split, callbacks=[clock])
+    metrics = train_run(config, split, callbacks=[clock])
     peak = peak_memory()
     metrics["seconds"] = time.perf_counter() - start
     metrics["cpu_seconds"] = time.process_time() - cpu

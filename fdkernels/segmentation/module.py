@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,16 +11,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 import fdkernels as fdk
+from fdkernels import models
 from fdkernels.models import SegmentationNetwork
+from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import derive_seed
 from fdkernels.segmentation.metrics import OverlapScores
 from fdkernels.segmentation.objective import SegmentationLoss
 
-Tapped = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-
 
 class SegmentationModule(LightningModule):
-    """Trains `model` on the segmentation objective, with the feature discrepancy loss if given.
+    """Train `model` on the segmentation objective, with the feature discrepancy loss if given.
 
         L = L_seg + sum_l alpha_l L_l
 
@@ -29,14 +28,18 @@ class SegmentationModule(LightningModule):
     state of `criterion` (`freeze()`, `activate()`), which the caller sets before each phase.
     Logged for each epoch: train/loss, train/segmentation_loss, val/dice and val/iou, the learning
     rates lr/network and lr/alpha, and for each layer alpha/NAME (its value at the end of the epoch)
-    and discrepancy_loss/NAME (the mean of L_l over the batches). Testing logs what `OverlapScores`
-    gives under test/.
+    and discrepancy_loss/NAME (the mean of L_l over the batches). Testing logs the scores of
+    `OverlapScores` under test/.
 
     On several ranks the loss is that of all their samples together: Dice sums and region features
     are added up and exchanged over the ranks, so that R ranks with batches of N make the step of one
     process with R * N, batch norm without `sync_batchnorm` aside. With gradient accumulation alpha
     moves and `criterion` counts once a step of the optimizer; the pairs of an exchange are made
     within each batch.
+
+    A batch is a dict: "image", float [N, 3, H, W] in [0, 1]; "mask", float [N, 1, H, W] of 0 and 1; with a
+    second data set "domain", int64 [N], 1 is novel, and "mixed", whether both occur over all ranks; in
+    evaluation "counted", bool [N], False for samples that fill up a rank.
 
     Attributes:
         epoch_layer_losses: with a criterion, L_l of each layer [L], the mean over the batches of
@@ -49,6 +52,9 @@ class SegmentationModule(LightningModule):
         alpha_lr: Adam's learning rate for alpha.
         channels_last: keep weights, images and features in torch's channels_last memory format.
         compile_network: run the network, with its taps, through `torch.compile`.
+
+    Raises:
+        RuntimeError: the training loss of an epoch is not finite.
 
     References:
         Section 2.3.1 and equations 3 to 5.
@@ -76,60 +82,101 @@ class SegmentationModule(LightningModule):
         self.objective = SegmentationLoss()
         self.val_scores = OverlapScores()
         self.test_scores = OverlapScores()
+        self._group: dist.ProcessGroup | None = None
         self._layer_losses: list[Tensor] = []
-        self._compiled: Tapped | None = None
-        self._taps: fdk.FeatureTaps | None = None
+        self._compiled: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
         if criterion is not None:
             # [L], the mean over the batches of the last epoch; kept in checkpoints.
             self.register_buffer("epoch_layer_losses", torch.zeros(len(model.tap_names)))
 
+    @classmethod
+    def from_config(cls, config: TrainingConfig) -> SegmentationModule:
+        """Make the network with fresh weights, and the loss unless the configuration leaves it out.
+
+        Raises:
+            ValueError: `lr` is None, or the network or the loss does not know a name.
+        """
+        if config.lr is None:
+            raise ValueError("lr must be given where the data set has no preset, got None")
+        model = models.create(config.model, base_channels=config.base_channels)
+        criterion = None
+        if config.fd_loss:
+            criterion = fdk.FeatureDiscrepancyLoss(
+                num_layers=len(model.tap_names),
+                alpha_rule=config.alpha_rule,
+                convention=config.convention,
+                exchange=config.exchange,
+                backend=config.backend,
+                active=False,
+            )
+        return cls(
+            model,
+            criterion,
+            lr=config.lr,
+            alpha_lr=config.alpha_lr,
+            channels_last=config.channels_last,
+            compile_network=config.compile,
+        )
+
     def setup(self, stage: str) -> None:
+        self._group = dist.group.WORLD if self.trainer.world_size > 1 else None
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        group = dist.group.WORLD if self.trainer.world_size > 1 else None
-        self.objective.dice.group = group
-        if self.criterion is not None:
-            self.criterion.settings = self.criterion.settings._replace(group=group)
         if self.compile_network and self._compiled is None:
-            self._taps = taps = fdk.FeatureTaps(self.model, self.model.tap_names)
-            model = self.model
+            self._compiled = _compile(self.model)
 
-            def tapped(image: Tensor) -> tuple[Tensor, list[Tensor]]:
-                logits = model(image)
-                return logits, list(taps.features)
-
-            # Compiled code holds the hooks that are there when it is made: these stay for good.
-            self._compiled = torch.compile(tapped)
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [
+            {"name": "network", "params": list(self.model.parameters()), "lr": self.lr}
+        ]
+        criterion = self.criterion
+        if criterion is not None and criterion.is_active and isinstance(criterion.alpha, nn.Parameter):
+            groups.append({"name": "alpha", "params": [criterion.alpha], "lr": self.alpha_lr})
+        return torch.optim.Adam(groups)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Compute the logits [N, 1, H, W] of `image` [N, 3, H, W]."""
         image = self._laid_out(image)
-        logits: Tensor = self.model(image) if self._compiled is None else self._tapped(image)[0]
+        logits: Tensor = self.model(image) if self._compiled is None else self._compiled(image)[0]
         return logits
 
-    def _laid_out(self, image: Tensor) -> Tensor:
-        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
-
-    def _tapped(self, image: Tensor) -> tuple[Tensor, list[Tensor] | fdk.FeatureTaps]:
-        """Logits, and the features of the layers as the criterion takes them."""
-        if self._compiled is not None and self._taps is not None:
-            logits, features = self._compiled(image)
-            self._taps.clear()
-            return logits, features
+    def _forward_with_features(self, image: Tensor) -> tuple[Tensor, list[Tensor] | fdk.FeatureTaps]:
+        """Compute the logits [N, 1, H, W], and the features of the layers as the criterion takes them."""
+        image = self._laid_out(image)
+        if self._compiled is not None:
+            return self._compiled(image)
         # The hooks live for this pass alone, so that no feature map outlives the step and
         # evaluation pays nothing for them.
         acts = self.criterion is not None and self.criterion.is_active
         with fdk.FeatureTaps(self.model, self.model.tap_names, fused=acts) as taps:
             return self.model(image), taps
 
+    def _laid_out(self, image: Tensor) -> Tensor:
+        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+    def on_train_epoch_start(self) -> None:
+        self._layer_losses.clear()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        image, mask = self._laid_out(batch["image"]), batch["mask"]
         if self.criterion is None:
-            segmentation_loss: Tensor = self.objective(self(image), mask)
+            segmentation_loss: Tensor = self.objective(self(batch["image"]), batch["mask"], group=self._group)
             loss = segmentation_loss
         else:
-            logits, features = self._tapped(image)
-            segmentation_loss = self.objective(logits, mask)
-            loss = segmentation_loss + self._discrepancy(self.criterion, features, batch, batch_idx)
+            logits, features = self._forward_with_features(batch["image"])
+            segmentation_loss = self.objective(logits, batch["mask"], group=self._group)
+            # Samples of one domain alone cannot be paired across domains.
+            alone = self.criterion.exchange == "pooled" and not batch.get("mixed", True)
+            loss = segmentation_loss + self.criterion(
+                features,
+                batch["mask"],
+                domains=self._domains(batch),
+                exchange="none" if alone else None,
+                group=self._group,
+                # Of the batches whose gradients make one step, one counts.
+                count_step=batch_idx % self.trainer.accumulate_grad_batches == 0,
+            )
+            if self.criterion.layer_losses is not None:
+                self._layer_losses.append(self.criterion.layer_losses)
         for name, value in (("loss", loss), ("segmentation_loss", segmentation_loss)):
             self.log(
                 f"train/{name}",
@@ -137,34 +184,21 @@ class SegmentationModule(LightningModule):
                 on_step=False,
                 on_epoch=True,
                 prog_bar=True,
-                batch_size=len(image),
-                sync_dist=self.trainer.world_size > 1,
+                batch_size=len(batch["image"]),
+                sync_dist=self._group is not None,
             )
-        return loss * self._share_of_step(batch_idx)
+        return loss * self._factor_of_step(batch_idx)
 
-    def _discrepancy(
-        self,
-        criterion: fdk.FeatureDiscrepancyLoss,
-        features: list[Tensor] | fdk.FeatureTaps,
-        batch: dict[str, Any],
-        batch_idx: int,
-    ) -> Tensor:
-        # The criterion counts its training passes; of accumulated batches, one counts.
-        criterion.train(batch_idx % self.trainer.accumulate_grad_batches == 0)
-        domains = batch.get("domain")
-        if domains is not None and criterion.settings.group is not None:
-            parts = [torch.empty_like(domains) for _ in range(self.trainer.world_size)]
-            dist.all_gather(parts, domains, group=criterion.settings.group)
-            domains = torch.cat(parts)  # [R * N]
-        alone = criterion.settings.exchange == "pooled" and not batch.get("mixed", True)
-        with _without_exchange(criterion, alone):
-            loss: Tensor = criterion(features, batch["mask"], domains=domains)
-        if criterion.layer_losses is not None:
-            self._layer_losses.append(criterion.layer_losses)
-        return loss
+    def _domains(self, batch: dict[str, Any]) -> Tensor | None:
+        """Gather the domain of each sample over all ranks, [R * N]; None without a second data set."""
+        domains: Tensor | None = batch.get("domain")  # [N]
+        if domains is None or self._group is None:
+            return domains
+        gathered = self.all_gather(domains)  # [R, N]
+        return torch.as_tensor(gathered).flatten()
 
-    def _share_of_step(self, batch_idx: int) -> float:
-        """Makes a step the mean over its batches: Lightning divides by K, the last step may have fewer."""
+    def _factor_of_step(self, batch_idx: int) -> float:
+        """Make a step the mean over its batches: Lightning divides by K, the last step may have fewer."""
         together = self.trainer.accumulate_grad_batches
         batches = int(self.trainer.num_training_batches)
         return together / min(together, batches - batch_idx // together * together)
@@ -173,9 +207,6 @@ class SegmentationModule(LightningModule):
         if self.criterion is not None:
             self.criterion.project_()
 
-    def on_train_epoch_start(self) -> None:
-        self._layer_losses.clear()
-
     def on_train_epoch_end(self) -> None:
         loss = self.trainer.callback_metrics["train/loss"]
         if not torch.isfinite(loss):
@@ -183,6 +214,7 @@ class SegmentationModule(LightningModule):
                 f"the training loss became {float(loss)} in epoch {self.current_epoch + 1}; "
                 "a lower lr or alpha_lr, or 32-bit precision, may keep it finite"
             )
+        # Not by LearningRateMonitor, whose names change with the number of groups.
         optimizer = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, torch.optim.Optimizer):
             for group in optimizer.param_groups:
@@ -213,43 +245,42 @@ class SegmentationModule(LightningModule):
         self.log_dict({f"test/{name}": value for name, value in scores.items()})
 
     def _counted(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits and masks of the samples that count; the others fill up a rank (`EvaluationBatches`)."""
+        """Compute the logits and take the masks of the samples that count; the others fill up a rank."""
         logits, mask, counted = self(batch["image"]), batch["mask"], batch.get("counted")
-        if counted is None or self.trainer.world_size == 1:
+        if counted is None or self._group is None:
             return logits, mask
         return logits[counted], mask[counted]
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = [
-            {"name": "network", "params": list(self.model.parameters()), "lr": self.lr}
-        ]
-        criterion = self.criterion
-        if criterion is not None and criterion.is_active and isinstance(criterion.alpha, nn.Parameter):
-            groups.append({"name": "alpha", "params": [criterion.alpha], "lr": self.alpha_lr})
-        return torch.optim.Adam(groups)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         dice = self.trainer.callback_metrics.get("val/dice")
         checkpoint["validation_dice"] = None if dice is None else float(dice)
 
 
-@contextmanager
-def _without_exchange(criterion: fdk.FeatureDiscrepancyLoss, alone: bool) -> Iterator[None]:
-    """Leaves out the exchange term where a batch has samples of one domain alone."""
-    settings = criterion.settings
-    if alone:
-        criterion.settings = settings._replace(exchange="none")
-    try:
-        yield
-    finally:
-        criterion.settings = settings
+def _compile(model: SegmentationNetwork) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+    """Compile the network so that it returns logits [N, 1, H, W] and the features of its taps."""
+    # Compiled code holds the hooks that are there when it is made: these stay for good.
+    taps = fdk.FeatureTaps(model, model.tap_names)
+
+    def tapped(image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits = model(image)
+        return logits, list(taps.features)
+
+    compiled = torch.compile(tapped)
+
+    def run(image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits, features = compiled(image)
+        taps.clear()
+        return logits, features
+
+    return run
 
 
 class SeedSteps(Callback):
-    """Seeds torch anew before each batch, from the seed, the epoch, the batch and the rank.
+    """Seed torch anew before each batch, from the seed, the epoch, the batch and the rank.
 
     So a step does not depend on the random numbers drawn before it: a resumed run goes on as an
     unbroken one would have, and the first of several ranks draws the pairs that one process would.
+    (Lightning's seed_everything seeds once, at the start of a process.)
     """
 
     def __init__(self, seed: int, seeder: Callable[[int], Any] = torch.manual_seed) -> None:

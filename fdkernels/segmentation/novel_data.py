@@ -1,4 +1,4 @@
-"""Images of a second data set that are added to those trained on (section 4 of the paper)."""
+"""Images of a second data set, added to the training set (section 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fdkernels.segmentation.data import FoundSamples, SegmentationSample
 
 
 def draw_novel(found: FoundSamples, images: int | None, seed: int) -> tuple[SegmentationSample, ...]:
-    """`images` samples of the novel data set, or all, in an order that depends on the seed alone.
+    """Draw `images` samples of the novel data set, or all, in an order that depends on the seed alone.
 
-    Those of a smaller number are among those of a larger one, so that a series of runs adds images to
-    what the run before it had.
+    A smaller number draws some of a larger one's samples, so that each run of a series adds images to
+    the run before it.
 
     Args:
         found: the novel data set.
@@ -35,7 +35,7 @@ def draw_novel(found: FoundSamples, images: int | None, seed: int) -> tuple[Segm
 
 
 def check_apart(base: Sequence[SegmentationSample], novel: Sequence[SegmentationSample]) -> None:
-    """Refuses a novel data set that shares files with the base, whose test images it would give away.
+    """Refuse a novel data set that shares files with the base: it would put test images into training.
 
     Raises:
         ValueError: an image is in both.

@@ -1,4 +1,4 @@
-"""What a person sees of a run at the terminal: progress, the table of results, no chatter."""
+"""Output at the terminal: progress of a run, tables of results, no chatter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.table import Table
 import fdkernels as fdk
 from fdkernels.backend import resolve
 from fdkernels.segmentation.config import TrainingConfig
-from fdkernels.segmentation.phase import RunData
+from fdkernels.segmentation.run_data import RunData
 
 # Remarks that do not concern the user: the loaders choose their workers by the size of the data,
 # the folder of a run that is resumed is meant not to be empty, scores are equal on all ranks before
@@ -40,9 +40,19 @@ _CHATTER = (
 )
 
 
+SET_TITLES = {"worst_off": "worst off", "best_off": "best off", "all": "all"}
+SCORE_TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "precision": "precision",
+}
+
+
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keeps Lightning's notices (below warnings) and the remarks named above off the screen."""
+    """Silence Lightning's notices (below warnings) and the remarks named above."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -58,7 +68,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def run_text(config: TrainingConfig, data: RunData, device: torch.device, world: int) -> str:
-    """What is trained on what, in two lines: network, images, device, number format, backend."""
+    """Describe a run in two lines: network, images, device, number format, backend."""
     split = data.split
     images = f"{len(split.train)} images"
     if data.novel:
@@ -82,7 +92,7 @@ def run_text(config: TrainingConfig, data: RunData, device: torch.device, world:
 
 
 class RunHeader(Callback):
-    """Says once, when the device is known, what is trained on what."""
+    """Print `run_text` once, when Lightning knows the device."""
 
     def __init__(self, config: TrainingConfig, data: RunData, console: Console | None = None) -> None:
         self.config = config
@@ -98,10 +108,10 @@ class RunHeader(Callback):
 
 
 class PhaseProgress(Callback):
-    """One live line for a phase: steps, time left, L_seg and validation Dice of the last epoch.
+    """Show one live line for a phase: steps, time left, L_seg and validation Dice of the last epoch.
 
-    Where the output is no terminal (a log file), it prints a plain line for about every tenth of
-    the epochs instead.
+    Where the output is no terminal (a log file), print a plain line after about every tenth of the epochs
+    instead. (Lightning's RichProgressBar shows a bar an epoch and leaves nothing in a log file.)
     """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
@@ -170,49 +180,129 @@ PHASE_TITLES = {"warm": "phase 1, alpha = 0", "active": "phase 2, alpha active"}
 
 
 def phase_title(phase: str, fd_loss: bool) -> str:
-    """The name of a phase as a person reads it."""
+    """Name a phase for the screen."""
     if fd_loss:
         return PHASE_TITLES[phase]
     return PHASE_TITLES[phase].split(",")[0]
 
 
-def results_table(metrics: Mapping[str, Any], fd_loss: bool) -> Table:
-    """Dice and IoU on the test images of the best model of each phase, from a run's metrics."""
-    images = next(iter(metrics["phases"].values()))["test"]["images"]
-    table = Table(title=f"best model of each phase, mean over {images} test images")
-    table.add_column("phase")
-    for name in ("best epoch", "validation Dice", "test Dice", "test IoU"):
-        table.add_column(name, justify="right")
-    for phase, result in metrics["phases"].items():
-        table.add_row(
-            phase_title(phase, fd_loss),
-            f"{result['best_epoch']} of {result['epochs']}",
-            f"{result['validation_dice']:.4f}",
-            f"{result['test']['dice']:.4f}",
-            f"{result['test']['iou']:.4f}",
-        )
-    return table
+def results_table(results: Mapping[str, Any], fd_loss: bool) -> Table:
+    """Show Dice and IoU on the test images of the best model of each phase.
 
-
-def folds_table(summary: Mapping[str, Any], fd_loss: bool) -> Table:
-    """Dice and IoU on the test images of every fold, mean and standard deviation."""
-    table = Table(title=f"best model of each phase, {summary['folds']} folds, mean and standard deviation")
+    Args:
+        results: the content of metrics.json, or of folds.json, which gives mean and standard deviation.
+        fd_loss: whether the loss was on, for the names of the phases.
+    """
+    phases = results["phases"]
+    columns = ["validation Dice", "test Dice", "test IoU"]
+    if "folds" in results:
+        title = f"best model of each phase, {results['folds']} folds, mean and standard deviation"
+    else:
+        images = next(iter(phases.values()))["test"]["images"]
+        title = f"best model of each phase, mean over {images} test images"
+        columns.insert(0, "best epoch")
+    table = Table(title=title)
     table.add_column("phase")
-    for name in ("validation Dice", "test Dice", "test IoU"):
+    for name in columns:
         table.add_column(name, justify="right")
-    for phase, scores in summary["phases"].items():
-        spread = [scores[name] for name in ("validation_dice", "dice", "iou")]
-        cells = [f"{score['mean']:.4f} ± {score['standard_deviation']:.4f}" for score in spread]
+    for phase, result in phases.items():
+        if "folds" in results:
+            scores = [result[name] for name in ("validation_dice", "dice", "iou")]
+            cells = [f"{score['mean']:.4f} ± {score['standard_deviation']:.4f}" for score in scores]
+        else:
+            values = (result["validation_dice"], result["test"]["dice"], result["test"]["iou"])
+            cells = [f"{result['best_epoch']} of {result['epochs']}", *(f"{value:.4f}" for value in values)]
         table.add_row(phase_title(phase, fd_loss), *cells)
     return table
+
+
+def scores_table(summary: Mapping[str, Any], phase: str) -> Table:
+    """Show worst-off, best-off and all samples of a phase in percent, as in Table 2.
+
+    With a baseline each set has two rows, and the second holds the differences to the first in
+    percentage points; without one, each score has a row, with its standard deviation over the
+    samples.
+
+    Args:
+        summary: the content of summary.json.
+        phase: one of its phases.
+    """
+    found = summary["phases"][phase]
+    table = Table(title=_title(summary, phase), caption=f"In percent. Worst off: {found['worst_off_rule']}.")
+    if "baseline" in found:
+        _compare(table, found)
+    else:
+        _describe(table, found)
+    return table
+
+
+def _title(summary: Mapping[str, Any], phase: str) -> str:
+    of = "all images" if summary["part"] == "all" else f"{summary['part']} images"
+    what = "given weights" if phase == "weights" else phase_title(phase, summary["fd_loss"])
+    return f"{summary['model']} on {of} of {summary['dataset']}, {what}"
+
+
+def _compare(table: Table, found: Mapping[str, Any]) -> None:
+    """One section a set: the baseline, then the run with its differences."""
+    table.add_column("samples")
+    table.add_column("images", justify="right")
+    table.add_column("run")
+    for heading in ("Dice", "Δ Dice", "IoU", "Δ IoU"):
+        table.add_column(heading, justify="right")
+    for name, title in SET_TITLES.items():
+        before, after = found["baseline"]["sets"][name], found["sets"][name]
+        table.add_section()
+        table.add_row(
+            title,
+            str(before["images"]),
+            "baseline",
+            _percent(before["dice"]["mean"]),
+            "",
+            _percent(before["iou"]["mean"]),
+            "",
+        )
+        cells = []
+        for score in ("dice", "iou"):
+            cells += [_percent(after[score]["mean"]), _percent(found["difference"][name][score], "+")]
+        table.add_row("", "", "this", *cells)
+
+
+def _describe(table: Table, found: Mapping[str, Any]) -> None:
+    """One row a score and one column a set; then the pooled scores, then the mean over the folds."""
+    sets = [found["sets"][name] for name in SET_TITLES]
+    table.add_column("score")
+    for one, title in zip(sets, SET_TITLES.values(), strict=True):
+        images = "1 image" if one["images"] == 1 else f"{one['images']} images"
+        table.add_column(f"{title}\n{images}", justify="right")
+    for score, title in SCORE_TITLES.items():
+        table.add_row(title, *(_with_deviation(one[score]) for one in sets))
+    table.add_section()
+    for score in ("dice", "iou"):
+        pooled = (_percent(one["pooled"] and one["pooled"][score]) for one in sets)
+        table.add_row(f"{SCORE_TITLES[score]}, pixels pooled", *pooled)
+    if "folds" in found:
+        folds = found["folds"]
+        table.add_section()
+        for score in ("dice", "iou"):
+            title = f"{SCORE_TITLES[score]}, mean of {len(folds['each'])} folds"
+            table.add_row(title, "", "", _with_deviation(folds[score]))
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{100 * value:{sign}.2f}"
+
+
+def _with_deviation(described: Mapping[str, Any]) -> str:
+    mean, deviation = described["mean"], described["std"]
+    return _percent(mean) if deviation is None else f"{_percent(mean)} ± {_percent(deviation)}"
 
 
 __all__ = [
     "PhaseProgress",
     "RunHeader",
-    "folds_table",
     "phase_title",
     "quiet_lightning",
     "results_table",
     "run_text",
+    "scores_table",
 ]

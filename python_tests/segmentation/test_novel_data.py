@@ -7,9 +7,10 @@ import pytest
 
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import DATASETS, FoundSamples, SegmentationSample
-from fdkernels.segmentation.pooling import check_apart, draw_novel
-from fdkernels.segmentation.protocol import find_data, split_data, train
+from fdkernels.segmentation.novel_data import check_apart, draw_novel
+from fdkernels.segmentation.run_data import find_data, split_data
 from fdkernels.segmentation.runfiles import read_json
+from fdkernels.segmentation.train import train
 from tiny_data import make_tiny
 
 SAMPLES = tuple(SegmentationSample(Path(f"{n}.png"), (Path(f"{n}_m.png"),), str(n)) for n in range(9))

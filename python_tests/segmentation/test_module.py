@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 import fdkernels as fdk
-from fdkernels.segmentation.trainer import SeedSteps, SegmentationModule
+from fdkernels.segmentation.module import SeedSteps, SegmentationModule
 
 
 def _module(active=True, network=None, **options):
@@ -207,4 +207,4 @@ def test_a_batch_of_one_domain_is_trained_on_without_the_exchange(mixed):
     _fit(direct, batches=[batch])
     same = torch.equal(module.epoch_layer_losses, direct.epoch_layer_losses)
     assert same != mixed
-    assert module.criterion.settings.exchange == "pooled"
+    assert module.criterion.exchange == "pooled"
