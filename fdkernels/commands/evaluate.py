@@ -10,7 +10,7 @@ import typer
 
 
 class Phases(str, Enum):
-    """What --phase takes."""
+    """Values of --phase."""
 
     warm = "warm"
     active = "active"
@@ -18,14 +18,14 @@ class Phases(str, Enum):
 
 
 class OnProblem(str, Enum):
-    """What --on-problem takes."""
+    """Values of --on-problem."""
 
     refuse = "refuse"
     skip = "skip"
 
 
 class Part(str, Enum):
-    """What --part takes."""
+    """Values of --part."""
 
     train = "train"
     validation = "validation"
@@ -66,7 +66,7 @@ def evaluate(
     ] = None,
     convention: Annotated[str, typer.Option(help="With --weights: convention of L_fd.")] = "paper",
     on_problem: Annotated[
-        OnProblem, typer.Option(help="With --weights: what to do about files that cannot be used.")
+        OnProblem, typer.Option(help="With --weights: refuse files that cannot be used, or skip them.")
     ] = OnProblem.refuse,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write, replaced whole.", show_default="RUN/evaluation")
@@ -76,11 +76,11 @@ def evaluate(
         bool, typer.Option("--overlays", help="Write predictions over the images, errors in red.")
     ] = False,
     augmented: Annotated[
-        bool, typer.Option("--augmented", help="Further rows for the seven other symmetries of each image.")
+        bool, typer.Option("--augmented", help="Add rows for the seven other symmetries of each image.")
     ] = False,
     worst_off: Annotated[
         int | None,
-        typer.Option(help="How many samples are the worst-off.", show_default="by the paper's Table 1"),
+        typer.Option(help="Number of worst-off samples.", show_default="by the paper's Table 1"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 4,
     workers: Annotated[
@@ -92,6 +92,7 @@ def evaluate(
     """Score a run's best models image by image: worst-off, best-off and all, and L_fd by layer."""
     from rich.console import Console
 
+    from fdkernels.segmentation.config import one_of
     from fdkernels.segmentation.console import scores_table
     from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate_weights
     from fdkernels.segmentation.evaluation import evaluate as evaluate_run
@@ -117,7 +118,9 @@ def evaluate(
         phases = ["warm", "active"] if phase is Phases.both else asked
         found = evaluate_run(run, phases=phases, part=part.value, data=data, against=against, options=options)
     elif weights is None or model is None or dataset is None or data is None:
-        raise ValueError("--weights needs --model, --dataset and --data, of which some were not given")
+        needed = {"--model": model, "--dataset": dataset, "--data": data}
+        missing = one_of(name for name, value in needed.items() if value is None)
+        raise ValueError(f"--weights needs --model, --dataset and --data, got no {missing}")
     else:
         found = evaluate_weights(
             weights,
@@ -143,7 +146,7 @@ _OF_WEIGHTS = ("model", "dataset", "base_channels", "size", "convention", "on_pr
 
 
 def _check_options(context: typer.Context, run: Path | None, weights: Path | None) -> None:
-    """Raises ValueError where it is not one run or one file, or an option goes with the other."""
+    """Refuse both or neither of run and weights, and options that go with the other."""
     if (run is None) == (weights is None):
         got = "neither" if run is None else "both"
         raise ValueError(f"evaluate takes the folder of a run or --weights, got {got}")

@@ -18,7 +18,7 @@ from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample,
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes that share each batch this one is."""
+    """The rank of this process among those that share each batch, and their number."""
 
     rank: int = 0
     world: int = 1
@@ -63,7 +63,7 @@ class Batches(Dataset[dict[str, Any]]):
 
 
 def mixed_sizes(sizes: Sequence[int], minority: int) -> list[int]:
-    """How many samples of the smaller domain go into batches of these sizes, spread evenly.
+    """Spread the samples of the smaller domain evenly over batches of these sizes; return their numbers.
 
     Each batch gets its proportional share, rounded; then batches of two and more that got none take
     one from those that can spare it. So every batch holds both domains unless the smaller one has
@@ -101,11 +101,11 @@ class TrainingBatches(Sampler[BatchKey]):
             then the second.
         batch_size: samples a rank.
         seed: with the epoch, decides on everything.
-        ranks: which of how many.
-        pairs: samples are paired within a batch, so that a last batch of a single one is left out.
+        ranks: this rank, and their number.
+        pairs: samples are paired within a batch, so a last batch of one sample is left out.
 
     Raises:
-        ValueError: there are fewer samples than ranks, or a single one that is to be paired.
+        ValueError: there are fewer samples than ranks, or one sample alone where `pairs`.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class TrainingBatches(Sampler[BatchKey]):
             yield BatchKey(own, seeds, [True] * len(own), mixed)
 
     def _batches(self) -> Iterator[list[int]]:
-        """The indices of each batch over all ranks."""
+        """Yield the indices of each batch over all ranks."""
         draw = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 0))
         if len(self.domains) == 1:
             order = torch.randperm(self.domains[0], generator=draw).tolist()
@@ -171,9 +171,9 @@ class TrainingBatches(Sampler[BatchKey]):
 
 
 class EvaluationBatches(Sampler[BatchKey]):
-    """All samples once, in turns over the ranks, each with the same number of batches.
+    """All samples once, dealt in turn to the ranks, each with the same number of batches.
 
-    A rank that would have fewer is filled up with samples that do not count.
+    A rank with fewer samples is filled up with samples that do not count.
     """
 
     def __init__(self, samples: int, batch_size: int, ranks: Ranks = Ranks()) -> None:  # noqa: B008

@@ -27,9 +27,9 @@ from fdkernels.backend import resolve
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.run_data import RunData
 
-# Remarks that do not concern the user: the loaders choose their workers by the size of the data,
-# the folder of a run that is resumed is meant not to be empty, scores are equal on all ranks before
-# they are logged and tests share no sample, and LeafSpec is between Lightning and torch.
+# Warnings that do not concern the user: the loaders choose their workers by the size of the data,
+# the folder of a resumed run is not empty, scores are equal on all ranks before they are logged,
+# ranks share no test sample, and LeafSpec is between Lightning and torch.
 _CHATTER = (
     r".*does not have many workers.*",
     r".*Checkpoint directory .* exists and is not empty.*",
@@ -243,7 +243,7 @@ def _title(summary: Mapping[str, Any], phase: str) -> str:
 
 
 def _compare(table: Table, found: Mapping[str, Any]) -> None:
-    """One section a set: the baseline, then the run with its differences."""
+    """Add one section a set: the baseline, then the run with its differences."""
     table.add_column("samples")
     table.add_column("images", justify="right")
     table.add_column("run")
@@ -268,7 +268,7 @@ def _compare(table: Table, found: Mapping[str, Any]) -> None:
 
 
 def _describe(table: Table, found: Mapping[str, Any]) -> None:
-    """One row a score and one column a set; then the pooled scores, then the mean over the folds."""
+    """Add one row a score and one column a set; then the pooled scores, then the mean over the folds."""
     sets = [found["sets"][name] for name in SET_TITLES]
     table.add_column("score")
     for one, title in zip(sets, SET_TITLES.values(), strict=True):

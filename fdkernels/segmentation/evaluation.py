@@ -1,6 +1,6 @@
-"""The evaluation of a run: every sample's scores as a table file, their summary, prediction masks.
+"""Evaluate a run: every sample's scores as a table file, their summary, prediction masks.
 
-What `evaluate` writes lies in one folder, which is replaced whole:
+`evaluate` writes one folder, replaced whole:
 
     samples.csv      one row a sample and phase: Dice to precision, foreground share, L_fd by layer
     summary.json     worst-off, best-off and all samples; folds; Dice against L_fd
@@ -42,15 +42,15 @@ CONTENTS = ("samples.csv", "summary.json", "baseline.csv", "masks", "overlays")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to evaluate, whatever is evaluated.
+    """How to evaluate a run or weights.
 
     Attributes:
         output: folder to write; None writes nothing.
         masks: write prediction masks.
         overlays: write predictions over their images.
         augmented: also score the seven other symmetries of each image, as further rows.
-        worst_off: how many samples are the worst-off; None goes by Table 1 (`worst_off_count`).
-        batch_size: images a step, which does not change the numbers.
+        worst_off: number of worst-off samples; None takes the share of Table 1 (`worst_off_count`).
+        batch_size: images a step; the numbers do not depend on it.
         workers: processes that read images; None chooses by their number.
         device: a torch device, or "auto" for the GPU if there is one.
         progress: show a live line.
@@ -75,10 +75,10 @@ class EvaluationOptions:
             raise ValueError("output must name a folder where masks or overlays are asked for, got None")
 
     def torch_device(self) -> torch.device:
-        """The device.
+        """Choose the device.
 
         Raises:
-            ValueError: torch knows no such device, or it is not here.
+            ValueError: torch knows no such device, or it is not available.
         """
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,12 +93,12 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         samples: one entry a sample, phase (and symmetry).
-        baseline: the same of the run that was compared against; empty without one.
-        summary: what summary.json holds.
+        baseline: the same of the baseline run; empty without one.
+        summary: the content of summary.json.
     """
 
     samples: tuple[SampleScores, ...]
@@ -115,16 +115,16 @@ def evaluate(
     against: str | Path | None = None,
     options: EvaluationOptions | None = None,
 ) -> Evaluation:
-    """Scores the best networks of a run on a part of its data, image by image.
+    """Score the best networks of a run on a part of its data, image by image.
 
     A folder that holds fold-1, fold-2 and so on is evaluated as a whole: each fold on its own part,
     their samples together in one table, and means over the folds beside it.
 
     Args:
         run: the run's folder.
-        phases: of "warm" and "active"; None takes those that are finished.
+        phases: "warm", "active" or both; None takes the finished ones.
         part: "train", "validation" or "test".
-        data: where the data is now, if it has moved.
+        data: folder of the data, if it has moved.
         against: another run on the same split, the baseline. The worst-off and best-off samples
             are then those of the baseline, so that both runs are compared on the same samples, and
             the differences are run minus baseline, as in Table 2. L_fd is in the run's convention
@@ -132,9 +132,8 @@ def evaluate(
         options: how to evaluate.
 
     Raises:
-        ValueError: there is no run, it has not finished a phase that was asked for, its data is
-            not where it was, files are missing or cannot be used, or the two runs are not split
-            alike.
+        ValueError: there is no run, it has not finished a given phase, its data has moved, files are
+            missing or cannot be used, or the two runs are not split alike.
     """
     options = options or EvaluationOptions()
     runs = find_runs(run)
@@ -169,7 +168,7 @@ def evaluate_weights(
     on_problem: str = "refuse",
     options: EvaluationOptions | None = None,
 ) -> Evaluation:
-    """Scores a network whose weights are in no run on every image of a data set.
+    """Score weights that belong to no run on every image of a data set.
 
     Args:
         weights: a safetensors file.
@@ -177,7 +176,7 @@ def evaluate_weights(
         dataset: name of the data set, whose preset gives `size` where it is None.
         data: its folder.
         size: side in pixels that images are resized to.
-        convention: in which L_fd is computed.
+        convention: the convention of L_fd.
         on_problem: what to do about files that cannot be used: "refuse", or "skip", which lists them
             under "skipped" in the summary.
         options: how to evaluate.
@@ -215,7 +214,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _phases(run: str | Path, runs: Sequence[SavedRun], asked: Sequence[str] | None) -> list[str]:
-    """The phases to evaluate, in their order: those asked for, or those that every fold has finished."""
+    """Choose the phases to evaluate, in their order: those asked for, or those that a fold has finished."""
     if asked is not None:
         if unknown := [phase for phase in asked if phase not in PHASES]:
             raise ValueError(f"phases must be of {', '.join(PHASES)}, got {unknown[0]}")
@@ -231,7 +230,7 @@ def _phases(run: str | Path, runs: Sequence[SavedRun], asked: Sequence[str] | No
 def _candidates(
     runs: Sequence[SavedRun], phases: Sequence[str], part: str, data: str | Path | None
 ) -> list[Candidate]:
-    """The networks of each phase and fold; all are read once, so that errors show before the work."""
+    """List the networks of each phase and fold; each is loaded once, so that errors show before the work."""
     found = []
     for phase in phases:
         for one in runs:
@@ -258,7 +257,7 @@ def _loader(run: SavedRun, phase: str) -> Callable[[], Any]:
 def _check_alike(
     run: str | Path, candidates: Sequence[Candidate], against: str | Path, others: Sequence[Candidate]
 ) -> None:
-    """Raises ValueError where two runs were not split alike, or see their images at other sizes."""
+    """Refuse two runs that were not split alike, or see their images at other sizes."""
 
     def images(part: Sequence[Candidate]) -> set[tuple[int, str]]:
         return {(one.fold or 0, name) for one in part for name in one.names}
@@ -345,7 +344,7 @@ def _is_shown(options: EvaluationOptions) -> bool:
 def _prediction_writer(
     candidate: Candidate, output: Path, options: EvaluationOptions
 ) -> Callable[[int, Tensor], None]:
-    """What writes the prediction on sample number `index`, given its logits [1, H, W]."""
+    """Make the function that writes the prediction on sample `index`, given its logits [1, H, W]."""
     names = png_names(candidate.names)
     place = Path(candidate.phase if candidate.fold is None else f"{candidate.phase}/fold-{candidate.fold}")
 
@@ -362,10 +361,10 @@ def _prediction_writer(
 
 
 def write_samples(path: Path, samples: Sequence[SampleScores]) -> None:
-    """Writes one row a sample: who it is, its scores, and L_fd of each layer.
+    """Write one row a sample: its image and patient, its scores, and L_fd of each layer.
 
-    The columns "fold" and "symmetry" are there where there are folds or other symmetries. A score
-    that is not defined is an empty cell.
+    The columns "fold" and "symmetry" are written only if there are folds or other symmetries. An undefined
+    score is an empty cell.
     """
     folds = any(row.fold is not None for row in samples)
     augmented = any(row.symmetry != "identity" for row in samples)

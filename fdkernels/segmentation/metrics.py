@@ -1,4 +1,4 @@
-"""How well predicted masks match the truth: for each image, and over the images of a part."""
+"""Overlap of predicted masks with the truth: for each image, and over the images of a part."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ COUNTS = ("true_positives", "false_positives", "true_negatives", "false_negative
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, undefined: float = 1.0) -> Tensor:
-    """The quotient; `undefined` where both are 0."""
+    """Divide; `undefined` where both are 0."""
     return torch.where(denominator > 0, numerator / denominator.clamp(min=1), undefined)
 
 
 def _counts(logits: Tensor, mask: Tensor) -> Tensor:
-    """TP, FP, TN and FN of each sample, int64 [N, 4], in the order of `COUNTS`."""
+    """Count TP, FP, TN and FN of each sample, int64 [N, 4], in the order of `COUNTS`."""
     predicted, truth = logits > 0, mask > 0  # [N, 1, *S]
     counts = [
         # One image a call: by sample (multidim_average) torchmetrics drops the axis of a batch of one.
@@ -31,14 +31,14 @@ def _counts(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def sample_scores(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The scores of each sample by itself.
+    """Score each sample by itself.
 
         Dice = 2 TP / (2 TP + FP + FN)      IoU = TP / (TP + FP + FN)
         sensitivity = TP / (TP + FN)    specificity = TN / (TN + FP)    precision = TP / (TP + FP)
 
     A pixel is predicted foreground where its logit is above 0, the sigmoid above one half. Where
     neither truth nor prediction has foreground, Dice and IoU are 1. The other three are NaN where
-    nothing is there that they speak of: sensitivity without foreground in the truth, specificity
+    they are undefined: sensitivity without foreground in the truth, specificity
     without background in the truth, precision without foreground in the prediction.
 
     Args:
@@ -69,7 +69,7 @@ def sample_scores(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def pooled_scores(counts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Dice and IoU of all pixels together, from the counts of `sample_scores`.
+    """Compute Dice and IoU of all pixels together, from the counts of `sample_scores`.
 
     An image with little foreground weighs little here, while in a mean over images every image
     counts alike.
@@ -113,7 +113,7 @@ class OverlapScores(Metric):
         self.add_state("counts", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, mask: Tensor) -> None:
-        """Takes in a batch: `logits` and `mask` (0 or 1) [N, 1, *S]."""
+        """Add a batch: `logits` and `mask` (0 or 1) [N, 1, *S]."""
         hits, false_alarms, _, misses = _counts(logits, mask).unbind(dim=1)  # [N] each
         errors = false_alarms + misses
         self.dice_sum += _ratio(2 * hits.float(), 2 * hits + errors).sum()

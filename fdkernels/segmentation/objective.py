@@ -28,14 +28,14 @@ class DiceLoss(nn.Module):
         L_dice = 1 - (2 sum_p y_p s_p + eps) / (sum_p y_p + sum_p s_p + eps),   s = sigmoid(logits)
 
     p runs over every pixel of every sample: one ratio for the batch, as the equation is written,
-    so that a sample without foreground does no harm. Sums are taken in float32 at least. In plain
+    so that a sample without foreground does not divide by 0. Sums are taken in float32 at least. In plain
     torch:
 
         s = logits.sigmoid()
         loss = 1 - (2 * (s * y).sum() + eps) / (s.sum() + y.sum() + eps)
 
     Args:
-        eps: keeps the ratio defined where truth and prediction are both empty.
+        eps: added to both sums, so that the ratio is defined where truth and prediction are empty.
         group: the ranks that share a batch, whose sums are added; None for a batch of one process.
             The loss, on every rank, is that of the whole batch, and so is the gradient once
             DistributedDataParallel has averaged it.
@@ -79,8 +79,8 @@ class SegmentationLoss(nn.Module):
 
     Args:
         eps: of the Dice loss.
-        group: as for the Dice loss. The cross-entropy stays that of this rank's samples: of its mean
-            over ranks with equally many samples, DistributedDataParallel makes the whole batch's.
+        group: as for the Dice loss. The cross-entropy is that of this rank's samples; DistributedDataParallel
+            averages it over ranks of equally many samples, which gives that of the whole batch.
 
     References:
         Equations 3 to 5.

@@ -16,7 +16,7 @@ CORRECT = (0.55, 0.70, 0.86)
 
 
 def predicted_mask(logits: Tensor, height: int, width: int) -> np.ndarray:
-    """The predicted foreground at the size of the image, bool [height, width].
+    """Compute the predicted foreground at the size of the image, bool [height, width].
 
     Foreground is where a logit is above 0; where the network saw the image at another size, its
     logits are interpolated bilinearly first.
@@ -32,7 +32,7 @@ def predicted_mask(logits: Tensor, height: int, width: int) -> np.ndarray:
 
 
 def error_picture(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The image in pale grey, correct foreground in blue, errors in two reds.
+    """Draw the image in pale grey, correct foreground in blue, errors in two reds.
 
     Args:
         image: [H, W, 3], from 0 to 1.
@@ -50,7 +50,7 @@ def error_picture(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -
 
 
 def png_names(images: Sequence[str]) -> list[str]:
-    """A PNG for each image: its path with .png as its ending, no two alike.
+    """Name a PNG for each image: its path with the ending .png, no two alike.
 
     The folders are kept, so that images of one name in different folders stay apart. Images that
     differ in their ending or in capital letters alone are numbered from the second: 1.png, 1-2.png.
@@ -73,12 +73,12 @@ def png_names(images: Sequence[str]) -> list[str]:
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
-    """Writes a bool mask [H, W] as an 8-bit PNG of 0 and 255."""
+    """Write a bool mask [H, W] as an 8-bit PNG of 0 and 255."""
     _save(path, mask.astype(np.uint8) * 255)
 
 
 def write_errors(path: Path, image: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> None:
-    """Writes `error_picture` as a PNG."""
+    """Write `error_picture` as a PNG."""
     _save(path, (error_picture(image, predicted, truth) * 255).round().astype(np.uint8))
 
 

@@ -32,13 +32,13 @@ PRESETS: dict[str, tuple[str, str]] = {
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """The fields of `TrainingConfig` that a preset sets: dataset, model, size, lr, batch_size.
+    """Give the fields of `TrainingConfig` that a preset sets: dataset, model, size, lr, batch_size.
 
     Args:
         name: DATASET-MODEL, such as "tnbc-nucleisegnet"; any network on any data set.
 
     Raises:
-        ValueError: there is no preset of that name; the message names those that come close.
+        ValueError: no preset has that name; the message names close ones.
 
     References:
         Sections 3.1 and A.4 for size and learning rate; the paper states no batch size.

@@ -14,14 +14,15 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# Of files that are being written; a process that is killed leaves them behind.
+# Ending of files that are being written; a process that is killed leaves them behind.
 _UNFINISHED = ".unfinished"
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes: the first of those that train together.
+    """Tell whether this process writes: the first of those that train together.
 
-    They are told apart by what launchers set: torchrun, Slurm, and Lightning for those it starts.
+    It reads what launchers set: torchrun, Slurm, and Lightning for the processes it starts. (Until these are
+    connected, Lightning's rank_zero_only takes the rank within a host, so that each host would write.)
     """
     rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ), None)
     if rank is not None:
@@ -30,14 +31,14 @@ def is_first_process() -> bool:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote has left in the folder of its run."""
+    """Remove the unfinished files that a killed process left in the folder of its run."""
     for path in folder.glob(f"**/.*{_UNFINISHED}"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place when the block succeeds."""
+    """Yield a temporary path beside `path` that takes its place when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     os.close(handle)
@@ -53,11 +54,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path, contents: Collection[str]) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place whole when the block succeeds.
+    """Yield a temporary folder beside `path` that takes its place whole when the block succeeds.
 
     Args:
-        path: where the folder shall be; if there is one, it is replaced.
-        contents: the names that such a folder may hold. One that holds others is not replaced.
+        path: of the folder; if there is one, it is replaced.
+        contents: names that such a folder may hold; one with others is not replaced.
 
     Raises:
         ValueError: `path` is a file, or a folder with something else in it, before or after.
@@ -103,13 +104,13 @@ def _umask() -> int:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON; NaN and infinities are refused."""
+    """Write `content` as indented JSON; NaN and infinities are refused."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         ValueError: the file is missing or not JSON.
@@ -121,14 +122,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a state dict as safetensors, with `metadata` in its header."""
+    """Write a state dict as safetensors, with `metadata` in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=dict(metadata or {}))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a safetensors file, on the CPU."""
+    """Read the state dict in a safetensors file, on the CPU."""
     return load_file(path)
 
 

@@ -1,4 +1,4 @@
-"""A trained network over samples: the scores of each, and the discrepancy loss of each layer."""
+"""Score a trained network sample by sample, with the discrepancy loss of each layer."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SYMMETRIES = {
 
 @dataclass(frozen=True)
 class SampleScores:
-    """What one network gives on one image.
+    """The scores of one network on one image.
 
     Attributes:
         image: its path, relative to the folder of the data.
-        patient: who it is of.
+        patient: the patient of the image.
         phase: the phase of the run whose best weights were scored.
         fold: number of the fold, None without folds.
         symmetry: one of `SYMMETRIES`, under which the network saw the image.
@@ -57,7 +57,7 @@ class SampleScores:
 
     @property
     def key(self) -> tuple[int, str, str]:
-        """What is the same for the same image in another phase or run of the same split."""
+        """Identify the image across phases and runs of the same split."""
         return self.fold or 0, self.image, self.symmetry
 
 
@@ -66,10 +66,10 @@ class Candidate:
     """A network to be scored, with the images to score it on.
 
     Attributes:
-        load: gives the network with its weights.
+        load: loads the network with its weights.
         samples: the images; `names` are their paths relative to the folder of the data.
         size: side in pixels at which the network sees them; None keeps the size of the file.
-        convention: in which L_fd is computed.
+        convention: the convention of L_fd.
         phase, fold: as in `SampleScores`.
     """
 
@@ -83,13 +83,13 @@ class Candidate:
 
 
 def symmetric(images: Tensor, symmetry: str) -> Tensor:
-    """Images [..., H, W] under one of `SYMMETRIES`; pixels are moved, never interpolated."""
+    """Apply one of `SYMMETRIES` to images [..., H, W]; pixels are moved, never interpolated."""
     turns, mirrored = SYMMETRIES[symmetry]
     return (images.flip(-1) if mirrored else images).rot90(turns, (-2, -1))
 
 
 def discrepancy_losses(features: Sequence[Tensor], mask: Tensor, convention: str) -> Tensor:
-    """L_fd of each sample and layer, without exchange, float [N, L].
+    """Compute L_fd of each sample and layer, without exchange, float [N, L].
 
     Where a convention sums D over the batch ("released"), each sample is a batch of its own and
     the mean over channels is taken, so that the value does not depend on the samples beside it.
@@ -128,7 +128,7 @@ def discrepancy_losses(features: Sequence[Tensor], mask: Tensor, convention: str
 
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
-    """No gradients and, on a GPU, full float32 and the same algorithm for every size of batch."""
+    """Turn off gradients and, on a GPU, use full float32 and one algorithm for every batch size."""
     with (
         torch.inference_mode(),
         torch.backends.cudnn.flags(
@@ -149,7 +149,7 @@ def score(
     keep: Callable[[int, Tensor], Any] | None = None,
     advance: Callable[[int], Any] | None = None,
 ) -> list[SampleScores]:
-    """The scores of a network on its samples, in their order.
+    """Score a network on its samples; return the scores in their order.
 
     The network is in evaluation mode and computes in float32, so that the numbers do not depend on
     the batch an image is in, beyond float32's rounding.
@@ -161,8 +161,8 @@ def score(
         workers: processes that read images; None chooses by their number.
         augmented: also score the seven other symmetries of each image (section A.4: more data
             points for the plots).
-        keep: is given the index of each sample and its logits [1, H, W], on the CPU.
-        advance: is given the number of images that a step has done.
+        keep: called with the index of each sample and its logits [1, H, W], on the CPU.
+        advance: called after each step with its number of images.
 
     Raises:
         ValueError: an image cannot be read, or the network does not take its size.
@@ -208,7 +208,7 @@ def _rows(
     layers: Sequence[str],
     losses: Tensor,
 ) -> list[SampleScores]:
-    """The rows of one batch, whose first sample is number `start`."""
+    """Make the rows of one batch; `start` is the index of its first sample."""
     return [
         SampleScores(
             image=candidate.names[start + place],

@@ -1,4 +1,4 @@
-"""Scores of many samples in few numbers: worst-off, best-off and all, folds, and Dice against L_fd."""
+"""Summarize the scores of many samples: worst-off, best-off and all, folds, and Dice against L_fd."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _USUAL_SHARE = (1, 5)
 
 @dataclass(frozen=True)
 class WorstOff:
-    """How many of some samples are the worst-off, and why.
+    """The number of worst-off samples, and its reason.
 
     Attributes:
         count: number of samples.
-        reason: why so many.
+        reason: for the summary, one clause.
     """
 
     count: int
@@ -35,17 +35,17 @@ class WorstOff:
 
 
 def worst_off_count(samples: int, preset: DatasetPreset | None = None, asked: int | None = None) -> WorstOff:
-    """The number of worst-off samples among `samples`.
+    """Compute the number of worst-off samples among `samples`.
 
     Table 1 counts the worst-off among all images of a data set, each of which is a test image once
-    in five folds. Of a part of them as many are taken as is their share:
+    in five folds. A part of them has the same share:
 
         count = max(1, round(samples · worst-off of Table 1 / images of Table 1))
 
     Args:
         samples: number of samples, at least 1.
-        preset: of the data set; without one, or where Table 1 does not have it, a fifth is taken.
-        asked: the number that the user wants.
+        preset: of the data set; without one, or where Table 1 lacks it, the share is a fifth.
+        asked: the number that the user gave.
 
     Raises:
         ValueError: `asked` is below 1 or above the number of samples.
@@ -64,15 +64,15 @@ def worst_off_count(samples: int, preset: DatasetPreset | None = None, asked: in
 
 
 def worst_off(rows: Iterable[SampleScores], count: int) -> set[tuple[int, str, str]]:
-    """The keys of the `count` samples with the lowest Dice; of equal ones the first by key."""
+    """Find the keys of the `count` samples with the lowest Dice; ties go to the first key."""
     ranked = sorted(rows, key=lambda row: (row.scores["dice"], row.key))
     return {row.key for row in ranked[:count]}
 
 
 def describe(values: Iterable[float]) -> dict[str, Any]:
-    """Mean, standard deviation (of a sample, n - 1) and number of the values that are finite.
+    """Compute mean, standard deviation (n - 1) and number of the finite values.
 
-    What cannot be had (the mean of none, the deviation of one) is None.
+    Undefined values (mean of none, deviation of one) are None.
     """
     kept = [value for value in values if math.isfinite(value)]
     return {
@@ -96,7 +96,7 @@ def _of_set(rows: Sequence[SampleScores]) -> dict[str, Any]:
 def of_sets(
     rows: Sequence[SampleScores], worst: Collection[tuple[int, str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """Each score over the worst-off samples, over the best-off (all others) and over all.
+    """Summarize each score over the worst-off samples, over the best-off (all others) and over all.
 
     References:
         Tables 1 and 2: "the worst-off samples are the test samples with the lower dice scores".
@@ -109,7 +109,7 @@ def of_sets(
 
 
 def of_folds(rows: Sequence[SampleScores]) -> dict[str, Any]:
-    """Mean Dice and IoU of each fold, and mean and deviation of these means over the folds."""
+    """Compute mean Dice and IoU of each fold, and mean and deviation of these means over the folds."""
     by_fold: dict[int, list[SampleScores]] = {}
     for row in rows:
         by_fold.setdefault(row.fold or 0, []).append(row)
@@ -127,7 +127,7 @@ def of_folds(rows: Sequence[SampleScores]) -> dict[str, Any]:
 
 
 def of_layers(rows: Sequence[SampleScores]) -> dict[str, dict[str, Any]]:
-    """L_fd of each layer: mean, deviation, and how Dice goes with it from sample to sample.
+    """Summarize L_fd of each layer: mean, deviation, and its correlation with Dice over the samples.
 
     "pearson" and "spearman" correlate Dice with L_fd over the "count" samples where L_fd is
     finite; they are None for fewer than two, or where either is the same for all.
@@ -161,7 +161,7 @@ def _correlations(pairs: Sequence[tuple[float, float]]) -> dict[str, float | Non
 def differences(
     ours: Mapping[str, Mapping[str, Any]], theirs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, float | None]]:
-    """Mean Dice and IoU of each set, ours minus theirs; None for an empty set."""
+    """Subtract mean Dice and IoU of each set, ours minus theirs; None for an empty set."""
     return {
         name: {
             score: None
@@ -179,11 +179,11 @@ def of_phase(
     preset: DatasetPreset | None,
     asked: int | None,
 ) -> dict[str, Any]:
-    """All that is said of one phase.
+    """Summarize one phase: sets, folds, L_fd by layer, and the differences to a baseline.
 
     The sets are chosen by the Dice of the baseline if there is one, so that both are compared on
-    the same samples. Only images as they are count, while the correlation with L_fd takes their
-    other symmetries as well where these were scored. (Section 3.1 also selects the worst-off with
+    the same samples. They count images in their own orientation alone; the correlation with L_fd takes
+    the other symmetries as well, where these were scored. (Section 3.1 also selects the worst-off with
     these symmetries, but Table 1 counts images; so do the sets.)
     """
     plain, compared = ([row for row in part if row.symmetry == "identity"] for part in (rows, baseline))

@@ -384,7 +384,10 @@ def test_a_second_evaluation_replaces_the_first_and_a_failed_one_does_not(run, d
         (["RUN", "--base-channels=2"], "--base-channels goes with --weights only"),
         (["--weights=x", "--part=test"], "--part goes with the folder of a run only"),
         (["--weights=x"], "--output must name a folder"),
-        (["--weights=x", "--output=y", "--model=unet"], "--weights needs --model, --dataset and --data"),
+        (
+            ["--weights=x", "--output=y", "--model=unet"],
+            "--weights needs --model, --dataset and --data, got no --dataset or --data",
+        ),
         (["RUN", "--batch-size=0"], "batch_size must be at least 1, got 0"),
         (["RUN", "--workers=-1"], "workers must be 0 or more, got -1"),
         (["RUN", "--worst-off=9"], "worst_off must be from 1 to the number of samples, 5, got 9"),

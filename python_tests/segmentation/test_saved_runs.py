@@ -127,7 +127,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_network(path, "unet", 4)
     with pytest.raises(ValueError, match="do not fit cmunet with base_channels 2: Missing key"):
         load_network(path, "cmunet", 2)
-    with pytest.raises(ValueError, match=r"must name a safetensors file, got .*none\.safetensors, which does not exist"):
+    with pytest.raises(
+        ValueError, match=r"must name a safetensors file, got .*none\.safetensors, which does not exist"
+    ):
         load_network(tmp_path / "none.safetensors", "unet", 2)
 
 
