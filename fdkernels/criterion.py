@@ -54,6 +54,7 @@ class FeatureDiscrepancyLoss(nn.Module):
     Attributes:
         alpha: [L], a parameter, or a buffer under `"ramp"`.
         layer_losses: [L], L of every layer in the last call, detached; None before the first.
+        exchange: the cross-sample term that calls add unless they name another.
 
     Raises:
         ValueError: num_layers below 1, an unknown name, a bound out of order.

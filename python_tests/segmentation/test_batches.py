@@ -14,6 +14,7 @@ from fdkernels.segmentation.batches import (
     EvaluationBatches,
     Ranks,
     TrainingBatches,
+    evaluation_loader,
     mixed_sizes,
     training_loader,
 )
@@ -166,6 +167,24 @@ def test_batches_are_the_same_with_and_without_workers(samples):
     for batch, other in zip(alone, _load(samples, workers=2), strict=True):
         assert torch.equal(batch["image"], other["image"])
         assert torch.equal(batch["mask"], other["mask"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_reads_in_order_and_does_not_augment(samples, workers):
+    batches = list(evaluation_loader(samples, size=None, batch_size=2, workers=workers))
+    plain = SegmentationDataset(samples)
+    for name in ("image", "mask"):
+        expected = torch.stack([plain[index][name] for index in range(len(samples))])
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), expected)
+    assert all(batch["counted"].all() for batch in batches)
+
+
+def test_a_loader_may_begin_at_a_later_epoch(samples):
+    options = {"size": 32, "batch_size": 3, "workers": 0, "seed": 5}
+    for batch, other in zip(
+        training_loader(samples, epoch=4, **options), _load(samples, epoch=4), strict=True
+    ):
+        assert torch.equal(batch["image"], other["image"])
 
 
 def test_augmentation_leaves_the_global_generator_alone(samples):
