@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +47,9 @@ from fdkernels.segmentation.runfiles import (
     write_weights,
 )
 from fdkernels.segmentation.saved_runs import begin_run, check_free
+
+# How long a run that is broken off waits for TensorBoard's writer.
+_SECONDS_TO_CLOSE = 5.0
 
 
 def train(
@@ -292,10 +296,26 @@ def _syncs_batchnorm(config: TrainingConfig) -> bool:
     return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
+class InterruptibleTensorBoard(TensorBoardLogger):
+    """Lightning's TensorBoardLogger, which after Ctrl-C ends within seconds.
+
+    A Ctrl-C while a value is handed to TensorBoard's writer thread can leave that thread asleep with the
+    value unwritten, and closing the log would wait for it for ever.
+    """
+
+    def finalize(self, status: str) -> None:
+        if status == "success":
+            super().finalize(status)
+            return
+        closing = threading.Thread(target=super().finalize, args=(status,), daemon=True)
+        closing.start()
+        closing.join(timeout=_SECONDS_TO_CLOSE)
+
+
 def _loggers(folder: Path, config: TrainingConfig) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if config.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="tensorboard"))
+        loggers.append(InterruptibleTensorBoard(folder, name="tensorboard"))
     return loggers
 
 
@@ -337,4 +357,11 @@ def _scores(phase: Mapping[str, Any]) -> dict[str, float]:
     return {"validation_dice": phase["validation_dice"], **tested}
 
 
-__all__ = ["alpha_target", "make_trainer", "summarize_folds", "train", "train_run"]
+__all__ = [
+    "InterruptibleTensorBoard",
+    "alpha_target",
+    "make_trainer",
+    "summarize_folds",
+    "train",
+    "train_run",
+]

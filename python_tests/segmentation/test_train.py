@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import threading
+import time
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fdkernels import models
+from fdkernels.segmentation import train as train_module
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.module import SegmentationModule
 from fdkernels.segmentation.runfiles import read_json, read_weights
@@ -89,6 +92,20 @@ def test_without_tensorboard_there_is_no_such_folder(config, tmp_path):
     config = dataclasses.replace(config, output=str(tmp_path), epochs_active=0, tensorboard=False)
     train(config, progress=False)
     assert not (tmp_path / "warm" / "tensorboard").exists()
+
+
+def test_a_broken_run_does_not_wait_for_ever_for_tensorboard(tmp_path, monkeypatch):
+    logger = train_module.InterruptibleTensorBoard(tmp_path, name="tensorboard")
+    logger.log_metrics({"train/loss": 1.0}, step=0)
+    release, begun = threading.Event(), threading.Event()
+    # As after a Ctrl-C within a write: the writer thread never says that it is done.
+    monkeypatch.setattr(logger.experiment, "flush", lambda: (begun.set(), release.wait(60)))
+    monkeypatch.setattr(train_module, "_SECONDS_TO_CLOSE", 0.2)
+    start = time.monotonic()
+    logger.finalize("failed")
+    assert begun.is_set()
+    assert time.monotonic() - start < 30
+    release.set()
 
 
 PARTS = ("train", "validation", "test")
