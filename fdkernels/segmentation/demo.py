@@ -13,10 +13,10 @@ from rich.table import Table
 
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import Split
-from fdkernels.segmentation.pictures import draw_comparison
+from fdkernels.segmentation.demo_data import PATCH, write_patches
+from fdkernels.segmentation.demo_figure import draw_comparison
 from fdkernels.segmentation.profiling import train_measured
 from fdkernels.segmentation.runfiles import write_json
-from fdkernels.segmentation.slide import PATCH, write_patches
 
 RUNS = {"without_loss": "without the loss", "with_loss": "with the loss"}
 

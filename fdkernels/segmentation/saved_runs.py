@@ -17,7 +17,7 @@ from fdkernels import models
 from fdkernels.models import SegmentationNetwork
 from fdkernels.segmentation.config import PHASES, TrainingConfig
 from fdkernels.segmentation.data import SegmentationSample, Split
-from fdkernels.segmentation.data.finding import raise_problems
+from fdkernels.segmentation.data.scan import raise_problems
 from fdkernels.segmentation.runfiles import read_json, read_weights, remove_unfinished, write_json
 
 PARTS = ("train", "validation", "test")

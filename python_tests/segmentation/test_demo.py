@@ -13,10 +13,10 @@ pytest.importorskip("skimage", reason="the extra demo is not installed")
 from fdkernels.segmentation import demo as demo_module
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.demo import results_table, run_demo
-from fdkernels.segmentation.pictures import alpha_history
+from fdkernels.segmentation.demo_data import write_patches
+from fdkernels.segmentation.demo_figure import alpha_history
 from fdkernels.segmentation.profiling import StepClock, peak_memory, train_measured
 from fdkernels.segmentation.runfiles import read_json
-from fdkernels.segmentation.slide import write_patches
 
 
 @pytest.fixture(scope="module")

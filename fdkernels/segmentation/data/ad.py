@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import (
+from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
+from fdkernels.segmentation.data.scan import (
     by_name,
     checked,
     data_folder,
@@ -30,7 +31,6 @@ from fdkernels.segmentation.data.finding import (
     layout_error,
     paired,
 )
-from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 
 COLOURS = ("macenko", "patches", "vahadane")
 _MASKS = "masks"

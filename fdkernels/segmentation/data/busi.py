@@ -20,7 +20,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import (
+from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
+from fdkernels.segmentation.data.scan import (
     by_name,
     checked,
     data_folder,
@@ -29,7 +30,6 @@ from fdkernels.segmentation.data.finding import (
     layout_error,
     natural,
 )
-from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 
 CLASSES = ("benign", "malignant", "normal")
 LESIONS = ("benign", "malignant")

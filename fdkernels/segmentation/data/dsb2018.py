@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import (
+from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
+from fdkernels.segmentation.data.scan import (
     checked,
     data_folder,
     files,
@@ -24,7 +25,6 @@ from fdkernels.segmentation.data.finding import (
     inner_folder,
     layout_error,
 )
-from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 
 _OUTER, _IMAGES, _MASKS = "stage1_train", "images", "masks"
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import by_name, checked, data_folder, files, layout_error, paired
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
+from fdkernels.segmentation.data.scan import by_name, checked, data_folder, files, layout_error, paired
 
 _TRAINING, _TEST = "MoNuSeg 2018 Training Data", "MoNuSegTestData"
 _IMAGES, _MASKS = "Tissue Images", "Annotations"

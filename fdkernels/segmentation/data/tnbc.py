@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import (
+from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
+from fdkernels.segmentation.data.scan import (
     by_name,
     checked,
     data_folder,
@@ -26,7 +27,6 @@ from fdkernels.segmentation.data.finding import (
     natural,
     paired,
 )
-from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 
 _OUTER = "TNBC_NucleiSegmentation"
 _IMAGES, _MASKS = "Slide_", "GT_"

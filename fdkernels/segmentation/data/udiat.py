@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import (
+from fdkernels.segmentation.data.samples import FoundSamples
+from fdkernels.segmentation.data.scan import (
     by_name,
     checked,
     data_folder,
@@ -23,7 +24,6 @@ from fdkernels.segmentation.data.finding import (
     layout_error,
     paired,
 )
-from fdkernels.segmentation.data.samples import FoundSamples
 
 _OUTER, _IMAGES, _MASKS = "BUS", "original", "GT"
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import by_name, checked, data_folder, files, layout_error, paired
 from fdkernels.segmentation.data.samples import FoundSamples
+from fdkernels.segmentation.data.scan import by_name, checked, data_folder, files, layout_error, paired
 
 _IMAGES, _MASKS = "images", "masks"
 _PREPARED = re.compile(r"(?P<patient>patient[^_]+)_.+")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fdkernels.segmentation.data.image_io import opened
 from fdkernels.segmentation.data.prepare.options import MaskPolarity
-from fdkernels.segmentation.data.reading import opened
 
 # So much of a mask's outermost pixels must agree on what is background.
 _MAJORITY = 2 / 3

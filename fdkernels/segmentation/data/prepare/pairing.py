@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fdkernels.segmentation.data.finding import natural
+from fdkernels.segmentation.data.scan import natural
 
 _DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
 _MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff"})

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdkernels.segmentation.data.reading import load_pair
+from fdkernels.segmentation.data.image_io import load_pair
 
 pytest.importorskip("skimage", reason="the extra demo is not installed")
 from skimage import data, draw
 
-from fdkernels.segmentation.slide import PATCH, stain_mask, write_patches
+from fdkernels.segmentation.demo_data import PATCH, stain_mask, write_patches
 
 
 def test_the_mask_finds_brown_and_not_blue():

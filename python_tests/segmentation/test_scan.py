@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from fdkernels.segmentation.data import DATASETS, SegmentationDataset
-from fdkernels.segmentation.data.finding import natural
-from fdkernels.segmentation.data.reading import read_image
+from fdkernels.segmentation.data.image_io import read_image
+from fdkernels.segmentation.data.scan import natural
 from tiny_data import make_tiny
 
 NAMES = sorted(DATASETS)
