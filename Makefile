@@ -1,5 +1,5 @@
-# Everything runs in an own virtual environment, on fdkernels installed from this source tree. Needs Python 3.10 or
-# later and, for the C++ kernels, a C++ compiler.
+# All targets run in a virtual environment of their own, with fdkernels installed from this source tree. Needs Python
+# 3.10 or later and, for the C++ kernels, a C++ compiler.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -12,18 +12,18 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
 
-# `build-system.requires` of pyproject.toml: without build isolation pip does not install it. Isolation would download
-# it for each build, unpinned, and recompile what is unchanged.
+# `build-system.requires` of pyproject.toml, which pip does not install without build isolation. Isolation would
+# download it for each build, unpinned, and recompile unchanged files.
 BUILD_TOOLS := cmake ninja pybind11 setuptools
 
-# Folders too, as theirs is the time at which a file was removed.
+# Include folders: their modification time records removed files.
 SOURCES := pyproject.toml setup.py CMakeLists.txt LICENSE $(wildcard README.md) \
 	$(shell find csrc fdkernels -name '__pycache__' -prune -o \( -type d -o -name '*.py' -o -name '*.md' \
 	-o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name 'py.typed' \) -print)
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# PYTHONPATH could put this source tree, which has no compiled module, before the installed package; so would
-# `python -m pytest`, which is why the recipes call the scripts in $(BIN).
+# PYTHONPATH could shadow the installed package with this source tree, which has no compiled module. `python -m pytest`
+# would do the same, so the recipes call the scripts in $(BIN).
 unexport PYTHONPATH
 
 .PHONY: help
@@ -31,10 +31,10 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
-demo: $(VENV)/.demo ## Train a small UNet without and with the loss; the results lie in demo_output/
+demo: $(VENV)/.demo ## Train a small UNet without and with the loss; results go to demo_output/
 	$(BIN)/fdkernels demo --output demo_output
 
-# Triton's interpreter stands in for a GPU; it must be chosen before triton is imported.
+# Use Triton's interpreter where there is no GPU; it must be selected before triton is imported.
 .PHONY: test test-slow
 test: lint ## Run the linters and the tests
 	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(int(not torch.cuda.is_available()))") \
@@ -88,7 +88,7 @@ sdist: $(VENV)/.dev ## Build a source distribution into dist/
 	$(BIN)/python -m build --sdist
 
 .PHONY: clean
-clean: ## Remove what was built or cached, but not the virtual environment
+clean: ## Remove build output and caches, but not the virtual environment
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f fdkernels/_C*.so fdkernels/_build_report.json $(VENV)/.package
 
@@ -103,7 +103,7 @@ $(VENV)/.package: $(VENV)/.tools $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --quiet --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
-# What the installed package needs under the extra of that name.
+# Install the dependencies of the extra of that name.
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.package
 	$(PIP) "fdkernels[$*]"
 	@touch $@

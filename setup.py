@@ -1,8 +1,7 @@
-"""Has CMake build `fdkernels._C`.
+"""Build `fdkernels._C` with CMake.
 
-Sources and flags are in CMakeLists.txt, metadata in pyproject.toml. It reads the environment
-variables FDKERNELS_CPP and FDKERNELS_CUDA (auto, on or off), FDKERNELS_CUDA_ARCHS ("75;90") and
-CMAKE_ARGS.
+CMakeLists.txt lists sources and flags, pyproject.toml the metadata. Reads the environment variables
+FDKERNELS_CPP and FDKERNELS_CUDA (auto, on or off), FDKERNELS_CUDA_ARCHS ("75;90") and CMAKE_ARGS.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CleanBuild(build):
-    """`build` into an empty folder: setuptools would pack what an earlier build left there."""
+    """`build` into an empty folder: setuptools would package leftovers of an earlier build."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -32,7 +31,7 @@ class CleanBuild(build):
 
 
 class CMakeBuild(build_ext):
-    """`build_ext` that has CMake build and install the module and `_build_report.json`."""
+    """`build_ext` that builds and installs the module and `_build_report.json` with CMake."""
 
     def run(self) -> None:
         folder = Path(self.build_temp).resolve() / "cmake"
@@ -45,7 +44,7 @@ class CMakeBuild(build_ext):
             self.distribution.ext_modules = []
 
     def _configuration(self, folder: Path) -> list[str]:
-        """CMake's options; `--fresh` where it has cached compilers or settings that changed."""
+        """Return CMake's options, with `--fresh` if compilers or settings changed since they were cached."""
         settings = [
             f"-DFDKERNELS_CPP={os.environ.get('FDKERNELS_CPP') or 'auto'}",
             f"-DFDKERNELS_CUDA={os.environ.get('FDKERNELS_CUDA') or 'auto'}",
@@ -63,7 +62,7 @@ class CMakeBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         key_file.write_text(key, encoding="utf-8")
 
-        # Named each time, as pip's build environment is another temporary folder for each build.
+        # Pass ninja's path every time: pip's build environment is a new temporary folder for each build.
         generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         return [*(["--fresh"] if fresh else []), *generator, *settings]
 
@@ -73,13 +72,13 @@ class CMakeBuild(build_ext):
             sys.exit("fdkernels is built with CMake, which is not here: pip install cmake ninja")
         if subprocess.run([cmake, *map(str, arguments)], check=False).returncode:
             sys.exit(
-                "The C++ and CUDA part of fdkernels could not be built: see the message above. "
-                "FDKERNELS_CUDA=off leaves out the CUDA kernels, FDKERNELS_CPP=off both."
+                "Building the C++ and CUDA part of fdkernels failed: see the message above. "
+                "Set FDKERNELS_CUDA=off to skip the CUDA kernels, FDKERNELS_CPP=off to skip both."
             )
 
 
 class Wheel(bdist_wheel):
-    """`bdist_wheel` that tags the wheel as pure Python where it holds no module."""
+    """`bdist_wheel` that tags the wheel as pure Python if it contains no compiled module."""
 
     def run_command(self, command: str) -> None:
         super().run_command(command)

@@ -1,4 +1,4 @@
-"""What was built into this installation, and why the rest was not."""
+"""Build report of this installation: the kernels that were built, and why the others were not."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _NOT_BUILT: dict[str, Any] = {
     "cuda_version": None,
     "cuda_archs": [],
     "isa": [],
-    "messages": ["This is a source tree that was not built; `pip install .` builds the C++ kernels."],
+    "messages": ["This source tree was not built; run `pip install .` to build the C++ kernels."],
 }
 
 
 def build_info() -> dict[str, Any]:
-    """What the build wrote down about itself, and whether the compiled module loads here.
+    """Return the build report, and whether the compiled module loads here.
 
     Returns:
         A new dict with the keys
-        `version`: of the package, as a string;
+        `version`: version of the package, a string;
         `cpp`, `cuda`: whether the C++ and the CUDA kernels were built;
         `cpp_compiler`: name and version of the C++ compiler, or None;
         `cuda_version`: version of nvcc, or None;
         `cuda_archs`: GPU architectures, "sm_90" for machine code and "compute_90" for PTX;
-        `isa`: instruction sets of the CPU kernels, of which one is chosen at run time;
-        `messages`: sentences that say why something was not built;
-        `extension`: the path of the compiled module, or None where it does not load;
+        `isa`: instruction sets of the CPU kernels; one of them is selected at run time;
+        `messages`: one sentence for each part that was not built, saying why;
+        `extension`: path of the compiled module, or None if it does not load;
         `extension_error`: why it does not load, or None.
     """
     report = resources.files("fdkernels").joinpath("_build_report.json")

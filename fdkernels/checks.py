@@ -1,8 +1,8 @@
-"""Every complaint about a user's arguments, raised once and from here.
+"""All argument validation.
 
-Shapes, dtypes, devices and names are always checked. Values (a mask of 0/255, a pairing out of range)
+Shapes, dtypes, devices and names are always checked. Values (a 0/255 mask, an out-of-range pairing)
 are checked where reading them does not synchronise a device: on the CPU, and everywhere under `debug()`.
-A compiled graph holds no value checks.
+A compiled graph contains no value checks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _debug_depth = 0
 
 
 class debug:
-    """Check values on every device, at the price of a synchronisation each: `with fdkernels.debug(): ...`."""
+    """Check values on every device; each check synchronises: `with fdkernels.debug(): ...`."""
 
     def __enter__(self) -> debug:
         global _debug_depth
@@ -45,7 +45,7 @@ class debug:
 
 
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` may be looked at: on the CPU or under `debug()`, not while compiling."""
+    """Return whether values of `tensor` may be read: on the CPU or under `debug()`, never while compiling."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or _debug_depth > 0
@@ -59,7 +59,7 @@ def one_of(argument: str, value: object, allowed: Collection[str]) -> None:
 
 
 def non_negative(argument: str, value: float) -> None:
-    """Raise ValueError unless `value` is a number of at least 0."""
+    """Raise TypeError unless `value` is a number, ValueError unless it is at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not value >= 0:
@@ -67,7 +67,14 @@ def non_negative(argument: str, value: float) -> None:
 
 
 def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The features as a checked list, one tensor [N, C, *S] a layer."""
+    """Return the features as a validated list with one tensor [N, C, *S] per layer.
+
+    Raises:
+        TypeError: `features` is neither a tensor nor a list or tuple of tensors, or a layer is not
+            dense float32, float64, bfloat16 or float16.
+        ValueError: there is no layer, a layer does not have 1 to 3 spatial dimensions, or the layers
+            differ in rank, batch size or device.
+    """
     if isinstance(features, Tensor):
         layers = [features]
     elif isinstance(features, (list, tuple)):
@@ -78,7 +85,7 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
             f"got {type(features).__name__}"
         )
     if not layers:
-        raise ValueError("features must hold at least one layer, got an empty sequence")
+        raise ValueError("features must contain at least one layer, got an empty sequence")
     for index, layer in enumerate(layers):
         _check_layer("features" if len(layers) == 1 else f"features[{index}]", layer)
     first = layers[0]
@@ -115,7 +122,18 @@ def _check_layer(name: str, layer: object) -> None:
 
 
 def check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | None) -> Tensor:
-    """The mask as [N, 1, *S0], after its type, shape, device and (where readable) values were checked."""
+    """Validate the mask and return it as [N, 1, *S0], in the dtype it came in.
+
+    Args:
+        mask: [N, 1, *S0] or [N, *S0], bool, integer or floating point, values in [0, 1].
+        layers: the features, as `as_layers` returns them.
+        ignore_index: value of the pixels to leave out, or None.
+
+    Raises:
+        TypeError: the type or dtype of `mask` or the type of `ignore_index` is wrong.
+        ValueError: shape, device or (where readable) values of `mask` are wrong, or the dtype of the
+            mask cannot represent `ignore_index`.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype not in _INTEGER_MASK_DTYPES and not mask.dtype.is_floating_point:
@@ -160,10 +178,10 @@ def _check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
         low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     else:
         return
-    # Torch compares a scalar after wrapping it into the mask's dtype: uint8 255 == -1 would be true.
+    # torch wraps a scalar into the mask's dtype before comparing: uint8 255 == -1 would be true.
     if ignore_index != int(ignore_index) or not low <= ignore_index <= high:
         raise ValueError(
-            f"ignore_index must be a value that the mask can hold, {low} to {high} for {_short(dtype)}, "
+            f"ignore_index must be representable in the mask's dtype, {low} to {high} for {_short(dtype)}, "
             f"got {ignore_index}"
         )
 
@@ -185,8 +203,8 @@ def _check_mask_values(mask: Tensor, ignore_index: float | None) -> None:
 
 
 def _kernel_accepts(mask: Tensor, ignore_index: float) -> bool:
-    """Whether there is a kernel that finds the values valid: it reads them once, and makes no copy."""
-    from fdkernels import backend  # which raises its complaints from here
+    """Return whether a CPU kernel is available and accepts all values; it reads them once, without a copy."""
+    from fdkernels import backend  # imported here because `backend` imports this module
 
     if backend.auto_backend("cpu") != "cpu":
         return False
@@ -195,7 +213,12 @@ def _kernel_accepts(mask: Tensor, ignore_index: float) -> bool:
 
 
 def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tensor | None:
-    """The weights as a tensor [L] on the features' device, or None."""
+    """Validate the layer weights and return them as a floating-point tensor [L], or None if None was given.
+
+    Raises:
+        TypeError: the weights are neither a floating-point tensor nor a list of numbers.
+        ValueError: there is not exactly one weight per layer, or they are not on the features' device.
+    """
     if layer_weights is None:
         return None
     if isinstance(layer_weights, (list, tuple)):
@@ -226,13 +249,25 @@ def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tens
 
 
 def check_pairing(pairing: object, exchange: str, batch: int, device: torch.device) -> Tensor:
-    """The pairing as int64 on `device`: a permutation-like [N] for shuffle, pairs [K, 2] for pooled."""
+    """Validate the pairing and return it as int64 on `device`.
+
+    Args:
+        pairing: the partner of each sample, [N], for `exchange="shuffle"`; pairs of a base and a novel
+            sample, [K, 2], for "pooled".
+        exchange: "shuffle" or "pooled".
+        batch: N, the number of samples.
+        device: device of the result.
+
+    Raises:
+        TypeError: the pairing is not a tensor or list of integers.
+        ValueError: its shape is wrong or, where readable, an index lies outside 0 to N - 1.
+    """
     if isinstance(pairing, (list, tuple)):
         pairing = torch.as_tensor(pairing)
     if not isinstance(pairing, Tensor):
-        raise TypeError(f"pairing must be a tensor or a list of sample numbers, got {type(pairing).__name__}")
+        raise TypeError(f"pairing must be a tensor or a list of sample indices, got {type(pairing).__name__}")
     if pairing.dtype.is_floating_point or pairing.dtype.is_complex or pairing.dtype == torch.bool:
-        raise TypeError(f"pairing must hold integers, got {_short(pairing.dtype)}")
+        raise TypeError(f"pairing must contain integers, got {_short(pairing.dtype)}")
     if exchange == "shuffle" and pairing.shape != (batch,):
         raise ValueError(
             f"pairing must have shape [{batch}], one partner for each sample, got {list(pairing.shape)}"
@@ -245,22 +280,28 @@ def check_pairing(pairing: object, exchange: str, batch: int, device: torch.devi
         low, high = (int(bound.item()) for bound in pairing.aminmax())
         if low < 0 or high >= batch:
             raise ValueError(
-                f"pairing must hold sample numbers from 0 to {batch - 1}, got values from {low} to {high}"
+                f"pairing must contain sample indices from 0 to {batch - 1}, got values from {low} to {high}"
             )
     return pairing.to(device=device, dtype=torch.int64, non_blocking=True)
 
 
 def check_generator(generator: object) -> None:
-    """Raise TypeError unless `generator` is torch's or None."""
+    """Raise TypeError unless `generator` is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
-            "a seed goes into torch.Generator().manual_seed(seed)"
+            "to pass a seed, use torch.Generator().manual_seed(seed)"
         )
 
 
 def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
-    """The domains as int64 [N] on `device`, 0 for base samples and 1 for novel ones, both present."""
+    """Validate the domains and return them as int64 [N] on `device`: 0 is base, 1 is novel.
+
+    Raises:
+        TypeError: the domains are not a bool or integer tensor or list.
+        ValueError: they are missing, not [N] with N = `batch`, or, where readable, contain another
+            value or only one of the two domains.
+    """
     if domains is None:
         raise ValueError(
             "domains must be given for exchange='pooled' without a pairing: "
@@ -279,27 +320,27 @@ def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
     if values_are_readable(domains):
         found = sorted(set(domains.tolist()))
         if not set(found) <= {0, 1}:
-            raise ValueError(f"domains must hold 0 (base) and 1 (novel), got the values {found}")
+            raise ValueError(f"domains must contain only 0 (base) and 1 (novel), got the values {found}")
         if len(found) < 2:
             only = "base samples (0)" if not found or not found[0] else "novel samples (1)"
             raise ValueError(
-                f"domains must name samples of both domains for exchange='pooled', got only {only}"
+                f"domains must include base and novel samples for exchange='pooled', got only {only}"
             )
     return domains.to(device=device, dtype=torch.int64, non_blocking=True)
 
 
 def check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
-    """Raise ValueError where a pair [K, 2] joins two samples of one domain."""
+    """Raise ValueError if a pair of `pairing` [K, 2] joins two samples of one domain (`domains` [N])."""
     if values_are_readable(pairing) and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any():
-        raise ValueError("pairing must join samples of different domains, got a pair whose domains are equal")
+        raise ValueError("pairing must join samples of different domains, got a pair of one domain")
 
 
 def check_exchange_batch(exchange: str, batch: int) -> None:
-    """Raise ValueError where a cross-sample term is asked of fewer than two samples."""
+    """Raise ValueError if an exchange term is requested for a batch of fewer than two samples."""
     if exchange != "none" and batch < 2:
         raise ValueError(
-            f"exchange={exchange!r} pairs samples with one another and must have at least 2 in the "
-            f"batch, got {batch}; drop the last incomplete batch or use exchange='none'"
+            f"exchange={exchange!r} pairs samples, so the batch must have at least 2, got {batch}; "
+            "drop the last incomplete batch or use exchange='none'"
         )
 
 

@@ -1,4 +1,4 @@
-"""What was built, what runs here, and why the rest does not, as text."""
+"""The text of `fdkernels info`: versions, build report, available backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fdkernels.build_info import build_info
 
 
 def info_text() -> str:
-    """Versions, what was built, each backend with "available" or the reason why not; many lines."""
+    """Return versions, the build report and each backend with "available" or the reason it is not."""
     built = build_info()
     cpp = "no"
     if built["cpp"]:

@@ -1,4 +1,4 @@
-"""Bad input is refused by a sentence that names the argument, what came and what was expected."""
+"""Bad input is rejected with a sentence that names the argument, the expected and the given value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fdkernels as fdk
 
 
 class Bad(NamedTuple):
-    """A call that must be refused: what differs from a good one, and how it is refused."""
+    """A call that must be rejected: the arguments that are wrong, the exception and its message."""
 
     id: str
     wrong: dict[str, Any]
@@ -54,7 +54,7 @@ FEATURES = [
     Bad("sparse", {"features": features(2, 3, 4, 4).to_sparse()}, TypeError,
         r"features must be a dense tensor, got layout torch.sparse_coo"),
     Bad("empty list", {"features": []}, ValueError,
-        r"features must hold at least one layer, got an empty sequence"),
+        r"features must contain at least one layer, got an empty sequence"),
     Bad("a layer that is no tensor", {"features": [features(2, 3, 4, 4), 1.0]}, TypeError,
         r"features\[1\] must be a tensor, got float"),
     Bad("a layer of integers", {"features": [features(2, 3, 4, 4), mask(2, 3, 4, 4, dtype=torch.int64)]},
@@ -98,10 +98,10 @@ MASKS = [
     Bad("values beside ignore_index", {"mask": mask(2, 4, 4, dtype=torch.int64) + 7, "ignore_index": 255},
         ValueError, r"mask must have the values 0 and 1 beside ignore_index=255, got values from 7"),
     Bad("an ignore_index that wraps", {"mask": mask(2, 4, 4, dtype=torch.uint8), "ignore_index": -1},
-        ValueError, r"ignore_index must be a value that the mask can hold, 0 to 255 for uint8, got -1"),
+        ValueError, r"ignore_index must be representable in the mask's dtype, 0 to 255 for uint8, got -1"),
     Bad("an ignore_index between integers",
         {"mask": mask(2, 4, 4, dtype=torch.uint8), "ignore_index": 0.5}, ValueError,
-        r"ignore_index must be a value that the mask can hold.*got 0.5"),
+        r"ignore_index must be representable in the mask's dtype.*got 0.5"),
     Bad("an infinite ignore_index",
         {"mask": mask(2, 4, 4, dtype=torch.uint8), "ignore_index": float("inf")}, ValueError,
         r"ignore_index must be .*got inf"),
@@ -150,20 +150,20 @@ WEIGHTS = [
 
 EXCHANGES = [
     Bad("one sample", {"features": features(1, 3, 4, 4), "mask": mask(1, 4, 4), **SHUFFLE}, ValueError,
-        r"exchange='shuffle' .* must have at least 2 in the batch, got 1"),
+        r"exchange='shuffle' pairs samples, so the batch must have at least 2, got 1"),
     Bad("one sample, pooled",
         {"features": features(1, 3, 4, 4), "mask": mask(1, 4, 4), **POOLED, "domains": [1]}, ValueError,
-        r"exchange='pooled' .* must have at least 2 in the batch, got 1"),
+        r"exchange='pooled' pairs samples, so the batch must have at least 2, got 1"),
     Bad("partner out of range", {**SHUFFLE, "pairing": torch.tensor([0, 2])}, ValueError,
-        r"pairing must hold sample numbers from 0 to 1, got values from 0 to 2"),
+        r"pairing must contain sample indices from 0 to 1, got values from 0 to 2"),
     Bad("negative partner", {**SHUFFLE, "pairing": [0, -1]}, ValueError,
-        r"pairing must hold sample numbers from 0 to 1, got values from -1 to 0"),
+        r"pairing must contain sample indices from 0 to 1, got values from -1 to 0"),
     Bad("too few partners", {**SHUFFLE, "pairing": torch.tensor([0])}, ValueError,
         r"pairing must have shape \[2\], one partner for each sample, got \[1\]"),
     Bad("pairs for a shuffle", {**SHUFFLE, "pairing": torch.tensor([[0, 1]])}, ValueError,
         r"pairing must have shape \[2\], .*got \[1, 2\]"),
     Bad("pair out of range", {**POOLED, "pairing": torch.tensor([[0, 5]])}, ValueError,
-        r"pairing must hold sample numbers from 0 to 1, got values from 0 to 5"),
+        r"pairing must contain sample indices from 0 to 1, got values from 0 to 5"),
     Bad("partners for pooled", {**POOLED, "pairing": torch.tensor([1, 0])}, ValueError,
         r"pairing must have shape \[K, 2\], .*got \[2\]"),
     Bad("triples", {**POOLED, "pairing": torch.zeros(2, 3, dtype=torch.int64)}, ValueError,
@@ -171,22 +171,22 @@ EXCHANGES = [
     Bad("no pairs", {**POOLED, "pairing": torch.zeros(0, 2, dtype=torch.int64)}, ValueError,
         r"pairing must have shape \[K, 2\], .*got \[0, 2\]"),
     Bad("partners between samples", {**SHUFFLE, "pairing": torch.tensor([0.0, 1.0])}, TypeError,
-        r"pairing must hold integers, got float32"),
+        r"pairing must contain integers, got float32"),
     Bad("a list of partners between samples", {**SHUFFLE, "pairing": [0.7, 1.2]}, TypeError,
-        r"pairing must hold integers, got float"),
+        r"pairing must contain integers, got float"),
     Bad("a seed for a generator", {**SHUFFLE, "generator": 0}, TypeError,
         r"generator must be a torch.Generator or None, got int"),
     Bad("a numpy pairing", {**SHUFFLE, "pairing": np.array([1, 0])}, TypeError,
-        r"pairing must be a tensor or a list of sample numbers, got ndarray"),
+        r"pairing must be a tensor or a list of sample indices, got ndarray"),
     Bad("pairs within a domain", {**POOLED, "pairing": [[0, 0]], "domains": [0, 1]}, ValueError,
         r"pairing must join samples of different domains"),
     Bad("no domains", POOLED, ValueError, r"domains must be given for exchange='pooled'.*got None"),
     Bad("one domain", {**POOLED, "domains": torch.tensor([0, 0])}, ValueError,
-        r"domains must name samples of both domains .*got only base samples \(0\)"),
+        r"domains must include base and novel samples .*got only base samples \(0\)"),
     Bad("the other domain", {**POOLED, "domains": torch.tensor([1, 1])}, ValueError,
-        r"domains must name samples of both domains .*got only novel samples \(1\)"),
+        r"domains must include base and novel samples .*got only novel samples \(1\)"),
     Bad("three domains", {**POOLED, "domains": torch.tensor([0, 2])}, ValueError,
-        r"domains must hold 0 \(base\) and 1 \(novel\), got the values \[0, 2\]"),
+        r"domains must contain only 0 \(base\) and 1 \(novel\), got the values \[0, 2\]"),
     Bad("too many domains", {**POOLED, "domains": torch.tensor([0, 1, 1])}, ValueError,
         r"domains must have shape \[2\], one entry for each sample, got \[3\]"),
     Bad("float domains", {**POOLED, "domains": torch.tensor([0.0, 1.0])}, TypeError,
@@ -240,7 +240,7 @@ def test_a_sentence_has_no_tensor_in_it():
 
 
 class TestValuesElsewhere:
-    """Values are read where that costs nothing: not in a compiled graph, on a GPU only under debug()."""
+    """Values are never read in a compiled graph, and on a GPU only under debug()."""
 
     def test_compiled_calls_hold_no_value_checks(self):
         compiled = torch.compile(fdk.region_sums, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""`fdkernels prepare`: pairs in the US-TNBC form from DICOM files and drawn masks."""
+"""`fdkernels prepare`: convert DICOM files and drawn masks to image and mask pairs in the US-TNBC layout."""
 
 from __future__ import annotations
 
@@ -9,58 +9,62 @@ import typer
 
 
 def prepare(
-    dicom: Annotated[Path, typer.Option(help="Folder of DICOM files, with its subfolders.")],
+    dicom: Annotated[Path, typer.Option(help="Folder of DICOM files, searched recursively.")],
     masks: Annotated[
-        Path, typer.Option(help="Folder of PNG or TIFF masks, STEM.png or STEM_frameN.png, N from 1.")
+        Path,
+        typer.Option(
+            help="Folder of PNG or TIFF masks, searched recursively: STEM.png or STEM_frameN.png, N from 1."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to make; it gets images/ and masks/.")],
+    output: Annotated[Path, typer.Option(help="Folder to create, with images/ and masks/.")],
     crop: Annotated[
         str | None,
         typer.Option(
-            help="x0,y0,x1,y1 in pixels, x1 and y1 not included.", show_default="the ultrasound region"
+            help="Crop of every frame, x0,y0,x1,y1 in pixels, x1 and y1 exclusive.",
+            show_default="the ultrasound region",
         ),
     ] = None,
     mask_polarity: Annotated[
         str,
         typer.Option(
-            help="How the lesion is drawn: dark, light, or auto: unlike the mask's outermost pixels."
+            help="Polarity of the lesion: dark, light, or auto: the opposite of the mask's border pixels."
         ),
     ] = "auto",
     annotations: Annotated[
         str,
         typer.Option(
-            help="What leaves a frame out: tag (Burned In Annotation is YES), pixels (colours or thin bright "
-            "strokes inside the crop), both or none."
+            help="Exclude annotated frames by tag (Burned In Annotation is YES), pixels (colours or thin "
+            "bright strokes inside the crop), both, or none."
         ),
     ] = "both",
     force: Annotated[
         list[str] | None,
-        typer.Option(help="STEM or STEM_frameN to take whatever is burnt in; can be given again."),
+        typer.Option(help="STEM or STEM_frameN to keep even if it is annotated; repeatable."),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="STEM or STEM_frameN to leave out; can be given again.")
+        list[str] | None, typer.Option(help="STEM or STEM_frameN to exclude; repeatable.")
     ] = None,
     on_problem: Annotated[
-        str, typer.Option(help="When something cannot be used: refuse the run, or skip it.")
+        str, typer.Option(help="On unusable input: refuse the whole run, or skip that input.")
     ] = "refuse",
     group_by: Annotated[
         str,
         typer.Option(
-            help="Whose pictures share the first part of the name: those of a patient-id or a file."
+            help="Images that share the first part of their name: those of one patient-id, or of one file."
         ),
     ] = "patient-id",
     hash_key: Annotated[
         Path | None,
-        typer.Option(help="File of a secret to hash names with.", show_default="running numbers"),
+        typer.Option(help="File with the secret key for hashed names.", show_default="running numbers"),
     ] = None,
     mapping: Annotated[
         Path | None,
         typer.Option(
-            help="CSV file, outside the output, to note where each pair came from.", show_default="none"
+            help="CSV file, outside the output, that maps each pair to its source files.", show_default="none"
         ),
     ] = None,
 ) -> None:
-    """Make anonymous image and mask pairs (us-tnbc) from DICOM files and drawn masks."""
+    """Convert DICOM files and drawn masks to anonymous image and mask pairs (us-tnbc)."""
     from fdkernels.segmentation.data.prepare import PrepareOptions, parse_crop
     from fdkernels.segmentation.data.prepare import prepare as run
 
@@ -79,13 +83,13 @@ def prepare(
     )
     report = run(dicom, masks, output, options, mapping)
     pairs = "1 pair" if report.pairs == 1 else f"{report.pairs} pairs"
-    print(f"{output} holds {pairs}" + (", as before." if report.unchanged else "."))
+    print(f"{output} contains {pairs}" + (", unchanged." if report.unchanged else "."))
     for title, lines in (("Left out", report.left_out), ("Skipped", report.problems)):
         if lines:
             print(f"{title}:")
         for line in lines:
             print(f"  {line}")
-    print("Look at every picture before you share it: no rule sees all that may be burnt in.")
+    print("Check every image by eye before you share it: no rule detects all burned-in text.")
 
 
 __all__ = ["prepare"]

@@ -287,18 +287,18 @@ def test_the_command_reports_pairs_what_was_left_out_and_what_was_skipped(study)
     )  # fmt: skip
     assert result.exit_code == 0
     lines = result.output.splitlines()
-    assert lines[0] == f"{study.output} holds 1 pair."
+    assert lines[0] == f"{study.output} contains 1 pair."
     assert lines[1:4] == ["Left out:", "  b is excluded", "  c is excluded"]
     assert lines[4] == "Skipped:"
     assert lines[5].endswith("alone.dcm has no mask alone.png or alone_frameN.png")
-    assert lines[6].startswith("Look at every picture before you share it")
+    assert lines[6].startswith("Check every image by eye before you share it")
     assert study.read(*study.names())[0].shape == (44, 56)
 
 
 def test_the_command_says_that_a_repeated_run_changed_nothing(study):
     study.add()
     invoke(study)
-    assert f"{study.output} holds 1 pair, as before." in invoke(study).output
+    assert f"{study.output} contains 1 pair, unchanged." in invoke(study).output
 
 
 def test_without_pydicom_the_command_says_what_to_install(study, monkeypatch, capsys):
