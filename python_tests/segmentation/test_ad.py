@@ -41,7 +41,7 @@ def test_the_colours_can_be_chosen(root):
 def test_a_slide_without_the_colours_is_named_with_those_it_has(root):
     shutil.rmtree(root / "128x128" / "new_wsi_00" / "macenko")
     with pytest.raises(
-        ValueError, match=r"new_wsi_00 holds no patches in .*macenko; colours could be patches"
+        ValueError, match=r"new_wsi_00 contains no patches in .*macenko; available colours: patches"
     ):
         find(root, side=128)
     patients = {sample.patient for sample in find(root, "skip", side=128).samples}

@@ -55,7 +55,7 @@ def test_one_image_in_two_classes_is_named_as_a_pair(root):
         malignant.with_stem(malignant.stem + ending).write_bytes(source.read_bytes())
     with pytest.raises(ValueError, match="1 problem") as raised:
         find(root)
-    assert f"{malignant} holds the same pixels as {benign}" in str(raised.value)
+    assert f"{malignant} has the same pixels as {benign}" in str(raised.value)
     left = [sample.image for sample in find(root, "skip").samples]
     assert benign in left
     assert malignant not in left

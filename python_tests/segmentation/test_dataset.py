@@ -60,7 +60,7 @@ def test_a_mask_of_another_size_is_named(sample, tmp_path):
 
 
 def test_no_samples_and_no_size_are_refused(sample):
-    with pytest.raises(ValueError, match="samples must hold at least one"):
+    with pytest.raises(ValueError, match="samples must contain at least one"):
         SegmentationDataset([])
     with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
         SegmentationDataset([sample], size=0)

@@ -50,7 +50,7 @@ def test_an_id_without_masks_or_with_two_images_is_named(root):
     with pytest.raises(ValueError, match="2 problems") as raised:
         find(root)
     assert f"{first.image} has no mask" in str(raised.value)
-    assert f"{second.image.parent} must hold one image, got 2" in str(raised.value)
+    assert f"{second.image.parent} must contain one image, got 2" in str(raised.value)
 
 
 @pytest.fixture(scope="module")

@@ -136,15 +136,15 @@ def test_smoothed_edges_are_cut_at_half_of_white(file):
 )
 def test_a_mask_that_leaves_open_what_is_foreground_is_refused(file, values):
     _save(file, values.astype(np.uint8))
-    with pytest.raises(ValueError, match=r"file.png must hold 0 for background and one other value"):
+    with pytest.raises(ValueError, match=r"file.png must have 0 for background and one other value"):
         read_mask(file)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0, 0.5]], np.float32), "must hold integers, got mode F"),
-        (np.array([[0, -1]], np.int32), "must hold no value below 0, got -1"),
+        (np.array([[0, 0.5]], np.float32), "must contain integers, got mode F"),
+        (np.array([[0, -1]], np.int32), "must not contain values below 0, got -1"),
     ],
 )
 def test_masks_of_other_numbers_are_refused(tmp_path, values, message):
@@ -156,7 +156,7 @@ def test_a_file_of_several_images_is_refused(tmp_path):
     pages = [Image.new("L", (3, 2), shade) for shade in (0, 255)]
     pages[0].save(tmp_path / "file.tif", save_all=True, append_images=pages[1:])
     for read in (read_image, read_mask):
-        with pytest.raises(ValueError, match=r"file.tif must hold one image, got 2"):
+        with pytest.raises(ValueError, match=r"file.tif must contain one image, got 2"):
             read(tmp_path / "file.tif")
 
 

@@ -156,12 +156,12 @@ OUTSIDE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><Annotations>
         (OUTSIDE, "cannot be read, it defines entities"),
         ("<Annotations><Annotation>", "cannot be read: no element found"),
         ("", "cannot be read: no element found"),
-        ("<html></html>", "must hold ImageScope's element Annotations, got html"),
-        (imagescope([np.array([[0, 0], [1, 0], [np.nan, 1]])]), "which region 1 does not"),
-        (imagescope([np.array([[0, 0], [1, 0], [np.inf, 1]])]), "which region 1 does not"),
-        (imagescope([np.zeros((3, 2)), np.array([[0, 0], [1, 0], [2e6, 1]])]), "which region 2 does not"),
-        (imagescope([np.zeros((3, 2))]).replace(' Y="0.0000"', ""), "which region 1 does not"),
-        (imagescope([np.zeros((3, 2))]).replace("0.0000", "left"), "which region 1 does not"),
+        ("<html></html>", "must have ImageScope's root element Annotations, got html"),
+        (imagescope([np.array([[0, 0], [1, 0], [np.nan, 1]])]), "region 1 does not"),
+        (imagescope([np.array([[0, 0], [1, 0], [np.inf, 1]])]), "region 1 does not"),
+        (imagescope([np.zeros((3, 2)), np.array([[0, 0], [1, 0], [2e6, 1]])]), "region 2 does not"),
+        (imagescope([np.zeros((3, 2))]).replace(' Y="0.0000"', ""), "region 1 does not"),
+        (imagescope([np.zeros((3, 2))]).replace("0.0000", "left"), "region 1 does not"),
         ("<?xml version='1.0' encoding='klingon'?><Annotations/>", "cannot be read"),
     ],
     ids=["bomb", "external", "cut", "empty", "html", "nan", "inf", "far", "no Y", "words", "encoding"],
@@ -187,7 +187,7 @@ def test_a_polygon_beyond_any_drawing_is_refused(tmp_path, monkeypatch):
     file = _write(tmp_path / "a.xml", imagescope([zigzag]))
     monkeypatch.setattr(module, "_MOST_CROSSINGS", 30)
     with pytest.raises(
-        ValueError, match=r"a.xml cannot be used: a polygon must cross .* 30 times at most, got 48"
+        ValueError, match=r"a.xml cannot be used: a polygon must cross .* at most 30 times, got 48"
     ):
         polygon_mask(file, SIZE)
 

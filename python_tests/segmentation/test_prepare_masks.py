@@ -82,7 +82,7 @@ BAD_MASKS = {
         lambda path: Image.fromarray(drawn_mask(70, 100)).save(path),
         "frame in US1.dcm, 120x80, got 100x70",
     ),
-    "pages": (many_pages, "must hold one image, got 3"),
+    "pages": (many_pages, "must contain one image, got 3"),
     "cut off": (lambda path: path.write_bytes(b"no picture"), "US1.tif cannot be read"),
 }
 

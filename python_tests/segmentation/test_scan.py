@@ -130,10 +130,10 @@ def test_the_same_pixels_in_another_format_are_named_as_a_pair(name, root):
     copy = second.image.with_suffix(".bmp")
     with pytest.raises(ValueError, match="cannot be used, 1 problem:") as raised:
         DATASETS[name].find(root)
-    assert f"{copy} holds the same pixels as {first.image}" in str(raised.value)
+    assert f"{copy} has the same pixels as {first.image}" in str(raised.value)
     found = DATASETS[name].find(root, on_problem="skip")
     assert found.samples == tuple(sample for sample in samples if sample != second)
-    assert found.skipped == (f"{copy} holds the same pixels as {first.image}",)
+    assert found.skipped == (f"{copy} has the same pixels as {first.image}",)
 
 
 @pytest.mark.parametrize("empties", ["tnbc", "ad-256", "ad-128"])
@@ -162,7 +162,7 @@ def test_two_files_of_one_name_are_not_guessed_between(name, root):
     sample = DATASETS[name].find(root).samples[0]
     with Image.open(sample.image) as image:
         image.convert("RGB").resize((20, 20)).save(sample.image.with_suffix(".bmp"))
-    with pytest.raises(ValueError, match=r"same name as|must hold one image, got 2"):
+    with pytest.raises(ValueError, match=r"same name as|must contain one image, got 2"):
         DATASETS[name].find(root)
 
 

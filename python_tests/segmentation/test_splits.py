@@ -12,7 +12,6 @@ from fdkernels.segmentation.data import (
     DATASETS,
     SegmentationSample,
     Split,
-    split_by_patient,
     split_folds,
     split_samples,
 )
@@ -75,7 +74,7 @@ def test_single_images_are_split_within_one_image_of_the_fractions(patients, see
 
 @given(st.lists(st.integers(1, 9), min_size=20, max_size=60), SEEDS)
 def test_patients_are_split_within_one_patient_of_the_fractions(counts, seed):
-    """Each cut is off by half of a patient at most, and a part lies between two cuts."""
+    """Each cut is off by at most half a patient, and a part has two cuts."""
     split = split_samples(_samples(counts), (0.5, 0.3, 0.2), seed)
     for part, fraction in zip(_parts(split), (0.5, 0.3, 0.2), strict=True):
         assert abs(len(part) - fraction * sum(counts)) <= max(counts)
@@ -88,17 +87,13 @@ def test_seeds_give_different_splits():
 
 
 def test_a_split_of_this_seed_stays_what_it_was():
-    """A run that is continued with a later version must meet the split that it began with."""
+    """A run resumed with a later version must get the split that it started with."""
     split = split_samples(_samples([1] * 10), seed=3)
     assert [sorted(_patients(part)) for part in _parts(split)] == [
         ["00", "01", "04", "05", "06", "07", "09"],
         ["02", "08"],
         ["03"],
     ]
-
-
-def test_splitting_by_patient_is_the_same_thing():
-    assert split_by_patient is split_samples
 
 
 def test_three_patients_are_enough():
@@ -215,12 +210,12 @@ def test_from_json_finds_files_beside_the_root(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": None}, "a split must hold the list train, got None"),
-        ({"test": {}}, r"a split must hold the list test, got {}"),
-        ({"validation": ["x"]}, "validation must hold objects of patient, image and a list of masks"),
-        ({"validation": [{"patient": "1", "image": "a.png"}]}, "validation must hold objects"),
-        ({"validation": [{"patient": 1, "image": "a.png", "masks": []}]}, "validation must hold objects"),
-        ({"validation": [{"patient": "1", "image": "a.png", "masks": "b.png"}]}, "validation must hold"),
+        ({"train": None}, "a split must have a list 'train', got None"),
+        ({"test": {}}, r"a split must have a list 'test', got {}"),
+        ({"validation": ["x"]}, "validation must contain objects with patient, image and a list of masks"),
+        ({"validation": [{"patient": "1", "image": "a.png"}]}, "validation must contain objects"),
+        ({"validation": [{"patient": 1, "image": "a.png", "masks": []}]}, "validation must contain objects"),
+        ({"validation": [{"patient": "1", "image": "a.png", "masks": "b.png"}]}, "validation must contain"),
     ],
 )
 def test_from_json_refuses_what_is_no_split(tmp_path, change, message):

@@ -1,6 +1,6 @@
-"""Data sets by name: how their samples are found, and what the paper sets for them.
+"""Registry of the data sets: how to find their samples, and the paper's settings.
 
-`README.md` in this folder says, data set by data set, where to get it and how it must lie on the disk.
+`README.md` in this folder describes the source and the folder layout of each data set.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from fdkernels.segmentation.data.loaders import (
     evaluation_loader,
 )
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
-from fdkernels.segmentation.data.splits import Split, split_by_patient, split_folds, split_samples
+from fdkernels.segmentation.data.splits import Split, split_folds, split_samples
 
 
 class Find(Protocol):
-    """From a folder to the samples in it."""
+    """Function that finds the samples in a folder."""
 
     def __call__(self, root: str | Path, on_problem: str = "refuse") -> FoundSamples:
-        """The samples, each read once.
+        """Find the samples and read each one once.
 
         Args:
             root: the folder of the data set as its owners publish it.
-            on_problem: what to do about files that cannot be used: "refuse" raises one ValueError
-                that names them all; "skip" leaves the affected images out and returns a sentence
-                on each in `FoundSamples.skipped`, for the caller to show and to record.
+            on_problem: handling of unusable files: "refuse" raises one ValueError that names them
+                all; "skip" drops the affected images and returns one sentence per problem in
+                `FoundSamples.skipped`, for the caller to show and to record.
 
         Raises:
-            ValueError: the folder has another layout, nothing in it can be used, or there are
-                problems and they are refused.
+            ValueError: the folder has another layout, no file in it is usable, or there are
+                problems and `on_problem` is "refuse".
         """
         ...
 
 
 @dataclass(frozen=True)
 class DatasetPreset:
-    """What is set for a data set, by the paper where it uses it.
+    """Settings of a data set, the paper's where it uses the data set.
 
     Attributes:
-        title: its name in prose.
-        find: from the folder of the download to its samples.
-        size: side in pixels that images are resized to (section A.4).
+        title: display name.
+        find: function that finds the samples in the folder of the download.
+        size: side in pixels of the square that images are resized to (section A.4).
         lr: Adam's learning rate (section 3.1).
-        worst_off: how many test samples with the lowest Dice are looked at apart (Table 1); None
-            where the paper does not use the data set.
-        all_samples: of how many that is (Table 1).
+        worst_off: number of test samples with the lowest Dice that are scored separately (Table 1);
+            None if the paper does not use the data set.
+        all_samples: number of samples that these are taken from (Table 1).
     """
 
     title: str
@@ -63,7 +63,7 @@ class DatasetPreset:
     all_samples: int | None = None
 
 
-# Size and rate of busi and dsb2018, which the paper does not use, are this package's choice.
+# The paper does not use busi and dsb2018; their size and learning rate are this package's choice.
 DATASETS: dict[str, DatasetPreset] = {
     "tnbc": DatasetPreset("TNBC", tnbc.find, size=512, lr=1e-4, worst_off=10, all_samples=50),
     "monuseg": DatasetPreset("MoNuSeg", monuseg.find, size=512, lr=1e-4, worst_off=25, all_samples=44),
@@ -90,7 +90,6 @@ __all__ = [
     "derive_seed",
     "evaluation_loader",
     "random_symmetry",
-    "split_by_patient",
     "split_folds",
     "split_samples",
 ]

@@ -1,14 +1,14 @@
-"""Plaques of Alzheimer's disease (Jimenez et al. 2022) in patches of stained slides.
+"""Alzheimer's disease plaques (Jimenez et al. 2022) in patches of stained slides.
 
-    256x256/new_wsi_00/              (or 128x128/; a folder a slide)
-        macenko/patch_0000.png       patch, colours normalised after Macenko
+    256x256/new_wsi_00/              (or 128x128/; one folder per slide)
+        macenko/patch_0000.png       patch, stain-normalised with Macenko's method
         macenko/patch_0000_C1.png    the same plaque in a corner of the patch
-        patches/patch_0000.png       patch in its own colours
-        vahadane/patch_0000.png      normalised after Vahadane, 128x128 only
+        patches/patch_0000.png       patch in its original colours
+        vahadane/patch_0000.png      stain-normalised with Vahadane's method, 128x128 only
         masks/mask_0000.png          mask of the same number
 
-The slide is the patient, and patches in the corner are patches like any other. A patch without a
-plaque is part of the data.
+The slide counts as the patient. Patches with the plaque in a corner are treated like all others, and
+patches without a plaque are kept.
 
 References:
     Jimenez et al.: "Visual deep learning-based explanation for neuritic plaques segmentation in
@@ -43,18 +43,18 @@ def _slides(root: Path) -> list[Path]:
 def find(
     root: str | Path, on_problem: str = "refuse", *, side: int = 256, colours: str = "macenko"
 ) -> FoundSamples:
-    """Every patch of that size with its mask, slide by slide, each read once.
+    """Find the patches of one size with their masks, slide by slide, and read each pair once.
 
     Args:
-        root: the folder that holds the slides, or the one around it.
-        on_problem: "refuse" or "skip", as in `DatasetPreset`.
-        side: of a patch in pixels, 256 or 128.
-        colours: the folder that images are taken from: "macenko", as the data's authors trained,
+        root: the folder that contains the slides, or its parent.
+        on_problem: "refuse" or "skip", see `Find`.
+        side: side of a patch in pixels, 256 or 128.
+        colours: the folder to take images from: "macenko" (used by the data's authors for training),
             "patches" or "vahadane".
 
     Raises:
-        ValueError: an argument is unknown; `root` is no such folder; or there are problems and they
-            are refused.
+        ValueError: `colours` or `on_problem` is unknown, `root` has another layout, no patch is
+            usable, or there are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
     if colours not in COLOURS:
@@ -76,8 +76,8 @@ def find(
         if not images:
             there = [name for name in COLOURS if files(slide / name)]
             problems.append(
-                f"{slide} holds no patches in the folder {colours}; "
-                f"colours could be {' or '.join(there) if there else 'none'}"
+                f"{slide} contains no patches in the folder {colours}; "
+                f"available colours: {' or '.join(there) if there else 'none'}"
             )
             continue
         samples += paired(images, masks, slide.name, problems)

@@ -1,4 +1,4 @@
-"""Flips and quarter turns of an image together with its mask."""
+"""Random flips and quarter turns of an image and its mask."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 def random_symmetry(
     image: Tensor, mask: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The pair under one random symmetry of the square, the same for both.
+    """Apply one random symmetry of the square to both image and mask.
 
     Three fair coins decide on a horizontal flip, a vertical flip and a quarter turn to the left.
     Both flips together are a half turn, so each of the eight symmetries is equally likely, the
     quarter turn to the right included. Pixels are moved, never interpolated. An image that is
-    not square is flipped only, since a turn would swap its sides.
+    not square is only flipped, because a quarter turn would swap its sides.
 
     Args:
-        image: [C, H, W].
-        mask: [1, H, W].
-        generator: where the coins come from; None for torch's global generator.
+        image: [C, H, W], any dtype.
+        mask: [1, H, W], any dtype.
+        generator: random generator on the CPU; None for torch's global one.
 
     Returns:
-        Image and mask in the shapes they came in, not necessarily contiguous.
+        Image and mask in the same shapes and dtypes, not necessarily contiguous.
 
     Raises:
         ValueError: image and mask differ in height or width.

@@ -2,12 +2,12 @@
 
     benign/benign (1).png         image, any size
     benign/benign (1)_mask.png    mask, white lesion on black
-    benign/benign (4)_mask_1.png  a further lesion of the same image; the foreground is the union
+    benign/benign (4)_mask_1.png  another lesion of the same image; the foreground is the union
     malignant/  normal/           the same
 
-The folder itself or the folder `Dataset_BUSI_with_GT` in it. Patients are not given, so each image
-is its own. `normal` shows no lesion, its masks are empty, and papers leave it out, as is done here
-unless it is asked for.
+These folders may be in the given folder or in its subfolder `Dataset_BUSI_with_GT`. Patients are not
+given, so each image counts as its own patient. `normal` shows no lesion and its masks are empty; papers
+exclude it, and so does `find` by default.
 
 References:
     Al-Dhabyani, Gomaa, Khaled, Fahmy: "Dataset of breast ultrasound images", Data in Brief 28,
@@ -38,7 +38,7 @@ _MASK = re.compile(r"(?P<image>.*)_mask(_\d+)?")
 
 
 def _samples_of(folder: Path, problems: list[str]) -> list[SegmentationSample]:
-    """The images of one class, each with all its masks."""
+    """Collect the images of one class, each with all its masks."""
     images: dict[str, Path] = {}
     masks: dict[str, list[Path]] = {}
     for name, path in by_name(files(folder), problems).items():
@@ -56,16 +56,16 @@ def _samples_of(folder: Path, problems: list[str]) -> list[SegmentationSample]:
 
 
 def find(root: str | Path, on_problem: str = "refuse", *, classes: Sequence[str] = LESIONS) -> FoundSamples:
-    """Every image of the classes with its masks, class by class, each read once.
+    """Find the images of the classes with their masks, class by class, and read each sample once.
 
     Args:
-        root: the folder that holds the classes, or the one around it.
-        on_problem: "refuse" or "skip", as in `DatasetPreset`.
-        classes: which to take; `CLASSES` for all three. Only those of `normal` may be empty.
+        root: the folder that contains the classes, or its parent.
+        on_problem: "refuse" or "skip", see `Find`.
+        classes: classes to include; `CLASSES` is all three. Only masks of "normal" may be empty.
 
     Raises:
-        ValueError: a class is unknown; `root` is no such folder; or there are problems and they
-            are refused.
+        ValueError: a class or `on_problem` is unknown, `root` has another layout, no image is usable,
+            or there are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
     if not classes or not set(classes) <= set(CLASSES):

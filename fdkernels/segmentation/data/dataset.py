@@ -1,4 +1,4 @@
-"""The torch dataset that reads samples from the disk."""
+"""torch dataset that reads samples from disk."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from fdkernels.segmentation.data.samples import SegmentationSample
 class SegmentationDataset(Dataset[dict[str, Tensor]]):
     """Items {"image": float32 [3, H, W] in [0, 1], "mask": float32 [1, H, W] of 0 and 1}.
 
-    Making one reads nothing, so that several can be joined by `torch.utils.data.ConcatDataset`;
-    give each its `domain` then, and a `size`, without which they would not fit into one batch.
+    Construction reads no file. To join several with `torch.utils.data.ConcatDataset`, give each a
+    `domain` and all the same `size`; images of different sizes do not fit into one batch.
 
     Args:
-        samples: what to read; each item is read from the disk anew.
+        samples: the samples; each access reads its files from disk again.
         size: side in pixels of the square that image (bilinear) and mask (nearest) are resized
-            to, whatever their shape; None keeps the size of the file.
+            to, whatever their aspect ratio; None keeps the size of the file.
         augment: draw one of the eight symmetries of the square for each item, from torch's
             global generator.
-        domain: which of several pooled data sets this is; items then also hold "domain", an
-            int64 scalar, as the loss takes it (1 is novel).
+        domain: index of this data set among several pooled ones; items then also have "domain", an
+            int64 scalar that the loss takes (1 is novel).
 
     Raises:
-        ValueError: `samples` is empty or `size` is below 1.
+        ValueError: `samples` is empty or `size` is below 1; on access, a file cannot be read or a
+            mask has another size than its image.
 
     References:
         Section A.4 for the resizing to a square.
@@ -45,7 +46,7 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
         domain: int | None = None,
     ) -> None:
         if not samples:
-            raise ValueError("samples must hold at least one sample, got none")
+            raise ValueError("samples must contain at least one sample, got none")
         if size is not None and size < 1:
             raise ValueError(f"size must be at least 1 pixel, got {size}")
         self.samples = tuple(samples)

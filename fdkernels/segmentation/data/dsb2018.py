@@ -1,10 +1,10 @@
 """2018 Data Science Bowl (Caicedo et al. 2019): nuclei in fluorescence and in stained tissue.
 
     stage1_train/ID/images/ID.png   image, any size, RGBA
-    stage1_train/ID/masks/*.png     one mask a nucleus; the foreground is their union
+    stage1_train/ID/masks/*.png     one mask per nucleus; the foreground is their union
 
-The folder itself or the folder `stage1_train` in it. Patients are not given, so each image is its
-own.
+The ID folders may be in the given folder or in its subfolder `stage1_train`. Patients are not given, so
+each image counts as its own patient.
 
 References:
     Caicedo et al.: "Nucleus segmentation across imaging experiments: the 2018 Data Science Bowl",
@@ -34,14 +34,15 @@ def _ids(root: Path) -> list[Path]:
 
 
 def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
-    """Every image of the folder with the masks of its nuclei, in the order of the ids, each read once.
+    """Find the images with the masks of their nuclei, sorted by id, and read each sample once.
 
     Args:
-        root: the folder that holds the ids, or the one around it.
-        on_problem: "refuse" or "skip", as in `DatasetPreset`.
+        root: the folder that contains the ID folders, or its parent.
+        on_problem: "refuse" or "skip", see `Find`.
 
     Raises:
-        ValueError: `root` is no such folder; or there are problems and they are refused.
+        ValueError: `on_problem` is unknown, `root` has another layout, no image is usable, or there
+            are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
     inner = inner_folder(root, _OUTER, lambda folder: bool(_ids(folder)))
@@ -54,7 +55,7 @@ def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
     for folder in _ids(inner):
         images, masks = files(folder / _IMAGES), files(folder / _MASKS)
         if len(images) != 1:
-            problems.append(f"{folder / _IMAGES} must hold one image, got {len(images)}")
+            problems.append(f"{folder / _IMAGES} must contain one image, got {len(images)}")
         elif not masks:
             problems.append(f"{images[0]} has no mask")
         else:

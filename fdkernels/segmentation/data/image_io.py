@@ -1,4 +1,4 @@
-"""Images and masks as they are read from files that may be broken, foreign or too large."""
+"""Read images and masks from files that may be corrupt, in another format or too large."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fdkernels.segmentation.data.polygons import polygon_mask
 from fdkernels.segmentation.data.samples import SegmentationSample
 
 LIMIT_VARIABLE = "FDKERNELS_MAX_IMAGE_PIXELS"
-# What Pillow raises on broken files; SyntaxError is its word for a broken PNG.
+# Exceptions that Pillow raises on corrupt files; a corrupt PNG raises SyntaxError.
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -30,12 +30,16 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
-_GREY = 0.2  # the greatest share of middle greys, in pixels of foreground
+_GREY = 0.2  # maximum number of mid-grey pixels, as a fraction of the foreground pixels
 
 
 @cache
 def apply_pixel_limit() -> None:
-    """Takes Pillow's limit against decompression bombs from the environment, where it is set."""
+    """Set Pillow's limit against decompression bombs from the environment variable, if it is set.
+
+    Raises:
+        ValueError: the variable is not a positive whole number.
+    """
     wanted = os.environ.get(LIMIT_VARIABLE)
     if wanted is None:
         return
@@ -46,12 +50,17 @@ def apply_pixel_limit() -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The image at `path`; what Pillow raises on opening or decoding it becomes a ValueError."""
+    """Open the image at `path`, a file of exactly one image.
+
+    Raises:
+        ValueError: opening or decoding (also inside the block) fails, the image exceeds the pixel
+            limit, or the file contains several images.
+    """
     apply_pixel_limit()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Of broken metadata and dropped transparency, neither of which is read here.
+            # Pillow warns about corrupt metadata and dropped transparency; neither is used here.
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(path) as image:
                 frames = getattr(image, "n_frames", 1)
@@ -60,28 +69,28 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{path} cannot be read: {error} If you trust the file, set the environment variable "
-            f"{LIMIT_VARIABLE} (or PIL.Image.MAX_IMAGE_PIXELS) to the pixels you allow."
+            f"{LIMIT_VARIABLE} (or PIL.Image.MAX_IMAGE_PIXELS) to the number of pixels you allow."
         ) from error
     except _BROKEN as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if frames != 1:
-        raise ValueError(f"{path} must hold one image, got {frames}")
+        raise ValueError(f"{path} must contain one image, got {frames}")
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Whether the image is grey of 16 bits; older Pillow opens a PNG of that kind as mode I."""
+    """Return whether the image is 16-bit grey; older Pillow opens such a PNG in mode I."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image at `path` as 8-bit RGB.
+    """Read the image at `path` as 8-bit RGB.
 
-    An alpha channel is dropped, a palette resolved, grey repeated. Grey of 16 bits is scaled by
-    255/65535 and rounded, whatever range the image uses, so that images stay comparable.
+    Drops an alpha channel, resolves a palette, repeats grey. Scales 16-bit grey by 255/65535 and
+    rounds, whatever range the image uses, so that images stay comparable.
 
     Raises:
-        ValueError: the file cannot be read, holds several images, is larger than Pillow's limit
-            against decompression bombs, or holds 32-bit or float pixels.
+        ValueError: the file cannot be read, contains several images, exceeds Pillow's limit
+            against decompression bombs, or has 32-bit or float pixels.
     """
     with opened(path) as image:
         if _is_16_bit(image):
@@ -95,11 +104,11 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _foreground(values: np.ndarray, white: int, path: Path) -> np.ndarray:
-    """Where grey `values` [H, W] mean foreground; `white` is the highest value of their type."""
+    """Threshold grey `values` [H, W] to foreground, bool [H, W]; `white` is the maximum of their type."""
     eight_bits = values.dtype == np.uint8
     grey = np.flatnonzero(np.bincount(values.ravel())) if eight_bits else np.unique(values)
     if grey[0] < 0:
-        raise ValueError(f"{path} must hold no value below 0, got {grey[0]}")
+        raise ValueError(f"{path} must not contain values below 0, got {grey[0]}")
     if grey[grey > 0].size <= 1:
         return values > 0
     foreground: np.ndarray = values > white / 2
@@ -107,26 +116,27 @@ def _foreground(values: np.ndarray, white: int, path: Path) -> np.ndarray:
     if middle <= _GREY * np.count_nonzero(foreground) and foreground.any():
         return foreground
     raise ValueError(
-        f"{path} must hold 0 for background and one other value for foreground, or be nearly black "
+        f"{path} must have 0 for background and one other value for foreground, or be nearly black "
         f"and white, got {grey.size} grey values between {grey[0]} and {grey[-1]}, with {middle} "
-        f"pixels in the middle greys and {np.count_nonzero(foreground)} above half of white"
+        f"mid-grey pixels and {np.count_nonzero(foreground)} pixels above half of white"
     )
 
 
 def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The mask at `path` as bool [H, W], True in the foreground.
+    """Read the mask at `path` as bool [H, W], True in the foreground.
 
-    An image with 0 and one other value is foreground where it is not 0. One with more grey
-    values, as lossy compression and smoothed edges leave them, is cut at half of white if that is
-    clear: the pixels between a quarter and three quarters of white must be no more than a fifth
-    of those above the cut. Colours count by their luminance, an alpha channel never counts.
+    If the image has 0 and one other value, non-zero is foreground. With more grey values, from lossy
+    compression or anti-aliasing, the mask is thresholded at half of white, provided that the result
+    is unambiguous: the pixels between a quarter and three quarters of white must be at most a fifth
+    of those above the threshold. Colours are converted to luminance; an alpha channel is ignored.
 
     Args:
-        path: an image, or polygons in an ImageScope `.xml`.
-        size: width and height; needed for polygons, which do not tell it.
+        path: an image, or an ImageScope `.xml` with polygons.
+        size: width and height in pixels; required for polygons, whose file does not contain it.
 
     Raises:
-        ValueError: the file cannot be read, or its greys leave open what is foreground.
+        ValueError: the file cannot be read, its grey values are ambiguous, or `size` is missing for
+            polygons.
     """
     if path.suffix.lower() == ".xml":
         if size is None:
@@ -140,15 +150,15 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         else:
             white, values = 255, np.array(image.convert("L"))  # [H, W]
     if mode == "F":
-        raise ValueError(f"{path} must hold integers, got mode F")
+        raise ValueError(f"{path} must contain integers, got mode F")
     return _foreground(values, white, path)
 
 
 def load_pair(sample: SegmentationSample) -> tuple[Image.Image, Image.Image]:
-    """Image (RGB) and mask (L, 0 or 255, the union of the sample's masks), of one size.
+    """Read image (8-bit RGB) and mask (8-bit grey, 0 or 255, the union of the sample's masks), of one size.
 
     Raises:
-        ValueError: a file cannot be read, or a mask has another size than the image.
+        ValueError: a file cannot be read, or a mask differs from the image in size.
     """
     image = read_image(sample.image)
     union = np.zeros((image.height, image.width), dtype=bool)  # [H, W]

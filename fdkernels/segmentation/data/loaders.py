@@ -1,4 +1,4 @@
-"""Reading a data set in batches, and what that is decided by: seeds and worker processes."""
+"""Evaluation loader, and the seeds and worker counts of all loaders."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.utils.data import DataLoader
 from fdkernels.segmentation.data.dataset import SegmentationDataset
 from fdkernels.segmentation.data.samples import SegmentationSample
 
-# Below this many images of a run, starting worker processes costs more than they save.
+# For runs with fewer images, starting worker processes costs more than it saves.
 _TINY = 32
 _MOST_WORKERS = 4
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 63-bit seed that depends on every one of `numbers` (0 or more) and on their order."""
+    """Derive a 63-bit seed from `numbers` (each at least 0) and their order."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def default_workers(images: int) -> int:
-    """Worker processes for a loader over that many images: none for few, else one a core, to 4."""
+    """Return the worker processes for a loader of that many images: 0 below 32, else one per core up to 4."""
     if images < _TINY:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -33,7 +33,20 @@ def default_workers(images: int) -> int:
 def evaluation_loader(
     samples: Sequence[SegmentationSample], *, size: int | None, batch_size: int, workers: int
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches {"image": [N, 3, H, W], "mask": [N, 1, H, W]}, float32, in order and not augmented."""
+    """Return a loader of the samples in order, without augmentation.
+
+    Its batches are {"image": float32 [N, 3, H, W] in [0, 1], "mask": float32 [N, 1, H, W] of 0 and 1}
+    on the CPU.
+
+    Args:
+        samples: the samples to read, at least one.
+        size: side in pixels of the square that images are resized to; None keeps the size of the file.
+        batch_size: N, except that the last batch may be smaller.
+        workers: number of worker processes.
+
+    Raises:
+        ValueError: `samples` is empty or `size` is below 1; while iterating, a file cannot be read.
+    """
     dataset = SegmentationDataset(samples, size)
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
 

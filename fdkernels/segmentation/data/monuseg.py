@@ -2,12 +2,12 @@
 
     MoNuSeg 2018 Training Data/
         Tissue Images/NAME.tif      image, 1000x1000, RGB
-        Annotations/NAME.xml        one polygon a nucleus
+        Annotations/NAME.xml        one polygon per nucleus
     MoNuSegTestData/
         NAME.tif  NAME.xml          the same, in one folder
 
-Both, one of them, or the content of either in the folder itself. NAME is a TCGA barcode, of which
-the first three fields are the patient: TCGA-A7-A13E-01Z-00-DX1 is of TCGA-A7-A13E.
+The given folder contains both folders, one of them, or the content of either. NAME is a TCGA barcode; its
+first three fields are the patient: TCGA-A7-A13E-01Z-00-DX1 belongs to TCGA-A7-A13E.
 
 References:
     Kumar et al.: "A Dataset and a Technique for Generalized Nuclear Segmentation for
@@ -30,13 +30,13 @@ _BARCODE = re.compile(r"TCGA-[^-]+-[^-]+(?=-|$)")
 
 
 def patient_of(name: str) -> str:
-    """The patient in a TCGA barcode, its first three fields; a name that is none is its own patient."""
+    """Return the patient, the first three fields of a TCGA barcode, or the name itself if it is not one."""
     barcode = _BARCODE.match(name)
     return name if barcode is None else barcode[0]
 
 
 def _pairs_of_folders(root: Path) -> list[tuple[Path, Path]]:
-    """The folders of images and of polygons that there are."""
+    """List the existing pairs of a folder of images and a folder of polygons."""
     apart = [(base / _IMAGES, base / _MASKS) for base in (root, root / _TRAINING)]
     together = [(base, base) for base in (root, root / _TEST)]
     return [pair for pair in apart if pair[0].is_dir() or pair[1].is_dir()] + [
@@ -45,14 +45,15 @@ def _pairs_of_folders(root: Path) -> list[tuple[Path, Path]]:
 
 
 def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
-    """Every image of the folder with its polygons, training before test, each read once.
+    """Find the images with their polygons, training before test, and read each pair once.
 
     Args:
-        root: the folder around the two of the download, or one of them.
-        on_problem: "refuse" or "skip", as in `DatasetPreset`.
+        root: the folder that contains the two of the download, or one of these two.
+        on_problem: "refuse" or "skip", see `Find`.
 
     Raises:
-        ValueError: `root` is no such folder; or there are problems and they are refused.
+        ValueError: `on_problem` is unknown, `root` has another layout, no image is usable, or there
+            are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
     pairs = _pairs_of_folders(root)

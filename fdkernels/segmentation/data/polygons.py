@@ -1,8 +1,8 @@
-"""Outlines of objects in the XML of Aperio ImageScope, and the mask they enclose.
+"""Read polygons from Aperio ImageScope XML and rasterise them to a mask.
 
     Annotations/Annotation/Regions/Region/Vertices/Vertex[@X, @Y]
 
-X is the column and Y the row, in pixels, as integers or decimals; an outline is closed by itself.
+X is the column and Y the row, in pixels, as integers or decimals; polygons are closed implicitly.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from pathlib import Path
 import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
 
-_MOST_BYTES = 2**26  # the largest file of MoNuSeg has 5 MB
-_FARTHEST = 1e6  # pixels from the corner of the image
-_MOST_CROSSINGS = 10**7  # of rows by one polygon, which bounds the memory for it
-_CACHED = 1024  # masks of a process; packed to bits, one of 1000x1000 takes 125 kB
+_MOST_BYTES = 2**26  # MoNuSeg's largest file has 5 MB
+_FARTHEST = 1e6  # maximum |X| and |Y| in pixels
+_MOST_CROSSINGS = 10**7  # edge-row crossings of one polygon; bounds the memory
+_CACHED = 1024  # masks per process; a packed mask of 1000x1000 takes 125 kB
 
 
 def read_polygons(path: Path) -> list[np.ndarray]:
-    """The outlines in the file, each float64 [vertices, 2] of X and Y, in the order of the file.
+    """Read the polygons, each float64 [vertices, 2] of X and Y in pixels, in file order.
 
-    Regions with fewer than three vertices enclose nothing and are left out.
+    Skips regions with fewer than three vertices: they enclose no area.
 
     Raises:
-        ValueError: the file is missing, no XML, too large, defines entities, holds no
-            `Annotations`, or a vertex without X and Y of at most a million pixels.
+        ValueError: the file is missing, is not XML, exceeds 64 MiB, defines entities, has another
+            root element than `Annotations`, or a vertex lacks X or Y or exceeds a million pixels.
     """
     try:
         size = path.stat().st_size
         root = ElementTree.parse(path).getroot() if size <= _MOST_BYTES else None
     except DefusedXmlException as error:
         raise ValueError(f"{path} cannot be read, it defines entities: {error}") from error
-    except (OSError, SyntaxError, LookupError, ValueError) as error:  # the last two: odd encodings
+    except (OSError, SyntaxError, LookupError, ValueError) as error:  # the last two: invalid encodings
         raise ValueError(f"{path} cannot be read: {error}") from error
     if root is None:
         raise ValueError(f"{path} must have at most {_MOST_BYTES} bytes, got {size}")
     if root.tag != "Annotations":
-        raise ValueError(f"{path} must hold ImageScope's element Annotations, got {root.tag}")
+        raise ValueError(f"{path} must have ImageScope's root element Annotations, got {root.tag}")
     polygons = []
     for number, region in enumerate(root.iterfind("Annotation/Regions/Region"), 1):
         try:
@@ -52,7 +52,7 @@ def read_polygons(path: Path) -> list[np.ndarray]:
         if not finite:
             raise ValueError(
                 f"{path} must give X and Y of every vertex as numbers of at most {_FARTHEST:.0e} "
-                f"pixels, which region {number} does not"
+                f"pixels; region {number} does not"
             )
         if len(corners) >= 3:
             polygons.append(np.array(corners))  # [vertices, 2]
@@ -60,31 +60,34 @@ def read_polygons(path: Path) -> list[np.ndarray]:
 
 
 def _rows(low: np.ndarray, high: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair of an edge and an image row with low <= row < high, as two index arrays [pairs]."""
+    """Return all pairs of an edge and an image row with low <= row < high, as two int arrays [pairs].
+
+    Args:
+        low, high: lower and upper Y of each edge, [edges].
+        height: number of image rows.
+    """
     first, stop = np.ceil(np.clip([low, high], 0, height)).astype(int)  # [edges]
     counts = stop - first
     if (pairs := int(counts.sum())) > _MOST_CROSSINGS:
-        raise ValueError(
-            f"a polygon must cross the rows of its image {_MOST_CROSSINGS} times at most, got {pairs}"
-        )
+        raise ValueError(f"a polygon must cross the image rows at most {_MOST_CROSSINGS} times, got {pairs}")
     edges = np.repeat(np.arange(len(low)), counts)
     within = np.arange(pairs) - np.repeat(np.cumsum(counts) - counts, counts)
     return edges, first[edges] + within
 
 
 def _fill(depth: np.ndarray, polygon: np.ndarray) -> None:
-    """Counts a polygon [vertices, 2] in `depth` [H, W + 1]: +1 where a run of its pixels begins, -1 after it.
+    """Add a polygon [vertices, 2] to `depth` [H, W + 1]: +1 at the start of a pixel run, -1 after its end.
 
-    A pixel belongs to a run if its centre lies in the polygon or on its outline: between two
-    crossings of its row, on an edge along the row, or on a vertex.
+    A pixel belongs to a run if its centre is inside the polygon or on its outline: between two
+    crossings of its row, on a horizontal edge, or on a vertex.
     """
     height, width = depth.shape[0], depth.shape[1] - 1
-    x, y = polygon.T  # [edges], where an edge begins
-    next_x, next_y = np.roll(polygon, -1, axis=0).T  # [edges], where it ends
+    x, y = polygon.T  # [edges], start of each edge
+    next_x, next_y = np.roll(polygon, -1, axis=0).T  # [edges], end of each edge
     edge, row = _rows(np.minimum(y, next_y), np.maximum(y, next_y), height)
-    # Multiplied before it is divided, so that whole numbers stay exact.
+    # Multiply before dividing: integer coordinates stay exact.
     crossing = x[edge] + (row - y[edge]) * (next_x - x)[edge] / (next_y - y)[edge]
-    order = np.lexsort((crossing, row))  # each row is crossed an even number of times: in, out, in, out
+    order = np.lexsort((crossing, row))  # every row has an even number of crossings: in, out, in, out
     on_row = (y == np.floor(y)) & (y >= 0) & (y < height)
     level = on_row & (y == next_y)
     starts = np.concatenate((crossing[order[::2]], np.minimum(x, next_x)[level], x[on_row]))
@@ -98,19 +101,19 @@ def _fill(depth: np.ndarray, polygon: np.ndarray) -> None:
 
 
 def fill_polygons(polygons: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """The union of the polygons as bool [H, W]: pixels whose centre lies inside or on an outline.
+    """Rasterise the union of the polygons to bool [H, W].
 
-    The centre of the pixel in row r and column c is X = c, Y = r. The outlines of MoNuSeg run
-    through the border pixels of a nucleus, which is why these belong to it, as they do in
-    scikit-image's `draw.polygon`. An outline that crosses itself is filled by the even-odd rule,
-    and what lies outside the image is cut off.
+    A pixel is foreground if its centre (row r, column c is at X = c, Y = r) is inside a polygon or on
+    its outline, as in scikit-image's `draw.polygon`: MoNuSeg's outlines run through the border pixels
+    of a nucleus. Self-intersecting polygons are filled by the even-odd rule; polygons are clipped to
+    the image.
 
     Args:
-        polygons: each [vertices, 2] of X and Y.
-        size: width and height of the image.
+        polygons: arrays [vertices, 2] of X and Y in pixels.
+        size: width and height of the image in pixels.
 
     Raises:
-        ValueError: a polygon crosses more rows than any outline drawn by hand.
+        ValueError: the edges of a polygon cross image rows more than ten million times.
     """
     width, height = size
     depth = np.zeros((height, width + 1), dtype=np.int32)  # [H, W + 1]
@@ -122,7 +125,7 @@ def fill_polygons(polygons: list[np.ndarray], size: tuple[int, int]) -> np.ndarr
 
 @lru_cache(maxsize=_CACHED)
 def _packed(path: Path, size: tuple[int, int], modified: int) -> np.ndarray:
-    """`fill_polygons` of the file as bits; `modified` makes a changed file another entry."""
+    """Rasterise the file and pack the mask to bits; `modified` is part of the cache key."""
     polygons = read_polygons(path)
     try:
         return np.packbits(fill_polygons(polygons, size))
@@ -131,17 +134,16 @@ def _packed(path: Path, size: tuple[int, int], modified: int) -> np.ndarray:
 
 
 def polygon_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """The mask in an ImageScope file as bool [H, W], kept for the life of the process.
+    """Read the mask of an ImageScope file as bool [H, W]; up to 1024 masks are cached in memory.
 
-    Reading a file and filling its polygons takes longer than reading the image, and each epoch
-    asks for it again. Nothing is written beside the data.
+    Every epoch needs the mask, and parsing and rasterising take longer than reading the image.
 
     Args:
-        path: the `.xml`.
-        size: width and height of the image.
+        path: the `.xml` file.
+        size: width and height of the image in pixels.
 
     Raises:
-        ValueError: as `read_polygons`.
+        ValueError: the file cannot be read or used, see `read_polygons` and `fill_polygons`.
     """
     try:
         modified = path.stat().st_mtime_ns

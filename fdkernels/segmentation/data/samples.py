@@ -1,4 +1,4 @@
-"""What a data set consists of: samples on the disk, and what a search for them found."""
+"""Samples of a data set as files, and the result of a scan for them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SegmentationSample:
-    """One image with its truth, as files.
+    """Files of one image and its ground truth.
 
     Attributes:
         image: the image file.
-        masks: one or more files with the truth; the foreground is their union. Each is an image,
-            or polygons in an ImageScope `.xml`, whose size is that of `image`.
-        patient: who the image is of. Splits never separate the images of one patient. Where
-            patients are unknown it is the image's own id, so that a split is one by image.
+        masks: one or more mask files; the foreground is their union. Each is an image of the size
+            of `image`, or an ImageScope `.xml` with polygons.
+        patient: the patient shown. Splits never separate the images of one patient. If patients
+            are unknown it is the image's own id, so splits are by image.
     """
 
     image: Path
@@ -25,12 +25,12 @@ class SegmentationSample:
 
 @dataclass(frozen=True)
 class FoundSamples:
-    """What a folder holds.
+    """Result of a scan.
 
     Attributes:
-        samples: every image that can be used, in natural order of the names.
-        skipped: one sentence for each problem for which files were left out; empty unless that was
-            asked for.
+        samples: every usable image, in natural order of the names.
+        skipped: one sentence per problem that led to skipped files; empty unless `on_problem` is
+            "skip".
     """
 
     samples: tuple[SegmentationSample, ...]

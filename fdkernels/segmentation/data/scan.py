@@ -1,4 +1,4 @@
-"""What the loaders share: folders, pairs of files, and the check of everything found."""
+"""Scan data folders: list and pair files, validate every sample found."""
 
 from __future__ import annotations
 
@@ -15,48 +15,47 @@ ON_PROBLEM = ("refuse", "skip")
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """Sorting key under which 01_2 comes before 01_10."""
+    """Return a natural sort key: 01_2 comes before 01_10."""
     parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
-    return [*parts, (-2, text)]  # so that 1 and 01 have an order, too
+    return [*parts, (-2, text)]  # breaks the tie between 1 and 01
 
 
 def data_folder(root: str | Path, on_problem: str) -> Path:
-    """`root` as a path, after both arguments of a search were checked.
+    """Validate the arguments of a scan and return `root` as a path.
 
     Raises:
-        ValueError: `root` is no folder, or `on_problem` neither "refuse" nor "skip".
+        ValueError: `root` is not a folder, or `on_problem` is neither "refuse" nor "skip".
     """
     if on_problem not in ON_PROBLEM:
         raise ValueError(f'on_problem must be "refuse" or "skip", got {on_problem!r}')
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"data must be a folder, got {root}, which is none")
+        raise ValueError(f"data must be a folder, got {root}, which is not one")
     return root
 
 
 def inner_folder(root: Path, outer: str, holds: Callable[[Path], bool]) -> Path | None:
-    """`root`, or its folder `outer` (the one the download unpacks to), whichever `holds` the data."""
+    """Return the first of `root` and `root / outer` (the download's) that `holds` the data, or None."""
     return next((folder for folder in (root, root / outer) if folder.is_dir() and holds(folder)), None)
 
 
 def layout_error(root: Path, title: str, layout: str, missing: str) -> ValueError:
-    """The error for a folder that is laid out in another way."""
+    """Return the error for a folder with another layout; `missing` names what was not found in it."""
     return ValueError(
-        f"data must be a folder in the {title} layout ({layout}), got {root}, which holds {missing}"
+        f"data must be a folder in the {title} layout ({layout}), got {root}, which contains {missing}"
     )
 
 
 def folders(folder: Path) -> list[Path]:
-    """The folders in a folder in natural order, without hidden ones."""
+    """List the subfolders of a folder in natural order, without hidden ones."""
     inside = (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     return sorted(inside, key=lambda entry: natural(entry.name))
 
 
 def files(folder: Path, suffixes: Iterable[str] = _PICTURES) -> list[Path]:
-    """The files of a folder that have one of the suffixes, in natural order.
+    """List the files of a folder with one of the suffixes, in natural order.
 
-    Hidden files, as some systems leave them, are no part of any data set. A folder that is not
-    there has no files.
+    Skips hidden files, which some systems create. Returns no files for a missing folder.
     """
     if not folder.is_dir():
         return []
@@ -70,7 +69,7 @@ def files(folder: Path, suffixes: Iterable[str] = _PICTURES) -> list[Path]:
 
 
 def by_name(paths: Iterable[Path], problems: list[str], prefix: str = "") -> dict[str, Path]:
-    """The files by name without prefix and suffix; a second one of the same name becomes a problem."""
+    """Index the files by name without prefix and suffix; report duplicate names in `problems`."""
     named: dict[str, Path] = {}
     for path in paths:
         name = path.stem.removeprefix(prefix)
@@ -87,12 +86,12 @@ def paired(
     patient: str | Callable[[str], str],
     problems: list[str],
 ) -> list[SegmentationSample]:
-    """Samples of the images and masks of one name; those without a partner become problems.
+    """Pair images and masks of the same name; report those without a partner.
 
     Args:
-        images, masks: files by the name under which they belong together.
-        patient: whose they all are, or a function from that name to the patient.
-        problems: where a sentence is added for each file without a partner.
+        images, masks: files by name.
+        patient: the patient of all of them, or a function from name to patient.
+        problems: list to which one sentence is appended per file without a partner.
     """
     samples = []
     for name in sorted(images.keys() | masks.keys(), key=natural):
@@ -112,9 +111,9 @@ def _defects(
     may_be_empty: Callable[[SegmentationSample], bool],
     size: tuple[int, int] | None,
 ) -> list[str]:
-    """Sentences on what makes a sample unusable; reads its files whole.
+    """Describe in sentences what makes a sample unusable.
 
-    A truncated file shows only then, and had better show before the first epoch than during it.
+    Decodes the files completely: only this detects a truncated file before the first epoch.
     """
     try:
         image, mask = load_pair(sample)
@@ -129,14 +128,14 @@ def _defects(
         defects.append(f"{sample.image} has a mask without foreground, {sample.masks[0].name}")
     pixels = hashlib.sha256(f"{image.width} {image.height} ".encode() + image.tobytes()).digest()
     if pixels in seen:
-        defects.append(f"{sample.image} holds the same pixels as {seen[pixels]}")
+        defects.append(f"{sample.image} has the same pixels as {seen[pixels]}")
     elif not defects:
         seen[pixels] = sample.image
     return defects
 
 
 def raise_problems(root: Path, problems: Sequence[str]) -> None:
-    """Raises one ValueError that lists `problems`, if there are any."""
+    """Raise one ValueError that lists `problems`, if there are any."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         listed = "\n".join(f"  {problem}" for problem in problems)
@@ -152,23 +151,23 @@ def checked(
     may_be_empty: Callable[[SegmentationSample], bool] = lambda sample: False,
     size: tuple[int, int] | None = None,
 ) -> FoundSamples:
-    """The samples after each was read once, with those that cannot be used refused or left out.
+    """Read every sample once and return the usable ones; refuse or skip the others.
 
-    A sample cannot be used if a file is unreadable or masks differ from the image in size; if
-    nothing is foreground, unless `may_be_empty` allows that; or if its image has the same pixels as
-    one before it, whatever their names and formats: a split could put one into training and the
-    other into the test.
+    A sample is unusable if a file cannot be read, if a mask differs from the image in size, if the
+    mask is empty and `may_be_empty` does not allow that, or if an earlier image has the same pixels,
+    whatever its name and format: a split could put one into training and the other into the test.
 
     Args:
-        root: the folder that the messages are about.
-        samples: what was found, in order; of duplicates the first is kept.
-        problems: what the search for files has to complain of already.
-        on_problem: "refuse" raises on any problem, "skip" leaves out what is affected.
-        may_be_empty: whether a sample without foreground is part of the data set.
-        size: width and height that every image must have; None for any.
+        root: the folder to name in messages.
+        samples: the samples found, in order; of duplicates the first is kept.
+        problems: problems found while scanning for files.
+        on_problem: "refuse" raises on any problem, "skip" drops the affected samples.
+        may_be_empty: whether a sample without foreground is valid.
+        size: required width and height of every image in pixels; None for any.
 
     Raises:
-        ValueError: there are problems and they are refused, all in one list; or nothing is left.
+        ValueError: there are problems and `on_problem` is "refuse" (the message lists all of them),
+            or no sample is usable.
     """
     seen: dict[bytes, Path] = {}
     problems, usable = list(problems), []
@@ -180,7 +179,7 @@ def checked(
     if on_problem == "refuse" or not usable:
         raise_problems(root, problems)
     if not usable:
-        raise ValueError(f"{root} holds no image that can be used")
+        raise ValueError(f"{root} contains no usable image")
     return FoundSamples(tuple(usable), tuple(problems))
 
 

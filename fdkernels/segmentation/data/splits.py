@@ -1,4 +1,4 @@
-"""Training, test and validation parts that share no patient."""
+"""Split samples into training, test and validation parts that share no patient."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FRACTIONS = (0.7, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Split:
-    """Three disjoint parts of a data set; together they are the data set."""
+    """Three disjoint parts that together make up a data set."""
 
     train: tuple[SegmentationSample, ...]
     test: tuple[SegmentationSample, ...]
     validation: tuple[SegmentationSample, ...]
 
     def as_json(self, root: str | Path) -> dict[str, list[dict[str, Any]]]:
-        """The parts as lists of patient, image and masks, with paths relative to `root`."""
+        """Return the parts as lists of patient, image and masks, with paths relative to `root`."""
 
         def relative(path: Path) -> str:
             return Path(os.path.relpath(path, root)).as_posix()
@@ -47,14 +47,14 @@ class Split:
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any], root: str | Path) -> Split:
-        """The split that `as_json` described; whatever else the mapping holds is left alone.
+        """Rebuild a split from the result of `as_json`; other keys are ignored.
 
         Args:
-            described: what `as_json` gave.
+            described: result of `as_json`.
             root: the folder that its paths are relative to.
 
         Raises:
-            ValueError: a part or a field of it is missing or of another type.
+            ValueError: a part or one of its fields is missing or has the wrong type.
         """
 
         def sample(part: str, number: int, entry: Any) -> SegmentationSample:
@@ -67,7 +67,8 @@ class Split:
             except (KeyError, TypeError):
                 pass
             raise ValueError(
-                f"{part} must hold objects of patient, image and a list of masks, got {entry!r} at {number}"
+                f"{part} must contain objects with patient, image and a list of masks, "
+                f"got {entry!r} at index {number}"
             )
 
         def located(text: str) -> Path:
@@ -77,13 +78,13 @@ class Split:
         for part in ("train", "test", "validation"):
             entries = described.get(part)
             if not isinstance(entries, list):
-                raise ValueError(f"a split must hold the list {part}, got {entries!r}")  # noqa: TRY004
+                raise ValueError(f"a split must have a list {part!r}, got {entries!r}")  # noqa: TRY004
             parts[part] = tuple(sample(part, number, entry) for number, entry in enumerate(entries))
         return cls(**parts)
 
 
 class _Patients:
-    """The samples by patient, with the patients in an order that depends on the seed alone."""
+    """Samples grouped by patient; the order of the patients depends only on the seed."""
 
     def __init__(self, samples: Sequence[SegmentationSample], seed: int, least: int, purpose: str) -> None:
         self._samples: dict[str, list[SegmentationSample]] = {}
@@ -99,23 +100,23 @@ class _Patients:
         random.Random(seed).shuffle(self.order)
 
     def cut(self, order: Sequence[str], goals: Sequence[float]) -> list[list[str]]:
-        """The patients in that order, cut where their images come nearest to `goals`, none empty.
+        """Cut the patients into non-empty parts whose image counts are closest to `goals`.
 
         Args:
-            order: of at least one patient more than there are goals.
-            goals: images before each cut, ascending.
+            order: patients, at least one more than there are goals.
+            goals: desired number of images before each cut, ascending.
         """
         counts = [len(self._samples[patient]) for patient in order]
-        totals = list(accumulate(counts, initial=0))  # [patients + 1], images before each place
+        totals = list(accumulate(counts, initial=0))  # [patients + 1], images before each position
         cuts = [0]
         for number, goal in enumerate(goals):
-            last = len(order) - (len(goals) - number)  # leaves a patient for each part to come
+            last = len(order) - (len(goals) - number)  # leaves one patient for each remaining part
             places = range(cuts[-1] + 1, last + 1)
             cuts.append(min(places, key=lambda place: abs(totals[place] - goal)))
         return [list(order[start:stop]) for start, stop in pairwise([*cuts, len(order)])]
 
     def part(self, patients: Sequence[str]) -> tuple[SegmentationSample, ...]:
-        """Their samples, in the order of the patients' names."""
+        """Return the samples of these patients, sorted by patient."""
         return tuple(sample for patient in sorted(patients) for sample in self._samples[patient])
 
 
@@ -124,16 +125,16 @@ def split_samples(
     fractions: tuple[float, float, float] = FRACTIONS,
     seed: int = 0,
 ) -> Split:
-    """Train, test and validation parts, near `fractions` of the images, patients kept whole.
+    """Split samples into train, test and validation parts, keeping each patient in one part.
 
-    The patients are put in a random order, and the order is cut twice, each time where the number
-    of images comes nearest to the fraction asked for; every part gets at least one patient. The
-    result depends on the seed and on which samples there are, not on their order.
+    Shuffles the patients and cuts their order twice, each time where the number of images is closest
+    to the requested fraction; every part gets at least one patient. The result depends on the seed
+    and on the set of samples, not on their order.
 
     Args:
-        samples: of at least three patients.
-        fractions: of training, test and validation images; they add up to 1.
-        seed: of the order of the patients.
+        samples: samples of at least three patients.
+        fractions: fractions of training, test and validation images; they add up to 1.
+        seed: seed of the shuffle.
 
     Raises:
         ValueError: there are fewer than three patients, or the fractions are not three positive
@@ -151,18 +152,18 @@ def split_samples(
 
 
 def split_folds(samples: Sequence[SegmentationSample], folds: int = 5, seed: int = 0) -> list[Split]:
-    """One split for each fold of a cross-validation, patients kept whole.
+    """Return one split for each fold of a cross-validation, keeping each patient in one part.
 
-    The patients are put in a random order, and the order is cut into `folds` test parts of nearly
-    equal numbers of images. What is no test part of a fold is cut once more, beginning with the
-    patients that follow the test part: validation is near 10 % of all images, training the rest,
-    so that five folds are 70-20-10 each. Every image is in the test part of exactly one fold.
+    Shuffles the patients and cuts their order into `folds` test parts with nearly equal numbers of
+    images. In each fold, the patients after the test part become validation until it has about 10 %
+    of all images, and the rest become training, so five folds are 70-20-10 each. Every image is in
+    the test part of exactly one fold. The result depends on the seed and on the set of samples, not
+    on their order.
 
     Args:
-        samples: of at least as many patients as there are folds.
-        folds: at least 3.
-        seed: of the order of the patients. The result depends on it and on which samples there
-            are, not on their order.
+        samples: samples of at least as many patients as there are folds.
+        folds: number of folds, at least 3.
+        seed: seed of the shuffle.
 
     Raises:
         ValueError: there are fewer than 3 folds or fewer patients than folds.
@@ -183,6 +184,4 @@ def split_folds(samples: Sequence[SegmentationSample], folds: int = 5, seed: int
     return splits
 
 
-split_by_patient = split_samples
-
-__all__ = ["FRACTIONS", "Split", "split_by_patient", "split_folds", "split_samples"]
+__all__ = ["FRACTIONS", "Split", "split_folds", "split_samples"]

@@ -3,8 +3,8 @@
     Slide_01/01_1.png   image, 512x512, RGBA or RGB
     GT_01/01_1.png      mask of the same name, 0 or 255
 
-The number of the folder is the patient; patients and images are taken from the disk, so that
-gaps in the numbering and subsets are fine. A patch without a nucleus is part of the data.
+The number of the folder is the patient. Gaps in the numbering and subsets are fine, and patches without
+a nucleus are kept.
 
 References:
     Naylor, Lae, Reyal, Walter: "Segmentation of Nuclei in Histopathology Images by Deep
@@ -43,14 +43,15 @@ def _patients(root: Path) -> list[str]:
 
 
 def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
-    """Every image of the folder with its mask, in the order of the numbers, each read once.
+    """Find the images with their masks, sorted by number, and read each pair once.
 
     Args:
-        root: the folder that holds Slide_XX and GT_XX, or the one around it.
-        on_problem: "refuse" or "skip", as in `DatasetPreset`.
+        root: the folder that contains Slide_XX and GT_XX, or its parent.
+        on_problem: "refuse" or "skip", see `Find`.
 
     Raises:
-        ValueError: `root` is no such folder; or there are problems and they are refused.
+        ValueError: `on_problem` is unknown, `root` has another layout, no image is usable, or there
+            are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
     inner = inner_folder(root, _OUTER, lambda folder: bool(_patients(folder)))
@@ -62,7 +63,7 @@ def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
         images = by_name(files(inner / f"{_IMAGES}{patient}"), problems)
         masks = by_name(files(inner / f"{_MASKS}{patient}"), problems)
         if not images and not masks:
-            problems.append(f"{inner / (_IMAGES + patient)} and {_MASKS}{patient} hold no image")
+            problems.append(f"{inner / (_IMAGES + patient)} and {_MASKS}{patient} contain no image")
         samples += paired(images, masks, patient, problems)
     return checked(inner, samples, problems, on_problem, may_be_empty=lambda sample: True)
 

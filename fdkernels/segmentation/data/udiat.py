@@ -1,9 +1,10 @@
-"""UDIAT dataset B (Yap et al. 2017): breast ultrasound with one lesion an image.
+"""UDIAT dataset B (Yap et al. 2017): breast ultrasound with one lesion per image.
 
     original/000001.png   image, grey
     GT/000001.png         mask of the same name, white lesion on black
 
-The folder itself or the folder `BUS` in it. Patients are not given, so each image is its own.
+These folders may be in the given folder or in its subfolder `BUS`. Patients are not given, so each image
+counts as its own patient.
 
 References:
     Yap et al.: "Automated Breast Ultrasound Lesions Detection Using Convolutional Neural
@@ -29,14 +30,15 @@ _OUTER, _IMAGES, _MASKS = "BUS", "original", "GT"
 
 
 def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
-    """Every image of the folder with its mask, in the order of the numbers, each read once.
+    """Find the images with their masks, sorted by number, and read each pair once.
 
     Args:
-        root: the folder that holds original and GT, or the one around it.
-        on_problem: "refuse" or "skip", as in `DatasetPreset`.
+        root: the folder that contains original and GT, or its parent.
+        on_problem: "refuse" or "skip", see `Find`.
 
     Raises:
-        ValueError: `root` is no such folder; or there are problems and they are refused.
+        ValueError: `on_problem` is unknown, `root` has another layout, no image is usable, or there
+            are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
     inner = inner_folder(root, _OUTER, lambda folder: (folder / _IMAGES).is_dir())

@@ -1,10 +1,10 @@
 """US-TNBC (the paper's section A.5): ultrasound of triple-negative breast cancer.
 
-    images/NAME.png   image, about 721x570, cropped free of markings
+    images/NAME.png   image, about 721x570, cropped so that no annotation remains
     masks/NAME.png    mask of the same name, white lesion on black
 
-This is also what `fdkernels prepare` makes of DICOM files and drawn masks. It names pairs
-patientGROUP_IMAGE, in which GROUP stands for the patient; under any other name an image is its own
+`fdkernels prepare` writes this layout from DICOM files and drawn masks. It names pairs
+patientGROUP_IMAGE, where GROUP identifies the patient; an image with any other name counts as its own
 patient.
 
 References:
@@ -24,20 +24,21 @@ _PREPARED = re.compile(r"(?P<patient>patient[^_]+)_.+")
 
 
 def patient_of(name: str) -> str:
-    """The patient in a name that `fdkernels prepare` gave; any other name is its own patient."""
+    """Return the patient from a name given by `fdkernels prepare`, or the name itself if it is another."""
     prepared = _PREPARED.fullmatch(name)
     return name if prepared is None else prepared["patient"]
 
 
 def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
-    """Every image of the folder with its mask, in natural order of the names, each read once.
+    """Find the images with their masks, in natural order of the names, and read each pair once.
 
     Args:
-        root: the folder that holds images and masks.
-        on_problem: "refuse" or "skip", as in `DatasetPreset`.
+        root: the folder that contains images and masks.
+        on_problem: "refuse" or "skip", see `Find`.
 
     Raises:
-        ValueError: `root` is no such folder; or there are problems and they are refused.
+        ValueError: `on_problem` is unknown, `root` has another layout, no image is usable, or there
+            are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
     if not (root / _IMAGES).is_dir():
