@@ -197,7 +197,7 @@ def test_a_crop_that_is_given_is_taken(study):
 
 def test_a_crop_outside_a_frame_or_through_the_lesion_is_a_problem(study):
     study.add()
-    with pytest.raises(ValueError, match=r"has 120x80 pixels, so the crop 0,0,121,80 does not lie inside"):
+    with pytest.raises(ValueError, match=r"has 120x80 pixels, so the crop 0,0,121,80 exceeds it"):
         study.prepare(crop=parse_crop("0,0,121,80"))
     with pytest.raises(ValueError, match=r"US1\.png has 50% of its lesion outside the crop 24,16,50,64"):
         study.prepare(crop=parse_crop("24,16,50,64"))
@@ -205,7 +205,7 @@ def test_a_crop_outside_a_frame_or_through_the_lesion_is_a_problem(study):
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1,2,3,4,5", ""])
 def test_a_crop_that_is_not_four_numbers_is_refused(text):
-    with pytest.raises(ValueError, match="crop must be four whole numbers"):
+    with pytest.raises(ValueError, match="crop must be four integers"):
         parse_crop(text)
 
 
@@ -233,14 +233,14 @@ def test_everything_that_cannot_be_used_is_named_in_one_report_or_skipped(study)
     said = str(caught.value)
     for part in (
         "alone.dcm has no mask alone.png or alone_frameN.png",
-        "orphan.png has no DICOM file of the name orphan",
-        "good.tif is a second mask beside",
+        "orphan.png has no DICOM file named orphan",
+        "good.tif is a second mask of the same frame as",
         "notes.txt is not a DICOM file",
         "rois.zip is not a PNG or TIFF file",
-        "has the name of",
-        "good.dcm shows the same pixels as frame 1 of",
-        "black.dcm has nothing to see in frame 1: every pixel is 0",
-        "dark.dcm is black, so no ultrasound region can be found",
+        "has the same name as",
+        "good.dcm has the same pixels as frame 1 of",
+        "black.dcm is blank in frame 1: every pixel of the crop is 0",
+        "dark.dcm is black, so no ultrasound region can be detected",
     ):
         assert part in said
     assert not study.output.exists()
@@ -251,15 +251,15 @@ def test_everything_that_cannot_be_used_is_named_in_one_report_or_skipped(study)
 
 def test_no_pair_at_all_is_refused_with_the_reasons(study):
     study.add(BurnedInAnnotation="YES")
-    with pytest.raises(ValueError, match=r"no pair of .* can be used:\n  US1: the tag Burned In"):
+    with pytest.raises(ValueError, match=r"no pair of .* is usable:\n  US1: the tag Burned In"):
         study.prepare(on_problem="skip")
     assert not study.output.exists()
 
 
 def test_a_folder_that_is_none_is_refused(study):
-    with pytest.raises(ValueError, match=r"dicom must be a folder, got .*/none, which is none"):
+    with pytest.raises(ValueError, match=r"dicom must be a folder, got .*/none, which is not one"):
         prepare(study.root / "none", study.masks, study.output)
-    with pytest.raises(ValueError, match=r"masks must be a folder, got .*/none, which is none"):
+    with pytest.raises(ValueError, match=r"masks must be a folder, got .*/none, which is not one"):
         prepare(study.dicom, study.root / "none", study.output)
 
 

@@ -188,11 +188,11 @@ def test_jpeg_and_rle_need_no_further_package(tmp_path):
             r"compressed as JPEG Lossless, .*\(1\.2\.840\.10008\.1\.2\.4\.70\).*pip install pylibjpeg",
         ),
         (JPEGLSLossless, r"compressed as JPEG-LS .*\(1\.2\.840\.10008\.1\.2\.4\.80\).*pip install pyjpegls"),
-        (MPEG2MPML, r"compressed as MPEG2 .*\.4\.100\), which pydicom has no decoder for"),
+        (MPEG2MPML, r"compressed as MPEG2 .*\.4\.100\), for which pydicom has no decoder"),
     ],
 )
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch, syntax, said):
-    """Also where the decoder is installed: its plugins are hidden."""
+    """Hides the plugins, so the test also works where the decoder is installed."""
     monkeypatch.setattr(Decoder, "is_available", property(lambda self: False))
     data = dcmread(write_dicom(tmp_path / "x.dcm", GREY))
     data.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
@@ -222,13 +222,13 @@ def test_broken_and_empty_files_are_named(tmp_path):
     data = dcmread(tmp_path / "whole.dcm")
     del data.PixelData
     data.save_as(tmp_path / "report.dcm")
-    with pytest.raises(ValueError, match=r"report\.dcm holds no pictures"):
+    with pytest.raises(ValueError, match=r"report\.dcm contains no image"):
         DicomFile(tmp_path / "report.dcm")
 
 
 def test_a_frame_beyond_the_limit_against_bombs_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
-    with pytest.raises(ValueError, match=r"x\.dcm must have at most 11 pixels a frame, got 4x3"):
+    with pytest.raises(ValueError, match=r"x\.dcm must have at most 11 pixels per frame, got 4x3"):
         picture(tmp_path, GREY)
 
 

@@ -62,7 +62,7 @@ def test_a_mask_whose_edge_decides_nothing_asks_for_the_polarity(study):
     mask = np.zeros((80, 120), np.uint8)
     mask[:, :60] = 255
     study.add(mask=mask, regions=[region((0, 0, 120, 80))])
-    with pytest.raises(ValueError, match=r"on 50% of the outermost pixels.*name the mask polarity"):
+    with pytest.raises(ValueError, match=r"on 50% of the border pixels.*set the mask polarity"):
         study.prepare()
     study.prepare(mask_polarity="dark", annotations="none")
     assert np.array_equal(study.read()[1], 255 - mask)

@@ -111,7 +111,7 @@ def test_the_mapping_says_where_each_pair_came_from_and_only_its_owner_reads_it(
 
 def test_a_mapping_in_the_output_or_over_another_file_is_refused(study):
     study.add()
-    with pytest.raises(ValueError, match="mapping must lie outside the output folder"):
+    with pytest.raises(ValueError, match="mapping must be outside the output folder"):
         study.prepare(mapping=study.output / "images" / "mapping.csv")
     notes = study.root / "notes.csv"
     notes.write_text("mine")
@@ -131,7 +131,7 @@ def test_a_second_run_finds_the_pairs_there_and_other_pairs_are_refused(study):
     assert study.prepare(mapping=mapping).unchanged
     assert {file: file.stat().st_mtime_ns for file in study.output.rglob("*.png")} == before
     study.add("b.dcm")
-    with pytest.raises(ValueError, match=r"output must be new or empty, got .*, which holds other pairs"):
+    with pytest.raises(ValueError, match=r"output must be new or empty, got .*, which contains other pairs"):
         study.prepare()
     assert study.names() == ["patient001_1"]
 
@@ -157,7 +157,7 @@ def test_an_output_folder_that_holds_something_else_is_refused(study, foreign):
     study.add()
     (study.output / foreign).parent.mkdir(parents=True)
     (study.output / foreign).write_text("mine")
-    with pytest.raises(ValueError, match=f"output must be new or empty, got .*, which holds {foreign}"):
+    with pytest.raises(ValueError, match=f"output must be new or empty, got .*, which contains {foreign}"):
         study.prepare()
     assert (study.output / foreign).read_text() == "mine"
 
@@ -165,7 +165,7 @@ def test_an_output_folder_that_holds_something_else_is_refused(study, foreign):
 def test_an_output_among_the_input_or_that_is_a_file_is_refused(study):
     study.add()
     for place in (study.dicom, study.dicom / "made", study.masks / "made"):
-        with pytest.raises(ValueError, match="output must lie outside the folders that are read"):
+        with pytest.raises(ValueError, match="output must be outside the input folders"):
             prepare(study.dicom, study.masks, place)
     study.output.write_text("mine")
     with pytest.raises(ValueError, match="output must be a folder, got the file"):

@@ -1,11 +1,11 @@
-"""Pairs of ultrasound picture and mask in the US-TNBC form, made from DICOM files and drawn masks.
+"""Convert DICOM files and drawn masks to image and mask pairs in the US-TNBC layout.
 
-    OUTPUT/images/NAME.png   the ultrasound region, grey or RGB, pixels only
+    OUTPUT/images/NAME.png   the ultrasound region, grey or RGB, without metadata
     OUTPUT/masks/NAME.png    255 in the lesion, 0 outside
 
 References:
-    Section A.5 and figure 10: pictures without annotation are selected, converted from DICOM,
-    cropped, freed of identity; masks are drawn in Fiji and inverted to white on black.
+    Section A.5 and figure 10: select images without annotation, convert them from DICOM, crop and
+    anonymise them; draw masks in Fiji and invert them to white on black.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be seen on an ultrasound screen: where the picture lies, and what is drawn over it."""
+"""Detect the ultrasound region on a screen, and text and marks burned into it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import numpy as np
 
 from fdkernels.segmentation.data.prepare.options import Box
 
-# The screen around the picture is black, up to the noise of lossy compression.
+# The screen around the image is black up to compression noise: grey value, and block side in pixels.
 BLACK = 10
 BLOCK = 8
 
-# B-mode is grey. Lossy compression moves its channels apart by far less than this.
+# Minimum channel difference of a coloured pixel. B-mode is grey; compression changes channels far less.
 COLOURED = 48
 
-# Speckle is as wide as the beam; a drawn line rises from what is 2 pixels off on both sides.
+# A drawn line is brighter than the pixels 2 to both sides of it; speckle is as wide as the beam.
 STROKE_REACH = 2
 STROKE_RISE = 96
 
-# So many pixels of either kind are annotation; single ones occur in bare pictures.
+# Minimum number of marked pixels of a kind; unannotated images contain single ones.
 LEAST_MARKS = 5
 
 
 def content_box(picture: np.ndarray) -> Box | None:
-    """The box around the largest bright part of a screen; None where everything is black.
+    """Return the bounding box of the largest bright region of a screen, or None if there is none.
 
-    The screen is cut into blocks of 8x8 pixels. A block counts where at least half of its pixels
-    are brighter than 10 of 255, which tissue is and text is not; blocks that share a side belong
-    together. The box around the most blocks that do, without its black rows and columns, is the
-    result: it is right to within half a block.
+    Divides the screen into blocks of 8x8 pixels. A block is bright if at least half of its pixels
+    exceed 10 of 255, as in tissue but not in text; bright blocks that share a side form a region. Trims
+    black rows and columns from the box of the largest region. The result is exact to within half a
+    block.
 
     Args:
         picture: uint8 [H, W] or [H, W, 3].
@@ -36,7 +36,7 @@ def content_box(picture: np.ndarray) -> Box | None:
     height, width = bright.shape
     padded = np.pad(bright, ((0, -height % BLOCK), (0, -width % BLOCK)))
     down, across = padded.shape[0] // BLOCK, padded.shape[1] // BLOCK
-    # A block that hangs over the edge is judged by the pixels that it has.
+    # Blocks at the edge have fewer pixels.
     sizes = np.outer(_lengths(height), _lengths(width))  # [down, across]
     filled = padded.reshape(down, BLOCK, across, BLOCK).sum(axis=(1, 3)) * 2 >= sizes
     part = _largest_part(filled)
@@ -50,16 +50,16 @@ def content_box(picture: np.ndarray) -> Box | None:
 
 
 def annotation(picture: np.ndarray) -> str | None:
-    """What looks drawn on the picture, in words; None where nothing does.
+    """Describe the annotation detected on an image, or return None if there is none.
 
-    Two kinds of pixels count, and 5 of a kind make annotation:
+    At least 5 pixels of one of two kinds are annotation:
 
     - coloured: the channels differ by at least 48 of 255;
     - strokes: brighter by at least 96 than both pixels 2 to the left and right, or both pixels 2
-      above and below, so part of a bright line at most 3 pixels wide with hard edges. Letters,
-      calipers and dotted lines are; speckle and specular echoes are wider or softer.
+      above and below: part of a bright, sharp line at most 3 pixels wide. Letters, calipers and dotted
+      lines match; speckle and specular echoes are wider or softer.
 
-    Dark or broad marks are not seen.
+    Dark and broad marks are not detected.
 
     Args:
         picture: uint8 [H, W] or [H, W, 3].
@@ -75,7 +75,7 @@ def annotation(picture: np.ndarray) -> str | None:
 
 
 def _strokes(grey: np.ndarray) -> np.ndarray:
-    """Which pixels [H, W] belong to thin bright strokes; none within 2 pixels of the edge."""
+    """Mark the pixels of thin bright strokes, bool [H, W]."""
     grey = grey.astype(np.int16)
     reach = STROKE_REACH
     found = np.zeros(grey.shape, dtype=bool)
@@ -88,21 +88,21 @@ def _strokes(grey: np.ndarray) -> np.ndarray:
 
 
 def _brightness(picture: np.ndarray) -> np.ndarray:
-    """The greatest channel, uint8 [H, W]."""
+    """Return the maximum over channels, uint8 [H, W]."""
     brightness: np.ndarray = picture if picture.ndim == 2 else picture.max(axis=2)
     return brightness
 
 
 def _lengths(side: int) -> np.ndarray:
-    """How many pixels of the side each block holds."""
+    """Return the number of pixels of each block along a side."""
     return np.minimum(BLOCK, side - np.arange(0, side, BLOCK))
 
 
 def _largest_part(filled: np.ndarray) -> np.ndarray:
-    """The largest set of True cells [down, across] that hang together by their sides."""
+    """Return the largest 4-connected component of `filled`, bool [down, across]."""
     left = filled.copy()
     largest = np.zeros_like(filled)
-    while left.sum() > largest.sum():  # else no part that is left can be larger
+    while left.sum() > largest.sum():  # otherwise no remaining component can be larger
         part = np.zeros_like(filled)
         part[np.unravel_index(left.argmax(), left.shape)] = True
         while True:

@@ -1,4 +1,4 @@
-"""DICOM files: their frames as 8-bit pictures, and the tags that decide what is kept of them."""
+"""Read DICOM files: frames as 8-bit images, and the tags that decide what to keep of them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pydicom.pixels.utils import iter_pixels
 from fdkernels.segmentation.data.image_io import LIMIT_VARIABLE, apply_pixel_limit
 from fdkernels.segmentation.data.prepare.options import Box
 
-# Region Spatial Format (0018,6012) and Region Data Type (0018,6014) of a B-mode picture.
+# Region Spatial Format (0018,6012) and Region Data Type (0018,6014) of a B-mode image.
 _TWO_DIMENSIONAL = 1
 _TISSUE = 1
 
-# Packages whose wheels decode what pydicom cannot, by the codec in the name of the transfer syntax.
+# Packages that add decoders to pydicom, by the codec in the name of the transfer syntax.
 _DECODERS = (
     ("High-Throughput JPEG 2000", "pylibjpeg pylibjpeg-openjpeg"),
     ("JPEG 2000", "pylibjpeg pylibjpeg-openjpeg"),
@@ -31,7 +31,7 @@ _DECODERS = (
     ("JPEG", "pylibjpeg pylibjpeg-libjpeg"),
 )
 
-# All that pydicom and its plugins raise on broken or foreign data.
+# Exceptions that pydicom and its plugins raise on corrupt or unsupported data.
 _DECODING_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -50,7 +50,7 @@ _DECODING_ERRORS = (
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what pydicom raises on a broken or foreign file into a ValueError with its name."""
+    """Convert pydicom's exceptions for a corrupt or unsupported file to a ValueError that names it."""
     try:
         yield
     except _DECODING_ERRORS as error:
@@ -59,14 +59,18 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 class DicomFile:
-    """One DICOM file that holds pictures.
+    """One DICOM file with pixel data.
 
     Args:
         path: the file.
 
+    Attributes:
+        path: the file.
+        frames: number of frames.
+
     Raises:
-        ValueError: the file cannot be read, holds no pictures, is larger than Pillow's limit
-            against decompression bombs, or is compressed in a way that needs a missing decoder.
+        ValueError: the file cannot be read, has no pixel data, exceeds Pillow's limit against
+            decompression bombs, or needs a decoder that is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,12 +81,12 @@ class DicomFile:
             rows, columns = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)
             self.frames = int(self._dataset.get("NumberOfFrames") or 1)
         if not has_pictures:
-            raise ValueError(f"{path} holds no pictures: it has no Pixel Data")
+            raise ValueError(f"{path} contains no image: it has no Pixel Data")
         apply_pixel_limit()
         if Image.MAX_IMAGE_PIXELS is not None and rows * columns > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
-                f"{path} must have at most {Image.MAX_IMAGE_PIXELS} pixels a frame, got {columns}x{rows}; "
-                f"if you trust the file, set the environment variable {LIMIT_VARIABLE} to more"
+                f"{path} must have at most {Image.MAX_IMAGE_PIXELS} pixels per frame, got {columns}x{rows}; "
+                f"if you trust the file, raise the environment variable {LIMIT_VARIABLE}"
             )
         self._check_decoder()
 
@@ -96,14 +100,14 @@ class DicomFile:
             available = get_decoder(syntax).is_available
         except NotImplementedError as error:
             raise ValueError(
-                f"{named}, which pydicom has no decoder for; export it uncompressed, or as JPEG or RLE"
+                f"{named}, for which pydicom has no decoder; export it uncompressed, or as JPEG or RLE"
             ) from error
         if not available:
             package = next((names for codec, names in _DECODERS if codec in syntax.name), "gdcm")
             raise ValueError(f"{named}, which needs a decoder that is not installed: pip install {package}")
 
     def text(self, keyword: str) -> str:
-        """The value of a tag as text without surrounding blanks, empty where there is none."""
+        """Return the value of a tag as stripped text, empty if the tag is missing."""
         with _readable(self.path):
             return str(self._dataset.get(keyword) or "").strip()
 
@@ -113,17 +117,18 @@ class DicomFile:
         return self.text("BurnedInAnnotation").upper() == "YES"
 
     def regions(self, width: int, height: int) -> list[Box] | None:
-        """The two-dimensional tissue regions inside a frame of that size; None where none are given.
+        """Return the two-dimensional tissue regions, clipped to a frame of that size in pixels.
+
+        Returns None if the file has no Sequence of Ultrasound Regions (0018,6011).
 
         Raises:
-            ValueError: Sequence of Ultrasound Regions (0018,6011) holds no such region, or all of
-                them lie outside the frame.
+            ValueError: the sequence contains no such region, or all of them are outside the frame.
         """
         with _readable(self.path):
             given = self._dataset.get("SequenceOfUltrasoundRegions")
             if not given:
                 return None
-            # The lower right corner is the last pixel inside.
+            # In DICOM the lower right corner is inclusive.
             corners = [
                 Box(
                     int(region.RegionLocationMinX0),
@@ -141,21 +146,21 @@ class DicomFile:
         inside = [box for box in inside if box.area]
         if not inside:
             raise ValueError(
-                f"{self.path} names no two-dimensional tissue region inside its {width}x{height} pixels; "
-                "give the crop yourself"
+                f"{self.path} has no two-dimensional tissue region inside its {width}x{height} pixels; "
+                "set the crop explicitly"
             )
         return inside
 
     def picture(self, frame: int) -> np.ndarray:
-        """Frame `frame`, counted from 1, as uint8 [H, W], or [H, W, 3] (RGB) where it has colours.
+        """Decode frame `frame`, counted from 1, to uint8 [H, W], or [H, W, 3] (RGB) if it has colours.
 
-        Grey values go through the file's own chain: rescale or modality table, then window or
-        value-of-interest table, whose output range becomes 0 to 255. Without a window, up to 8
-        stored bits keep their range and more are stretched from the least to the greatest value
-        of the frame. MONOCHROME1 is inverted, so that greater is brighter.
+        Applies the file's own grey-scale pipeline: rescale or modality table, then window or
+        value-of-interest table, whose output range is mapped to 0 to 255. Without a window, values
+        of up to 8 stored bits are scaled by their full range, others by the minimum and maximum of the
+        frame. Inverts MONOCHROME1, so larger values are brighter.
 
         Raises:
-            ValueError: the file has no such frame, or it cannot be decoded.
+            ValueError: the file has no such frame, or the frame cannot be decoded.
         """
         if not 1 <= frame <= self.frames:
             raise ValueError(f"{self.path} has frames 1 to {self.frames}, got frame {frame}")
@@ -172,7 +177,7 @@ class DicomFile:
 
 
 def _grey(values: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Stored values [H, W] as uint8 by the file's rescale and window."""
+    """Map stored values [H, W] to uint8 [H, W] by the file's rescale and window."""
     rescaled = apply_modality_lut(values, dataset)
     shown = apply_voi_lut(rescaled, dataset)
     low: Any
@@ -180,7 +185,7 @@ def _grey(values: np.ndarray, dataset: Dataset) -> np.ndarray:
     if dataset.get("VOILUTSequence"):
         low, high = 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
     elif dataset.get("WindowWidth") is not None and dataset.get("WindowCenter") is not None:
-        with np.errstate(over="ignore"):  # the ends of a sigmoid
+        with np.errstate(over="ignore"):  # exp overflows at the ends of a sigmoid
             low, high = apply_windowing(np.array([-1e12, 1e12]), dataset)
     elif values.dtype.kind == "u" and int(dataset.BitsStored) <= 8:
         shown, low, high = values, 0, 2 ** int(dataset.BitsStored) - 1
@@ -190,7 +195,7 @@ def _grey(values: np.ndarray, dataset: Dataset) -> np.ndarray:
 
 
 def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values between `low` and `high` as 0 to 255, rounded."""
+    """Scale values from [`low`, `high`] to 0 to 255 and round to uint8."""
     if values.dtype == np.uint8 and (low, high) == (0, 255):
         return values
     span = float(high) - float(low)
@@ -201,7 +206,7 @@ def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _drop_equal_channels(picture: np.ndarray) -> np.ndarray:
-    """[H, W] for an RGB picture [H, W, 3] whose channels are equal."""
+    """Reduce an RGB image [H, W, 3] to [H, W] if its channels are equal."""
     grey = picture[..., 0]
     if (picture == grey[..., None]).all():
         return np.ascontiguousarray(grey)

@@ -1,4 +1,4 @@
-"""Masks as they are drawn: PNG or TIFF, the lesion dark on light or light on dark."""
+"""Read drawn masks: PNG or TIFF, with a dark lesion on light or a light lesion on dark."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from PIL import Image
 from fdkernels.segmentation.data.image_io import opened
 from fdkernels.segmentation.data.prepare.options import MaskPolarity
 
-# So much of a mask's outermost pixels must agree on what is background.
+# Fraction of a mask's border pixels that must agree for "auto" to take their value as background.
 _MAJORITY = 2 / 3
 
 
 def read_drawn_mask(path: Path, polarity: MaskPolarity) -> np.ndarray:
-    """The lesion of the mask at `path` as bool [H, W].
+    """Read the mask at `path` as bool [H, W], True in the lesion.
 
-    The values are those that a viewer shows: a palette, or the inverting table with which Fiji
-    writes TIFF files, is applied; an alpha channel is dropped.
+    Uses the values as a viewer displays them: applies a palette or an inverting lookup table, as Fiji
+    writes to TIFF files, and drops an alpha channel.
 
     Args:
-        path: a PNG or TIFF file of one image and two grey values.
-        polarity: see `PrepareOptions`.
+        path: a PNG or TIFF file with one image of two grey values.
+        polarity: see `PrepareOptions.mask_polarity`.
 
     Raises:
-        ValueError: the file cannot be read, holds several images or more than two grey values, is
-            empty, or its outermost pixels do not decide what is background.
+        ValueError: the file cannot be read, contains several images or more than two grey values, is
+            empty, or its border pixels do not determine the background.
     """
     with opened(path) as image:
         values = np.array(_flat(image))  # [H, W]
     grey = np.unique(values)
     if grey.size > 2:
         raise ValueError(
-            f"{path} must hold two grey values, lesion and background, got {grey.size} between "
+            f"{path} must have two grey values, lesion and background, got {grey.size} between "
             f"{grey[0]} and {grey[-1]}"
         )
     if grey.size < 2:
@@ -45,15 +45,15 @@ def read_drawn_mask(path: Path, polarity: MaskPolarity) -> np.ndarray:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """The picture in one channel: deep ones as they are, others as 8-bit grey without alpha."""
+    """Convert to 8-bit grey without alpha; keep integer and float modes as they are."""
     if image.mode.startswith(("I", "F")):
         return image
-    # A palette with transparent entries has to be resolved with its alpha first.
+    # Resolve a palette with its alpha first: its entries may be transparent.
     return (image.convert("RGBA") if image.mode == "P" else image).convert("L")
 
 
 def _drawn(path: Path, light: np.ndarray) -> MaskPolarity:
-    """How the lesion is drawn, by what most of the outermost pixels are."""
+    """Infer the polarity from the border pixels of `light` [H, W], which is True at the lighter value."""
     edge = np.concatenate([light[0], light[-1], light[1:-1, 0], light[1:-1, -1]])
     share = edge.mean()
     if share >= _MAJORITY:
@@ -61,8 +61,8 @@ def _drawn(path: Path, light: np.ndarray) -> MaskPolarity:
     if share <= 1 - _MAJORITY:
         return "light"
     raise ValueError(
-        f"{path} has its lighter value on {share:.0%} of the outermost pixels, so they do not decide what "
-        "is background; name the mask polarity"
+        f"{path} has its lighter value on {share:.0%} of the border pixels, which does not determine the "
+        "background; set the mask polarity"
     )
 
 

@@ -1,4 +1,4 @@
-"""Names that say nothing about a patient."""
+"""Anonymous names of pairs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _HASH_DIGITS = 16
 
 
 class PairNames:
-    """Gives pairs the names patientGROUP_IMAGE, in which pairs of one patient share the group.
+    """Generates names patientGROUP_IMAGE; pairs of one patient share the group.
 
-    Both parts are running numbers in the order of the calls (patient001_1, patient001_2,
-    patient002_1), or with a key the first 64 bits of an HMAC-SHA256, which stay the same when
-    further pairs are added and which nobody can compute or invert without the key.
+    Without a key both parts are running numbers in call order (patient001_1, patient001_2,
+    patient002_1). With a key they are the first 64 bits of an HMAC-SHA256: stable when pairs are added,
+    and impossible to compute or invert without the key.
 
     Args:
-        hash_key: the secret, or None for running numbers.
+        hash_key: the secret key, or None for running numbers.
     """
 
     def __init__(self, hash_key: bytes | None) -> None:
@@ -26,11 +26,11 @@ class PairNames:
         self._images: Counter[str] = Counter()
 
     def next(self, group: str, image: str) -> str:
-        """The name of the next pair.
+        """Return the name of the next pair.
 
         Args:
-            group: what its patient has in common.
-            image: what no other pair of that patient has.
+            group: identifier of the patient.
+            image: identifier of the pair, unique within the patient.
         """
         if self._key is not None:
             return f"patient{_hash(self._key, 'group', group)}_{_hash(self._key, 'image', group, image)}"

@@ -1,4 +1,4 @@
-"""What a user chooses, checked once."""
+"""Validated options of `prepare`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ AnnotationEvidence = Literal["both", "tag", "pixels", "none"]
 OnProblem = Literal["refuse", "skip"]
 Grouping = Literal["patient-id", "file"]
 
-# A shorter secret could be found by trying all of them.
+# Shorter keys can be found by brute force.
 _LEAST_KEY_BYTES = 16
 
 
 class Box(NamedTuple):
-    """A part of a picture: columns x0 to x1 and rows y0 to y1, the last ones not included."""
+    """Rectangle of an image in pixels: columns x0 to x1 and rows y0 to y1, ends exclusive."""
 
     x0: int
     y0: int
@@ -24,35 +24,35 @@ class Box(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Pixels inside; 0 where the corners have passed each other."""
+        """Number of pixels inside; 0 for an empty or inverted box."""
         return max(self.x1 - self.x0, 0) * max(self.y1 - self.y0, 0)
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Index of rows and columns for an array [H, W, ...]."""
+        """Row and column slices that crop an array [H, W, ...]."""
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How pairs are made.
+    """Options of `prepare`.
 
     Attributes:
-        crop: the part of every frame to keep, in place of the ultrasound region found.
-        mask_polarity: how the lesion is drawn: "dark" on light, "light" on dark, or "auto": the
-            value that at least two thirds of the mask's outermost pixels have is background.
-        annotations: what leaves a frame out: "tag" (BurnedInAnnotation is YES), "pixels" (marks
-            seen inside the crop), "both" for either, or "none".
-        force: files (STEM) and frames (STEM_frameN) that are taken whatever is burnt in.
-        exclude: files and frames that are left out.
-        on_problem: "refuse" the whole run when something cannot be used, or "skip" it.
-        group_by: whose pictures share the first part of their names: those of one "patient-id",
-            or those of one "file".
-        hash_key: secret from which names are hashed; None for running numbers.
+        crop: region of every frame to keep, instead of the detected ultrasound region.
+        mask_polarity: "dark" (lesion dark on light), "light" (light on dark), or "auto": the value of
+            at least two thirds of the mask's border pixels is background.
+        annotations: evidence that excludes a frame as annotated: "tag" (BurnedInAnnotation is YES),
+            "pixels" (marks detected inside the crop), "both" for either, or "none".
+        force: files (STEM) and frames (STEM_frameN) to keep even if they are annotated.
+        exclude: files and frames to exclude.
+        on_problem: on unusable input, "refuse" the whole run or "skip" that input.
+        group_by: images that share the first part of their names: those of one "patient-id" or of
+            one "file".
+        hash_key: secret key for hashed names, at least 16 bytes; None for running numbers.
 
     Raises:
-        ValueError: a choice is unknown, the crop is empty, a frame is both forced and excluded,
-            or the key has fewer than 16 bytes.
+        ValueError: an option has an unknown value, the crop is empty, a frame is both forced and
+            excluded, or the key has fewer than 16 bytes.
     """
 
     crop: Box | None = None
@@ -83,15 +83,15 @@ class PrepareOptions:
 
 
 def parse_crop(text: str) -> Box:
-    """The box that "x0,y0,x1,y1" names.
+    """Parse "x0,y0,x1,y1" to a box.
 
     Raises:
-        ValueError: `text` is not four integers between commas.
+        ValueError: `text` is not four comma-separated integers.
     """
     try:
         return Box(*(int(part) for part in text.split(",")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"crop must be four whole numbers x0,y0,x1,y1, got {text!r}") from error
+        raise ValueError(f"crop must be four integers x0,y0,x1,y1, got {text!r}") from error
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

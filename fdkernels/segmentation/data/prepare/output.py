@@ -1,4 +1,4 @@
-"""The output folder, which appears whole or not at all, and the mapping beside it."""
+"""Write the output folder atomically, and the mapping file beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PARTS = ("images", "masks")
 
 
 class MappingRow(NamedTuple):
-    """Where a pair came from."""
+    """Source files, frame and crop of a pair."""
 
     name: str
     dicom: Path
@@ -31,16 +31,16 @@ class MappingRow(NamedTuple):
 
 
 class OutputFolder:
-    """Where the pairs go.
+    """The validated output folder of the pairs.
 
     Args:
-        path: the folder to make.
-        mapping: the CSV file to write as well, or None.
-        inputs: the folders that are read.
+        path: the folder to create.
+        mapping: CSV file that maps pairs to their sources, or None.
+        inputs: the input folders.
 
     Raises:
-        ValueError: `path` is or lies in a folder that is read, or holds something else than
-            pairs; or `mapping` lies in `path`.
+        ValueError: `path` is a file, is one of the input folders or inside one, or contains other
+            files than pairs; or `mapping` is a folder or inside `path`.
     """
 
     def __init__(self, path: Path, mapping: Path | None, inputs: tuple[Path, ...]) -> None:
@@ -49,20 +49,20 @@ class OutputFolder:
         self.mapping = mapping
         for folder in inputs:
             if resolved.is_relative_to(folder.resolve()):
-                raise ValueError(f"output must lie outside the folders that are read, got {path} in {folder}")
+                raise ValueError(f"output must be outside the input folders, got {path} in {folder}")
         if path.exists() and not path.is_dir():
             raise ValueError(f"output must be a folder, got the file {path}")
         foreign = [file for file in _tree(path) if not _may_be_a_pair(file)]
         if foreign:
-            raise ValueError(f"output must be new or empty, got {path}, which holds {foreign[0]}")
+            raise ValueError(f"output must be new or empty, got {path}, which contains {foreign[0]}")
         if mapping is not None and mapping.resolve().is_relative_to(resolved):
-            raise ValueError(f"mapping must lie outside the output folder {path}, got {mapping}")
+            raise ValueError(f"mapping must be outside the output folder {path}, got {mapping}")
         if mapping is not None and mapping.is_dir():
             raise ValueError(f"mapping must be a file, got the folder {mapping}")
 
     @contextmanager
     def writing(self) -> Iterator[PairWriter]:
-        """A writer into a hidden folder beside the output, which is gone when the block is left."""
+        """Yield a writer to a hidden folder beside the output; removes that folder on exit."""
         self.place.parent.mkdir(parents=True, exist_ok=True)
         hidden = Path(tempfile.mkdtemp(dir=self.place.parent, prefix=f".{self.place.name}."))
         try:
@@ -72,7 +72,7 @@ class OutputFolder:
 
 
 class PairWriter:
-    """Writes pairs into `hidden`, and at the end puts it in the place of the output folder."""
+    """Writes pairs to `hidden` and finally moves them to the output folder."""
 
     def __init__(self, folder: OutputFolder, hidden: Path) -> None:
         self._folder = folder
@@ -82,32 +82,32 @@ class PairWriter:
             (self._built / part).mkdir(parents=True)
 
     def add(self, row: MappingRow, picture: np.ndarray, lesion: np.ndarray) -> None:
-        """Writes picture (uint8 [H, W] or [H, W, 3]) and lesion (bool [H, W]) under `row.name`."""
+        """Write picture (uint8 [H, W] or [H, W, 3]) and lesion (bool [H, W]) under `row.name`."""
         for part, values in zip(_PARTS, (picture, lesion.astype(np.uint8) * 255), strict=True):
-            # An image made from an array carries no metadata that could reach the file.
+            # An image created from an array has no metadata that could leak to the file.
             Image.fromarray(np.ascontiguousarray(values)).save(self._built / part / f"{row.name}.png")
         self._rows.append(row)
 
     def finish(self) -> bool:
-        """Moves what was written to its place; returns whether it had been there before.
+        """Move the pairs to the output folder; return whether it already contained these very pairs.
 
         Raises:
-            ValueError: the output folder holds other pairs, or the mapping another content.
+            ValueError: the output folder contains other pairs, or the mapping file other rows.
         """
         output, mapping = self._folder.path, self._folder.mapping
         unchanged = bool(_tree(output))
         if unchanged and _contents(output) != _contents(self._built):
-            raise ValueError(f"output must be new or empty, got {output}, which holds other pairs")
+            raise ValueError(f"output must be new or empty, got {output}, which contains other pairs")
         if mapping is None:
             self._move(unchanged)
             return unchanged
         text = self._mapping_text()
         if mapping.exists() and mapping.read_bytes() != text:
-            raise ValueError(f"mapping must be a new file, got {mapping}, which holds something else")
+            raise ValueError(f"mapping must be a new file, got {mapping}, which has other content")
         with replacing(mapping) as temporary:
             temporary.write_bytes(text)
             self._move(unchanged)
-        mapping.chmod(0o600)  # it leads back to the patients
+        mapping.chmod(0o600)  # it identifies the patients
         return unchanged
 
     def _move(self, unchanged: bool) -> None:
@@ -128,7 +128,7 @@ class PairWriter:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Removes a folder that holds nothing but empty folders; a file in it is an OSError."""
+    """Remove a folder that contains only empty folders; raises OSError if it contains a file."""
     if folder.exists():
         for inner in sorted(folder.rglob("*"), reverse=True):
             inner.rmdir()
@@ -140,7 +140,7 @@ def _may_be_a_pair(file: Path) -> bool:
 
 
 def _tree(folder: Path) -> list[Path]:
-    """The files under a folder, relative to it; none where there is no folder."""
+    """List all files under a folder, relative to it; empty if the folder does not exist."""
     return sorted(file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
 
 

@@ -1,4 +1,4 @@
-"""Which mask belongs to which frame of which DICOM file, by the names of the files."""
+"""Pair masks with frames of DICOM files by file name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _FRAME = re.compile(r"(?P<stem>.+)_frame(?P<frame>\d+)")
 
 @dataclass
 class Recording:
-    """One DICOM file and the masks drawn on its frames.
+    """One DICOM file and the masks of its frames.
 
     Attributes:
-        stem: the file's name without a DICOM suffix.
+        stem: file name without DICOM suffix.
         path: the file.
-        masks: by frame, counted from 1; frame None stands for the only one.
+        masks: mask files by frame number, counted from 1; the key None is the only frame of a file.
     """
 
     stem: str
@@ -31,23 +31,23 @@ class Recording:
 
 
 def frame_name(stem: str, frame: int | None) -> str:
-    """What reports and options call a frame: STEM_frameN, or STEM for the only one."""
+    """Return the name of a frame in reports and options: STEM_frameN, or STEM if it is the only one."""
     return stem if frame is None else f"{stem}_frame{frame}"
 
 
 def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
-    """The DICOM files with their masks, in the order of their names, and what belongs to none.
+    """Pair the DICOM files with their masks; return them sorted by name, and a list of problems.
 
-    Both folders are searched with their subfolders. A mask is called as its file (US7.dcm and
-    US7.png) or, with the number of the frame counted from 1, US7_frame3.png. Hidden files and the
-    index DICOMDIR are passed over. Masks may lie in the DICOM folder itself.
+    Searches both folders recursively; both may be the same. A mask has the name of its DICOM file
+    (US7.dcm and US7.png), with the frame number, counted from 1, if there are several (US7_frame3.png).
+    Skips hidden files and the index DICOMDIR.
 
     Raises:
-        ValueError: one of the folders is none.
+        ValueError: `dicom` or `masks` is not a folder.
     """
     for name, folder in (("dicom", dicom), ("masks", masks)):
         if not folder.is_dir():
-            raise ValueError(f"{name} must be a folder, got {folder}, which is none")
+            raise ValueError(f"{name} must be a folder, got {folder}, which is not one")
     mask_files = _files(masks)
     dicom_files = [file for file in _files(dicom) if file not in set(mask_files)]
     if dicom.resolve() == masks.resolve():
@@ -61,7 +61,7 @@ def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
             problems.append(f"{file} is not a DICOM file")
         elif stem in recordings:
             problems.append(
-                f"{file} has the name of {recordings[stem].path}, so masks cannot tell them apart"
+                f"{file} has the same name as {recordings[stem].path}, so masks cannot be matched"
             )
         else:
             recordings[stem] = Recording(stem, file)
@@ -73,7 +73,7 @@ def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
 
 
 def _assign(file: Path, recordings: dict[str, Recording]) -> str | None:
-    """Gives the mask to its recording; what is wrong where there is none, or another mask."""
+    """Assign the mask to its recording; return a sentence if there is none or it has a mask already."""
     if file.suffix.lower() not in _MASK_SUFFIXES:
         return f"{file} is not a PNG or TIFF file"
     stem, frame = file.stem, None
@@ -81,13 +81,13 @@ def _assign(file: Path, recordings: dict[str, Recording]) -> str | None:
     if stem not in recordings and match:
         stem, frame = match["stem"], int(match["frame"])
     if stem not in recordings:
-        return f"{file} has no DICOM file of the name {stem}"
+        return f"{file} has no DICOM file named {stem}"
     earlier = recordings[stem].masks.setdefault(frame, file)
-    return None if earlier is file else f"{file} is a second mask beside {earlier}"
+    return None if earlier is file else f"{file} is a second mask of the same frame as {earlier}"
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files under the folder, in the order of their names, without hidden ones and DICOMDIR."""
+    """List all files under the folder in natural order, without hidden ones and DICOMDIR."""
     found: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -100,7 +100,7 @@ def _visible(names: Iterable[str]) -> list[str]:
 
 
 def _is_dicom(file: Path) -> bool:
-    """Whether the four letters stand where part 10 of the standard puts them."""
+    """Return whether the file has the magic number of DICOM part 10, "DICM" at byte 128."""
     with file.open("rb") as content:
         return content.read(132)[128:] == b"DICM"
 

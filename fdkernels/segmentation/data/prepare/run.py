@@ -1,4 +1,4 @@
-"""The whole way from folders of DICOM files and drawn masks to a folder of pairs."""
+"""Convert folders of DICOM files and drawn masks to a folder of pairs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fdkernels.segmentation.data.prepare.options import Box, PrepareOptions
 from fdkernels.segmentation.data.prepare.output import MappingRow, OutputFolder
 from fdkernels.segmentation.data.prepare.pairing import Recording, frame_name, pair
 
-# A hand that draws slips over the edge of the picture by a few pixels; more is a lesion cut off.
+# Maximum fraction of a lesion outside the crop: hand-drawn masks cross the image border by a few pixels.
 _LOST_LESION = 0.01
 
 
 @dataclass
 class PrepareReport:
-    """What became of the input.
+    """Result of `prepare`.
 
     Attributes:
-        pairs: how many pairs the output folder holds.
-        left_out: frames that were not selected, each with the reason.
-        problems: what could not be used, each a sentence.
-        unchanged: whether the output folder held these very pairs before.
+        pairs: number of pairs in the output folder.
+        left_out: one sentence per file or frame that was not selected, with the reason.
+        problems: one sentence per unusable input.
+        unchanged: whether the output folder already contained these very pairs.
     """
 
     pairs: int = 0
@@ -45,21 +45,22 @@ def prepare(
     options: PrepareOptions | None = None,
     mapping: Path | None = None,
 ) -> PrepareReport:
-    """Makes the folder `output` with images/NAME.png and masks/NAME.png, whole or not at all.
+    """Write images/NAME.png and masks/NAME.png to `output`, atomically.
 
     Args:
-        dicom: folder of DICOM files, searched with its subfolders.
-        masks: folder of PNG and TIFF masks named STEM or STEM_frameN (N from 1), searched alike.
-        output: a folder outside these two that is new, empty, or holds the very same pairs.
-        options: how pairs are made; None for the defaults.
-        mapping: CSV file outside `output` to say which pair came from which file; None for none.
+        dicom: folder of DICOM files, searched recursively.
+        masks: folder of PNG and TIFF masks named STEM or STEM_frameN (N from 1), searched recursively.
+        output: a folder outside these two that is new, empty, or contains the very same pairs.
+        options: the options; None for the defaults.
+        mapping: CSV file outside `output` that maps each pair to its source files; None for none.
 
     Returns:
-        How many pairs there are, and what was left out or could not be used.
+        The number of pairs, and what was left out or unusable.
 
     Raises:
-        ValueError: something cannot be used and `options.on_problem` is "refuse"; nothing is
-            left; a forced or excluded frame does not exist; or a folder or file is in the way.
+        ValueError: input is unusable and `options.on_problem` is "refuse"; no pair is usable; a forced
+            or excluded frame does not exist; or `output` or `mapping` is not allowed or has other
+            content.
     """
     options = options or PrepareOptions()
     folder = OutputFolder(output, mapping, inputs=(dicom, masks))
@@ -82,14 +83,23 @@ def prepare(
             raise ValueError(_refusal(report))
         if not report.pairs:
             listed = "".join(f"\n  {line}" for line in report.left_out + report.problems)
-            raise ValueError(f"no pair of {dicom} and {masks} can be used:{listed}")
+            raise ValueError(f"no pair of {dicom} and {masks} is usable:{listed}")
         report.unchanged = writer.finish()
     return report
 
 
 @dataclass
 class _Pair:
-    """A frame with its lesion, cropped; `group` and `image` are what its name is made from."""
+    """A cropped frame and its lesion.
+
+    Attributes:
+        group, image: identifiers from which the name is made, see `PairNames.next`.
+        frame: frame number, counted from 1.
+        mask: the mask file.
+        box: the crop.
+        picture: uint8 [H, W] or [H, W, 3], cropped.
+        lesion: bool [H, W], cropped.
+    """
 
     group: str
     image: str
@@ -101,7 +111,7 @@ class _Pair:
 
 
 def _check_chosen(options: PrepareOptions, recordings: list[Recording]) -> None:
-    """Refuses a forced or excluded frame that nothing is called by, for it is a slip of the pen."""
+    """Reject a forced or excluded frame name that matches nothing: it is a typo."""
     known = {recording.stem for recording in recordings}
     known |= {frame_name(r.stem, frame) for r in recordings for frame in (*r.masks, 1) if frame}
     for option, chosen in (("force", options.force), ("exclude", options.exclude)):
@@ -116,7 +126,7 @@ def _check_chosen(options: PrepareOptions, recordings: list[Recording]) -> None:
 def _pairs_of(
     recording: Recording, options: PrepareOptions, seen: dict[bytes, str], report: PrepareReport
 ) -> Iterator[_Pair]:
-    """The usable pairs of one DICOM file; the others go to the report."""
+    """Yield the usable pairs of one DICOM file; add the others to the report."""
     if recording.stem in options.exclude:
         report.left_out.append(f"{recording.stem} is excluded")
         return
@@ -150,11 +160,11 @@ def _pairs_of(
 
 
 def _check_new(made: _Pair, file: DicomFile, seen: dict[bytes, str]) -> None:
-    """Refuses a copy of an earlier picture, which would leak from one part of a split to another."""
+    """Reject a copy of an earlier image: it could leak from one part of a split to another."""
     called = f"frame {made.frame} of {file.path}"
     earlier = seen.setdefault(_digest(made.picture), called)
     if earlier is not called:
-        raise ValueError(f"{called} shows the same pixels as {earlier}")
+        raise ValueError(f"{called} has the same pixels as {earlier}")
 
 
 def _digest(picture: np.ndarray) -> bytes:
@@ -164,10 +174,10 @@ def _digest(picture: np.ndarray) -> bytes:
 def _pair_of(
     stem: str, file: DicomFile, frame: int | None, mask: Path, options: PrepareOptions
 ) -> _Pair | str:
-    """The pair, or why its frame is not selected.
+    """Return the pair, or the reason why its frame is not selected.
 
     Raises:
-        ValueError: frame or mask cannot be used.
+        ValueError: the frame or the mask is unusable.
     """
     called = frame_name(stem, frame)
     if frame is None and file.frames > 1:
@@ -192,7 +202,7 @@ def _pair_of(
     if marks:
         return f"{called}: {marks} inside the crop look like annotation"
     if cut.min() == cut.max():
-        raise ValueError(f"{file.path} has nothing to see in frame {number}: every pixel is {cut.min()}")
+        raise ValueError(f"{file.path} is blank in frame {number}: every pixel of the crop is {cut.min()}")
     kept = lesion[box.slices]
     lost = 1 - kept.sum() / lesion.sum()
     if lost > _LOST_LESION:
@@ -202,13 +212,13 @@ def _pair_of(
 
 
 def _box(file: DicomFile, picture: np.ndarray, lesion: np.ndarray, options: PrepareOptions) -> Box:
-    """What to keep of a frame: the crop given, else the region with most of the lesion, else the content."""
+    """Choose the crop: the given one, else the region with most of the lesion, else the bright content."""
     height, width = lesion.shape
     if options.crop is not None:
         if options.crop.x1 > width or options.crop.y1 > height:
             raise ValueError(
                 f"{file.path} has {width}x{height} pixels, so the crop {','.join(map(str, options.crop))} "
-                "does not lie inside"
+                "exceeds it"
             )
         return options.crop
     regions = file.regions(width, height)
@@ -217,7 +227,7 @@ def _box(file: DicomFile, picture: np.ndarray, lesion: np.ndarray, options: Prep
     box = content_box(picture)
     if box is None:
         raise ValueError(
-            f"{file.path} is black, so no ultrasound region can be found; give the crop yourself"
+            f"{file.path} is black, so no ultrasound region can be detected; set the crop explicitly"
         )
     return box
 
@@ -225,7 +235,7 @@ def _box(file: DicomFile, picture: np.ndarray, lesion: np.ndarray, options: Prep
 def _refusal(report: PrepareReport) -> str:
     count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
     listed = "".join(f"\n  {problem}" for problem in report.problems)
-    return f"nothing was written, {count}:{listed}\nMend them, or pass over them with --on-problem skip."
+    return f"nothing was written, {count}:{listed}\nFix them, or skip them with --on-problem skip."
 
 
 __all__ = ["PrepareReport", "prepare"]
