@@ -1,4 +1,4 @@
-"""DICOM files as an ultrasound machine writes them, with an identity to look for, and studies of them."""
+"""Synthetic DICOM files like those of an ultrasound machine, with a known identity, and studies of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PATIENT_NAME = "Mustermann^Erika"
 PATIENT_ID = "ID-4711-XY"
 IDENTITY = (b"Mustermann", b"Erika", b"4711", b"19670301", b"Charite")
 
-# Where the picture lies on the screen of `screen`: columns 24 to 88, rows 16 to 64.
+# The ultrasound image on the screen of `screen`: columns 24 to 88, rows 16 to 64.
 REGION = (24, 16, 88, 64)
 LESION = (40, 30, 60, 44)
 
 
 def tissue(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Soft speckle between 40 and 160, uint8 [H, W]."""
+    """Return soft speckle between 40 and 160, uint8 [H, W]."""
     coarse = np.random.default_rng(seed).integers(40, 160, (height // 4 + 2, width // 4 + 2))
     fine = np.kron(coarse, np.ones((4, 4)))
     soft = (fine[:-3, :-3] + fine[1:-2, 1:-2] + fine[2:-1, 2:-1] + fine[3:, 3:]) / 4
@@ -30,7 +30,7 @@ def tissue(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def screen(height: int = 80, width: int = 120, seed: int = 0) -> np.ndarray:
-    """A black screen with tissue in REGION and a line of letters above it, uint8 [H, W]."""
+    """Return a black screen with tissue in REGION and a line of text above it, uint8 [H, W]."""
     picture = np.zeros((height, width), np.uint8)
     x0, y0, x1, y1 = REGION
     picture[y0:y1, x0:x1] = tissue(y1 - y0, x1 - x0, seed)
@@ -39,7 +39,7 @@ def screen(height: int = 80, width: int = 120, seed: int = 0) -> np.ndarray:
 
 
 def drawn_mask(height: int = 80, width: int = 120, light: bool = False) -> np.ndarray:
-    """LESION as Fiji shows it, black on white, or white on black; uint8 [H, W]."""
+    """Return a mask of LESION, black on white as in Fiji, or white on black if `light`; uint8 [H, W]."""
     mask = np.full((height, width), 0 if light else 255, np.uint8)
     x0, y0, x1, y1 = LESION
     mask[y0:y1, x0:x1] = 255 if light else 0
@@ -47,7 +47,7 @@ def drawn_mask(height: int = 80, width: int = 120, light: bool = False) -> np.nd
 
 
 def region(box: tuple[int, int, int, int], spatial_format: int = 1, data_type: int = 1) -> Dataset:
-    """An item of Sequence of Ultrasound Regions; `box` without its last column and row."""
+    """Return an item of Sequence of Ultrasound Regions; the ends of `box` are exclusive."""
     item = Dataset()
     item.RegionSpatialFormat, item.RegionDataType, item.RegionFlags = spatial_format, data_type, 0
     item.RegionLocationMinX0, item.RegionLocationMinY0 = box[0], box[1]
@@ -64,7 +64,7 @@ def write_dicom(
     syntax: str = ExplicitVRLittleEndian,
     **tags: object,
 ) -> Path:
-    """Writes stored values, [H, W], [H, W, 3] or, with `frames`, one axis more in front."""
+    """Write stored values [H, W] or [H, W, 3], with a leading frame axis if `frames` is given."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = UltrasoundImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
@@ -98,7 +98,7 @@ def write_dicom(
 
 
 class Study:
-    """A folder of DICOM files, one of masks, and the output to be made of them."""
+    """A folder of DICOM files, a folder of masks, and the output folder of `prepare`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.dicom, self.masks, self.output = root, root / "dicom", root / "masks", root / "made"
@@ -106,9 +106,9 @@ class Study:
         self.masks.mkdir()
 
     def add(self, name="US1.dcm", pixels=None, mask="fiji", photometric="MONOCHROME2", **tags):
-        """A recording with a mask of its name: `mask` None for none, an array for its pixels.
+        """Add a DICOM file and a mask of the same name: the default mask, an array, or None for no mask.
 
-        Without `pixels`, the first recording shows screen(), the others other tissue.
+        Without `pixels`, the first file shows screen(), the others other tissue.
         """
         pixels = screen(seed=len(list(self.dicom.rglob("*.dcm")))) if pixels is None else pixels
         tags.setdefault("regions", [region(REGION)])
@@ -128,7 +128,7 @@ class Study:
         return prepare(self.dicom, self.masks, self.output, PrepareOptions(**options), mapping)
 
     def read(self, name="patient001_1"):
-        """The picture and the mask of a pair, as they lie on the disk."""
+        """Read the image and the mask of a pair from disk."""
         return tuple(np.array(Image.open(self.output / part / f"{name}.png")) for part in ("images", "masks"))
 
     def names(self):

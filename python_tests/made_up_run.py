@@ -1,4 +1,4 @@
-"""A run's folder as training leaves it, with weights drawn at random instead."""
+"""Synthetic run folders in the layout that training writes, with random weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fdkernels.segmentation.runfiles import write_json, write_weights
 def write_made_up_run(
     folder: Path, data: Path, *, seed: int = 0, test: slice = slice(2, 7), phases=PHASES, **changes
 ) -> Path:
-    """Writes config.json, split.json and the phases' weights; returns `folder`.
+    """Write config.json, split.json and the phases' weights; return `folder`.
 
-    Of the samples of `data`, in their order, those of `test` are tested on, the first one is
-    validated on, and all others are trained on.
+    The samples of `data` are split in order: those in `test` are the test part, the first is the
+    validation part, the others are the training part.
     """
     config = TrainingConfig(
         dataset="tnbc", data=str(data), output=str(folder), base_channels=2, size=32, lr=1e-3, **changes
@@ -43,9 +43,9 @@ def write_made_up_run(
 
 
 def _settle(network: torch.nn.Module, images: torch.Tensor) -> None:
-    """Gives batch norm the statistics of the images, and puts 0 where the middle logits leave a gap.
+    """Fit batch norm's statistics to the images, and shift the logits so that 0 is in a gap of them.
 
-    So no logit is so near 0 that rounding decides on it.
+    No logit is then so close to 0 that rounding decides its sign.
     """
     with torch.no_grad():
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Where the real subsets lie that some tests read; they are no part of this repository."""
+"""Folder of the real data subsets that some tests read; they are not part of this repository."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ FOLDER = Path(os.environ.get("FDKERNELS_TEST_DATA", _CHECKOUT.parent / "shared" 
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    """Skips a test where the real data set of that name is absent."""
+    """Skip a test if the real data set of that name is missing."""
     folder = FOLDER / name
-    return pytest.mark.skipif(not folder.is_dir(), reason=f"{folder} is not there (FDKERNELS_TEST_DATA)")
+    return pytest.mark.skipif(not folder.is_dir(), reason=f"{folder} does not exist (FDKERNELS_TEST_DATA)")

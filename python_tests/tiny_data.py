@@ -1,4 +1,4 @@
-"""Made-up data sets in the layouts of the real ones, small enough for tests."""
+"""Small synthetic data sets in the layouts of the real ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Patients of TNBC with their images; the numbers have gaps on purpose.
+# Image numbers of TNBC by patient, with gaps on purpose.
 IMAGES = {"01": [1, 2], "02": [1, 3], "04": [2], "07": [1, 10, 2], "11": [1]}
 SIZE = (40, 36)  # width, height
 
@@ -16,7 +16,7 @@ SIZE = (40, 36)  # width, height
 def _scene(
     generator: np.random.Generator, size: tuple[int, int], discs: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Noise [H, W, 3] with bright discs, and each disc as bool [discs, H, W]."""
+    """Return noise with bright discs, uint8 [H, W, 3], and the masks of the discs, bool [discs, H, W]."""
     width, height = size
     rows, columns = np.mgrid[:height, :width]
     radius = min(size) / (4 if discs == 1 else 6)
@@ -30,7 +30,7 @@ def _scene(
 
 
 def _save(path: Path, pixels: np.ndarray, mode: str | None = None) -> None:
-    """Writes 8-bit pixels, or a bool mask as 0 and 255, in the mode asked for."""
+    """Save 8-bit pixels, or a bool mask as 0 and 255, in the given Pillow mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
     image = Image.fromarray(values)
@@ -38,15 +38,15 @@ def _save(path: Path, pixels: np.ndarray, mode: str | None = None) -> None:
 
 
 def _varied(generator: np.random.Generator) -> tuple[int, int]:
-    """A width and a height, mostly not equal."""
+    """Draw a width and a height, usually different."""
     width, height = generator.integers(40, 57, 2)
     return int(width), int(height)
 
 
 def write_tiny_tnbc(root: Path, images: dict[str, list[int]] | None = None) -> Path:
-    """Writes Slide_XX/XX_N.png and GT_XX/XX_N.png: bright discs on dark noise; returns `root`.
+    """Write Slide_XX/XX_N.png and GT_XX/XX_N.png, bright discs on dark noise; return `root`.
 
-    The first image of each patient is RGB, the others RGBA, as both occur in the download.
+    The first image of each patient is RGB, the others RGBA: the download contains both.
     """
     generator = np.random.default_rng(0)
     for patient, numbers in (IMAGES if images is None else images).items():
@@ -67,7 +67,7 @@ def _tnbc(root: Path, images: int, generator: np.random.Generator) -> None:
 
 
 def imagescope(polygons: list[np.ndarray]) -> str:
-    """ImageScope XML with a region for each polygon [vertices, 2] of X and Y."""
+    """Return ImageScope XML with one region per polygon [vertices, 2] of X and Y."""
     regions = "".join(
         "<Region><Vertices>"
         + "".join(f'<Vertex X="{x:.4f}" Y="{y:.4f}"/>' for x, y in polygon)
@@ -78,12 +78,12 @@ def imagescope(polygons: list[np.ndarray]) -> str:
 
 
 def _monuseg(root: Path, images: int, generator: np.random.Generator) -> None:
-    """Two of three images in the training folders, one in the test folder; a patient an image or two."""
+    """Write two of three images to the training folders, one to the test folder; one or two per patient."""
     training, test = root / "MoNuSeg 2018 Training Data", root / "MoNuSegTestData"
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     circle = np.stack((np.cos(angles), np.sin(angles)), axis=1)  # [24, 2]
     for index in range(images):
-        # The last discs reach beyond the image, as annotations do.
+        # The last discs extend beyond the image, like real annotations.
         centres = np.concatenate((generator.uniform(8, 40, (4, 2)), generator.uniform(-2, 50, (1, 2))))
         polygons = [centre + 6 * circle for centre in centres]
         rows, columns = np.mgrid[:48, :48]
@@ -103,7 +103,7 @@ def _monuseg(root: Path, images: int, generator: np.random.Generator) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(
             image, compression="packbits" if index % 3 == 2 else "tiff_lzw"
         )
-        # A region with two vertices encloses nothing; the real files hold a few.
+        # A region with two vertices encloses no area; the real files contain a few.
         outlines.write_text(imagescope([*polygons, polygons[0][:2]]), "utf-8")
 
 
@@ -115,7 +115,7 @@ def _udiat(root: Path, images: int, generator: np.random.Generator) -> None:
 
 
 def _us_tnbc(root: Path, images: int, generator: np.random.Generator) -> None:
-    """Names as `fdkernels prepare` gives them; some patients have two images where there are enough."""
+    """Use names of `fdkernels prepare`; some patients have two images if there are enough."""
     patients = max(5, images - 2)
     for index in range(images):
         name = f"patient{index % patients + 1:03}_{index // patients + 1}.png"
@@ -125,7 +125,7 @@ def _us_tnbc(root: Path, images: int, generator: np.random.Generator) -> None:
 
 
 def _ad(side: int) -> Callable[[Path, int, np.random.Generator], None]:
-    """Patches of the real size, since the loader checks it; five slides or more, one patch in four empty."""
+    """Use the real patch size, which the loader checks; at least five slides, every fourth patch empty."""
 
     def write(root: Path, images: int, generator: np.random.Generator) -> None:
         slides = max(5, images // 4)
@@ -145,7 +145,7 @@ def _ad(side: int) -> Callable[[Path, int, np.random.Generator], None]:
 
 
 def _busi(root: Path, images: int, generator: np.random.Generator) -> None:
-    """Benign and malignant in turn, every fourth image with two lesions, and two normal images beside."""
+    """Alternate benign and malignant, every fourth image with two lesions; add two normal images."""
     for index in range(images):
         name, number = ("benign", "malignant")[index % 2], index // 2 + 1
         lesions = 2 if index % 4 == 0 else 1
@@ -162,7 +162,7 @@ def _busi(root: Path, images: int, generator: np.random.Generator) -> None:
 
 
 def _dsb2018(root: Path, images: int, generator: np.random.Generator) -> None:
-    """Bright nuclei on a dark ground and, every second image, the reverse."""
+    """Draw bright nuclei on a dark background, inverted in every second image."""
     for index in range(images):
         pixels, discs = _scene(generator, _varied(generator), 4)
         name = f"{generator.integers(2**62):016x}" * 4
@@ -170,7 +170,7 @@ def _dsb2018(root: Path, images: int, generator: np.random.Generator) -> None:
         _save(folder / "images" / f"{name}.png", 255 - pixels if index % 2 else pixels, "RGBA")
         taken = np.zeros(discs.shape[1:], bool)
         for disc in discs:
-            if (disc & ~taken).any():  # no two masks of an image overlap
+            if (disc & ~taken).any():  # the masks of an image do not overlap
                 _save(folder / "masks" / f"{generator.integers(2**62):016x}.png", disc & ~taken)
             taken |= disc
 
@@ -188,10 +188,10 @@ _WRITERS: dict[str, Callable[[Path, int, np.random.Generator], None]] = {
 
 
 def make_tiny(name: str, root: Path, images: int = 10) -> Path:
-    """Writes a small data set in the native layout of `name`, the same at each call; returns `root`.
+    """Write a small data set in the layout of `name`, the same on every call; return `root`.
 
-    Bright discs on dark noise, of five patients or more where the data set has patients and there
-    are as many images. `busi` gets two images of the class normal beside them.
+    The images show bright discs on dark noise. They come from at least five patients if the data set
+    has patients and there are enough images. `busi` gets two additional images of class normal.
     """
     _WRITERS[name](root, images, np.random.default_rng(0))
     return root

@@ -1,4 +1,4 @@
-"""The page of the data sets says what the code does."""
+"""The page of the data sets agrees with the code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_each_data_set_has_a_section_with_source_licence_layout_and_command(text
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_the_table_holds_the_presets(text, name):
+def test_the_table_equals_the_presets(text, name):
     (row,) = re.findall(rf"^\| \[`{name}`\]\((\S+)\) \|(.*)\|$", text, re.MULTILINE)
     cells = [cell.strip() for cell in row[1].split("|")]
     preset = DATASETS[name]

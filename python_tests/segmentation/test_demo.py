@@ -21,7 +21,7 @@ from fdkernels.segmentation.runfiles import read_json
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A short demonstration, here in one process: its folder and its results."""
+    """Run a short demo in this process; return its folder and results."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_module, "_in_own_process", train_measured)
@@ -124,7 +124,7 @@ def test_peak_memory_holds_what_was_allocated_and_freed():
     during = peak_memory()
     del block
     assert during > size
-    # The kernel counts pages in batches, so that the peak is exact to a few of them only.
+    # The kernel counts pages in batches, so the peak is only exact to a few pages.
     assert peak_memory() > during - 2**20
 
 

@@ -13,7 +13,7 @@ REAL = FOLDER / "dsb2018"
 
 
 def _sum_of_masks(sample):
-    """How many nuclei cover each pixel, [H, W]."""
+    """Count the nuclei that cover each pixel, [H, W]."""
     total = 0
     for path in sample.masks:
         with Image.open(path) as mask:

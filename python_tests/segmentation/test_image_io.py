@@ -201,7 +201,7 @@ def test_a_png_with_a_text_bomb_is_refused(file):
 
 
 def _complaint(read, file):
-    """None where the file is read, else whether the error names it."""
+    """Return None if the file is read without error, else whether the error names it."""
     try:
         read(file)
     except ValueError as error:

@@ -134,4 +134,4 @@ def test_the_real_masks_are_those_of_scikit_image_but_for_rounding(real):
             expected[rows, columns] = True
         mask = fill_polygons(polygons, (1000, 1000))
         assert np.array_equal(mask, read_mask(sample.masks[0], (1000, 1000)))
-        assert np.count_nonzero(mask != expected) < 10  # centres that lie on an outline but for an ulp
+        assert np.count_nonzero(mask != expected) < 10  # pixel centres within an ulp of an outline

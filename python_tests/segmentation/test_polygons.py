@@ -16,7 +16,7 @@ SIZE = (9, 7)  # width, height
 
 
 def _pixels(polygon, size=SIZE):
-    """Rows and columns of what the polygon covers."""
+    """Return rows and columns of the pixels that the polygon covers."""
     return np.argwhere(fill_polygons([np.array(polygon, float)], size)).tolist()
 
 
@@ -76,7 +76,7 @@ def test_overlapping_polygons_are_united():
 
 
 def _covers(polygon, column, row):
-    """Whether the point lies in the polygon or on its outline, in exact arithmetic."""
+    """Return whether the point is inside the polygon or on its outline, in exact arithmetic."""
     corners = [(Fraction(x), Fraction(y)) for x, y in polygon]
     inside = False
     for (x, y), (u, v) in zip(corners, corners[1:] + corners[:1], strict=True):
@@ -88,7 +88,7 @@ def _covers(polygon, column, row):
     return inside
 
 
-# Eighths are exact in binary, so that no rounding blurs what lies on an outline.
+# Eighths are exact in binary, so points on an outline suffer no rounding.
 COORDINATES = st.integers(-24, 96).map(lambda eighths: eighths / 8) | st.integers(-3, 12).map(float)
 
 
@@ -104,7 +104,7 @@ def test_each_pixel_is_decided_as_exact_arithmetic_decides_it(polygon):
 
 
 def _nearly_on(polygon, column, row):
-    """Whether an edge crosses the row so near to the column that float64 cannot tell them apart."""
+    """Return whether an edge crosses the row so close to the column that float64 cannot separate them."""
     corners = [(Fraction(x), Fraction(y)) for x, y in polygon]
     for (x, y), (u, v) in zip(corners, corners[1:] + corners[:1], strict=True):
         if (y <= row) != (v <= row) and abs(x + (row - y) * (u - x) / (v - y) - column) < 1e-12:
@@ -200,11 +200,11 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     assert np.array_equal(first, second)
     assert first.shape == (7, 9)
     assert read == [file]
-    first[:] = True  # what a caller does to its mask does not reach the next
+    first[:] = True  # a caller's changes must not reach the cache
     assert np.array_equal(polygon_mask(file, SIZE), second)
     polygon_mask(file, (5, 5))
     assert len(read) == 2
     _write(file, imagescope([np.array([[0, 0], [1, 0], [1, 1]])]))
-    os.utime(file, ns=(0, 0))  # a clock may be too coarse to show the change
+    os.utime(file, ns=(0, 0))  # the clock may be too coarse for a new modification time
     assert polygon_mask(file, SIZE).sum() == 3
     assert len(read) == 3

@@ -1,4 +1,4 @@
-"""From DICOM files and drawn masks to anonymous pairs: the whole way, by function and by command."""
+"""`prepare` end to end, from DICOM files and drawn masks to anonymous pairs, as function and command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ultrasound region found on a screen, and what counts as annotation."""
+"""Detection of the ultrasound region on a screen, and of burned-in text and marks."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def test_letters_and_calipers_are_annotation():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (50, 4)])
-def test_small_pictures_are_looked_at_without_error(shape):
+def test_small_pictures_raise_no_error(shape):
     assert annotation(np.full(shape, 9, np.uint8)) is None
     assert content_box(np.full(shape, 90, np.uint8)) == (0, 0, shape[1], shape[0])
 
 
-# What a look at each picture of the subset says, its corner with the probe's mark aside.
+# The images of the subset with annotation, labelled by eye; the probe's mark in the corner is ignored.
 ANNOTATED = {
     "benign (1)", "benign (195)", "benign (223)", "benign (225)", "benign (245)", "benign (257)",
     "benign (362)", "benign (4)", "benign (409)", "malignant (113)", "malignant (118)", "malignant (132)",

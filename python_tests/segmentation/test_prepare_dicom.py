@@ -1,4 +1,4 @@
-"""Frames of DICOM files as 8-bit pictures, against the formulas of the standard."""
+"""DICOM frames decoded to 8-bit images, against the formulas of the standard."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_constant_frame_of_16_bits_is_black(tmp_path):
 
 
 def test_a_linear_window_follows_the_standard(tmp_path):
-    """C.11.2.1.2.1: ((x - (c - 1/2)) / (w - 1) + 1/2) of the range, cut off at both ends."""
+    """C.11.2.1.2.1: ((x - (c - 1/2)) / (w - 1) + 1/2) of the range, clipped at both ends."""
     values = np.array([[0, 999, 1000, 1500, 1999, 2001, 4095]], np.uint16)
     got = picture(
         tmp_path, values, BitsStored=12, HighBit=11, WindowCenter=1500, WindowWidth=1001, RescaleSlope=1,

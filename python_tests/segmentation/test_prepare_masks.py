@@ -1,4 +1,4 @@
-"""Masks in the forms in which they are drawn and saved, and what is refused of them."""
+"""Drawn masks in all supported file formats, and masks that are rejected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CUT_LESION[LESION[1] - Y0 : LESION[3] - Y0, LESION[0] - X0 : LESION[2] - X0] = 2
 
 
 def palette_mask(path):
-    """8 bits with the inverting table of Fiji: 255 is shown black."""
+    """8-bit TIFF with Fiji's inverting lookup table: 255 is displayed black."""
     image = Image.fromarray(255 - drawn_mask())
     image.putpalette([255 - value for value in range(256) for _ in range(3)])
     image.save(path)

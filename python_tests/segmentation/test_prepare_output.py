@@ -1,4 +1,4 @@
-"""What the output tells of the patients (nothing), and that it appears whole or not at all."""
+"""The output contains no patient data and is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUT_LESION[LESION[1] - Y0 : LESION[3] - Y0, LESION[0] - X0 : LESION[2] - X0] = 2
 
 
 def test_nothing_of_the_patient_is_in_the_output(study):
-    """Every byte of every file and every name; the input is full of the identity."""
+    """Checks all file names and contents; the input contains the identity in many places."""
     name = PATIENT_NAME.replace("^", "_") + "_4711.dcm"
     path = study.add(name)
     assert all(part in path.read_bytes() for part in IDENTITY)
@@ -81,7 +81,7 @@ def test_hashed_names_depend_on_key_and_recording_and_not_on_the_others(study):
 
 
 def test_a_hash_is_the_hmac_of_what_it_names():
-    """HMAC-SHA256 of "group\\0P1" and "image\\0P1\\0x" under sixteen k, by openssl."""
+    """HMAC-SHA256 of "group\\0P1" and "image\\0P1\\0x" with a key of sixteen k, computed with openssl."""
     assert PairNames(b"k" * 16).next("P1", "x") == "patient51b49d44c6e67a2b_1409bb60a31789da"
 
 

@@ -1,4 +1,4 @@
-"""What holds for every data set, on made-up data in its layout."""
+"""Common behaviour of all data sets, on synthetic data in their layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """Each made-up data set once; tests that change one copy it."""
+    """All synthetic data sets, created once; tests that modify one copy it first."""
     folder = tmp_path_factory.mktemp("pristine")
     return {name: make_tiny(name, folder / name) for name in NAMES}
 
@@ -63,7 +63,7 @@ def test_items_of_any_size_become_squares_with_a_binary_mask(name, pristine):
 
 
 def test_the_mask_lies_on_what_the_image_shows(name, pristine):
-    """Discs differ from their ground by more than the noise does, so a misplaced mask would show."""
+    """Discs differ from the background by more than the noise, so a misplaced mask fails the test."""
     for item in SegmentationDataset(DATASETS[name].find(pristine[name]).samples):
         grey, inside = item["image"].mean(0), item["mask"][0] == 1
         if inside.any():
@@ -92,7 +92,7 @@ def test_broken_files_are_refused_in_one_report_or_left_out(name, root):
         DATASETS[name].find(root)
     assert all(str(path) in str(raised.value) for path in named[:2])
     found = DATASETS[name].find(root, "skip")
-    # Polygons fit an image of any size: of MoNuSeg the third is sound.
+    # Polygons fit an image of any size, so MoNuSeg's third image is valid.
     left_out = [truncated, foreign] + ([] if name == "monuseg" else [oversized])
     assert [sample for sample in samples if sample not in found.samples] == left_out
     assert all(any(str(path) in sentence for sentence in found.skipped) for path in named[: len(left_out)])

@@ -42,7 +42,7 @@ def test_a_list_of_the_classes_beside_the_folders_is_left_alone(root):
 
 
 def test_masks_of_the_other_polarity_stay_as_they_are(root):
-    """White is the lesion; which of the two is meant cannot be seen in the file."""
+    """White is always the lesion; the file does not say which polarity is meant."""
     sample = find(root).samples[0]
     with Image.open(sample.masks[0]) as mask:
         inverted = 255 - np.array(mask)
