@@ -1,4 +1,4 @@
-"""Segmentation networks of the paper, by name, in logits and with the taps that the loss reads."""
+"""Segmentation networks of the paper. They return logits and name the taps that the loss reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NETWORKS: dict[str, type[SegmentationNetwork]] = {
 
 
 def names() -> list[str]:
-    """The names that `create` takes."""
+    """Return the names that `create` accepts."""
     return list(_NETWORKS)
 
 
@@ -30,25 +30,24 @@ def create(
     base_channels: int | None = None,
     **kwargs: Any,
 ) -> SegmentationNetwork:
-    """A new network with freshly drawn weights, in training mode.
+    """Create a network with random weights, in training mode.
 
-    Its forward maps images [N, in_channels, H, W], H and W multiples of 16, to logits
-    [N, num_classes, H, W] (no sigmoid). `tap_names` lists the submodules whose outputs the loss
-    reads, ready for `fdkernels.FeatureTaps`.
+    Its forward maps floating-point images [N, in_channels, H, W], H and W multiples of 16, to logits
+    [N, num_classes, H, W] (no sigmoid). Its `tap_names` are the submodules whose outputs the loss
+    reads, as `fdkernels.FeatureTaps` takes them.
 
     Args:
         name: one of `names()`: "unet", "attention_unet", "nucleisegnet", "cmunet".
         in_channels: channels of the image, at least 1.
         num_classes: channels of the logits, at least 1.
-        base_channels: width of the first level, which scales every other; None for the
-            published one (32 for "nucleisegnet", 64 for the others).
-        **kwargs: what the network itself takes beyond these (`mixer_depth` and
-            `mixer_kernel` of "cmunet").
+        base_channels: width of the first level, which scales all others; None for the published
+            width (32 for "nucleisegnet", 64 for the others).
+        **kwargs: further arguments of the network (`mixer_depth` and `mixer_kernel` of "cmunet").
 
     Raises:
-        TypeError: a count is not an integer, or the network takes no such keyword.
-        ValueError: the name is unknown, a count is below 1, or `base_channels` is odd where
-            the network halves it.
+        TypeError: a count is not an integer, or the network does not take one of `kwargs`.
+        ValueError: the name is unknown, a count is below 1, or `base_channels` is odd and the
+            network halves it.
     """
     if name not in _NETWORKS:
         known = ", ".join(f'"{known_name}"' for known_name in _NETWORKS)

@@ -1,9 +1,8 @@
 """Attention U-Net: the U-Net of `unet.py` with an additive attention gate on every skip.
 
-The gate weighs the pixels of a skip by one map in (0, 1), computed from the skip and from the
-up-convolved map of the same level, so both already have the same size. Encoder taps are taken
-before the gates. With one class it has 34,878,573 trainable parameters for 3 input channels and
-34,877,421 for 1.
+The gate multiplies a skip by one map in (0, 1), computed from the skip and the up-convolved map of
+the same level, which have the same size. Encoder taps are before the gates. With one class it has
+34,878,573 trainable parameters for 3 input channels and 34,877,421 for 1.
 
 References:
     Oktay et al.: "Attention U-Net: Learning Where to Look for the Pancreas", MIDL 2018,
@@ -19,10 +18,10 @@ from fdkernels.models.blocks import ConvBlock, SegmentationNetwork, UpConv
 
 
 class AdditiveGate(nn.Module):
-    """The skip x weighed by sigmoid(BN(C1(ReLU(BN(C1(g)) + BN(C1(x)))))), C1 a 1x1 convolution.
+    """x * sigmoid(BN(C1(ReLU(BN(C1(g)) + BN(C1(x)))))) for skip x, gating map g and 1x1 convolutions C1.
 
     Args:
-        channels: f, of the skip and of the gating map; the sum inside has f/2, the weight 1.
+        channels: f, channels of the skip and of the gating map; the sum inside has f/2, the weight 1.
     """
 
     def __init__(self, channels: int) -> None:
@@ -34,7 +33,7 @@ class AdditiveGate(nn.Module):
         self.weight = nn.Sequential(nn.Conv2d(inner, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
 
     def forward(self, gating: Tensor, skip: Tensor) -> Tensor:
-        """The gated skip [N, f, H, W] of `gating` [N, f, H, W] and `skip` [N, f, H, W]."""
+        """Return the gated skip [N, f, H, W] of `gating` [N, f, H, W] and `skip` [N, f, H, W]."""
         joint = self.relu(self.gating(gating) + self.skip(skip))  # [N, f/2, H, W]
         weight: Tensor = self.weight(joint)  # [N, 1, H, W]
         return weight * skip  # [N, f, H, W]
@@ -77,9 +76,10 @@ class AttentionUNet(SegmentationNetwork):
         self.head = nn.Conv2d(c1, num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
+        """Return logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
 
-        Shape comments are those of 64 base channels.
+        Raises TypeError or ValueError for any other image, see `check_image`. Shape comments are for 64
+        base channels.
         """
         self.check_image(image)
         e1 = self.enc1(image)  # [N, 64, H, W]

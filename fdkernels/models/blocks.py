@@ -1,13 +1,13 @@
-"""What the four networks share: their interface, their checks, and the plain U-Net blocks."""
+"""Base class, input checks and U-Net blocks shared by the four networks."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-# A submodule of each name exists in every network, and its output is the tap.
+# Every network has a submodule of each name; its output is the tap.
 TAP_NAMES = ("enc1", "enc2", "enc3", "enc4", "bottleneck", "dec4", "dec3", "dec2", "dec1")
 
-# Four 2x2 poolings: other sizes would leave skip and up-sampled map one pixel apart.
+# Four 2x2 poolings: for other sizes, skip and up-sampled map would differ by one pixel.
 SIZE_DIVISOR = 16
 
 
@@ -18,7 +18,7 @@ class SegmentationNetwork(nn.Module):
         in_channels: channels of the image, at least 1.
         num_classes: channels of the logits, at least 1 (1 for binary segmentation).
         base_channels: width of the first level; level l has `base_channels * 2**(l - 1)`.
-        even_width: whether the network halves `base_channels`, so that it must be even.
+        even_width: whether `base_channels` must be even because the network halves it.
 
     Attributes:
         tap_names: submodule names whose outputs the feature discrepancy loss reads, in the
@@ -26,7 +26,7 @@ class SegmentationNetwork(nn.Module):
 
     Raises:
         TypeError: a count is not an integer.
-        ValueError: a count is below 1, or `base_channels` is odd where it must be even.
+        ValueError: a count is below 1, or `base_channels` is odd but must be even.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SegmentationNetwork(nn.Module):
         self.tap_names = list(TAP_NAMES)
 
     def check_image(self, image: Tensor) -> None:
-        """Refuses an image that this network cannot take.
+        """Validate the shape and dtype of an input image.
 
         Raises:
             TypeError: `image` is not a floating-point tensor.
@@ -70,7 +70,7 @@ class SegmentationNetwork(nn.Module):
 
 
 class ConvBlock(nn.Sequential):
-    """Two times convolution 3x3, batch norm, ReLU: [N, in, H, W] to [N, out, H, W]."""
+    """Twice 3x3 convolution, batch norm, ReLU: [N, in, H, W] to [N, out, H, W]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
@@ -84,7 +84,7 @@ class ConvBlock(nn.Sequential):
 
 
 class UpConv(nn.Sequential):
-    """Nearest 2x up, convolution 3x3, batch norm, ReLU: [N, in, H, W] to [N, out, 2H, 2W]."""
+    """Nearest 2x up-sampling, 3x3 convolution, batch norm, ReLU: [N, in, H, W] to [N, out, 2H, 2W]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
@@ -96,7 +96,7 @@ class UpConv(nn.Sequential):
 
 
 def check_count(name: str, value: int) -> None:
-    """Refuses a `value` for the argument `name` that is not an integer of at least 1.
+    """Validate that `value`, the argument `name`, is an integer of at least 1.
 
     Raises:
         TypeError: `value` is not an integer.

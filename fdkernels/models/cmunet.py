@@ -1,10 +1,9 @@
 """CMU-Net: a U-Net with a ConvMixer on the bottleneck and multi-scale gates on the skips.
 
 Encoder and decoder blocks are those of `unet.py`. The ConvMixer has 7 layers of a 7x7 depthwise
-and a 1x1 convolution, each followed by exact (erf) GELU, then batch norm; the residual spans the
-depthwise part only. Encoder taps are taken before the gates, the bottleneck tap after the
-ConvMixer. With one class it has 49,932,353 trainable parameters for 3 input channels and
-49,931,201 for 1.
+and a 1x1 convolution, each followed by exact (erf) GELU, then batch norm; the residual spans only
+the depthwise part. Encoder taps are before the gates, the bottleneck tap is after the ConvMixer.
+With one class it has 49,932,353 trainable parameters for 3 input channels and 49,931,201 for 1.
 
 References:
     Tang, Wang, Ning, Xian, Ding: "CMU-Net: A Strong ConvMixer-based Medical Ultrasound Image
@@ -24,7 +23,7 @@ class MixerLayer(nn.Module):
     """Depthwise mixing with a residual, then channel mixing without one.
 
     Args:
-        channels: C of the map, the same in and out.
+        channels: C, channels of input and output.
         kernel: side of the depthwise kernel, odd.
     """
 
@@ -38,7 +37,7 @@ class MixerLayer(nn.Module):
         self.pointwise = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU(), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mixed map [N, C, H, W] of `x` [N, C, H, W]."""
+        """Return the mixed map [N, C, H, W] of `x` [N, C, H, W]."""
         mixed: Tensor = self.pointwise(x + self.depthwise(x))  # [N, C, H, W]
         return mixed
 
@@ -47,7 +46,7 @@ class MultiScaleGate(nn.Module):
     """x + x * a, where a in (0, 1) is computed from three receptive fields of x.
 
     Args:
-        channels: c of the skip; a has c channels too.
+        channels: c, channels of the skip x and of a.
     """
 
     def __init__(self, channels: int) -> None:
@@ -65,7 +64,7 @@ class MultiScaleGate(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The gated skip [N, c, H, W] of `x` [N, c, H, W]."""
+        """Return the gated skip [N, c, H, W] of `x` [N, c, H, W]."""
         scales = torch.cat([self.point(x), self.near(x), self.wide(x)], dim=1)  # [N, 3c, H, W]
         weight: Tensor = self.weight(scales)  # [N, c, H, W]
         return x + x * weight
@@ -123,9 +122,10 @@ class CMUNet(SegmentationNetwork):
         self.head = nn.Conv2d(c1, num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
+        """Return logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
 
-        Shape comments are those of 64 base channels.
+        Raises TypeError or ValueError for any other image, see `check_image`. Shape comments are for 64
+        base channels.
         """
         self.check_image(image)
         e1 = self.enc1(image)  # [N, 64, H, W]

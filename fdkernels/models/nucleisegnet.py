@@ -1,11 +1,11 @@
 """NucleiSegNet: robust residual blocks, a bottleneck and an attention decoder.
 
-Widths 32, 64, 128, 256 and 512 in the bottleneck. Everywhere the order is convolution, ReLU,
-batch norm, so the taps (the robust residual blocks before gating, the bottleneck, the decoder
-blocks) are batch norm outputs and signed. The "residual" of a block is a concatenation, not a
-sum, and a gate is a map of all f channels at full resolution. Batch norm has eps 1e-3 and
-momentum 0.5; the initialisers are those of the published Keras code. With one class it has
-12,395,713 trainable parameters for 3 input channels and 12,394,561 for 1.
+Widths 32, 64, 128, 256 and 512 in the bottleneck. The order is always convolution, ReLU, batch norm,
+so the taps (the robust residual blocks before gating, the bottleneck, the decoder blocks) are batch
+norm outputs and have both signs. The "residual" of a block is a concatenation, not a sum, and a gate
+has all f channels at full resolution. Batch norm has eps 1e-3 and momentum 0.5; the initialisers
+are those of the published Keras code. With one class it has 12,395,713 trainable parameters for 3
+input channels and 12,394,561 for 1.
 
 References:
     Lal, Das, Alabhya, Kanfade, Kumar, Kini: "NucleiSegNet: Robust deep learning architecture for
@@ -27,14 +27,14 @@ from fdkernels.models.blocks import SegmentationNetwork
 CONV_BIAS = 0.1
 RESIDUAL_BETA = 0.01
 
-# Standard deviation of a unit normal cut at +-2, by which Keras rescales a truncated normal.
+# Standard deviation of a unit normal truncated at +-2; Keras rescales its truncated normal by it.
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
 
 _Conv = TypeVar("_Conv", nn.Conv2d, nn.ConvTranspose2d)
 
 
 class RobustResidualBlock(nn.Module):
-    """Convolution, separable convolution, convolution, then a fourth on [input, result].
+    """Convolution, separable convolution, convolution, then a fourth on the concatenated [input, result].
 
     Args:
         in_channels: a, channels of the input.
@@ -53,17 +53,17 @@ class RobustResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features [N, b, H, W] of `x` [N, a, H, W]."""
+        """Return the features [N, b, H, W] of `x` [N, a, H, W]."""
         joint = torch.cat([x, self.body(x)], dim=1)  # [N, a + b, H, W]
         features: Tensor = self.merge(joint)  # [N, b, H, W]
         return features
 
 
 class AttentionDecoderBlock(nn.Module):
-    """The up-sampled map from below beside the gated skip.
+    """Concatenates the up-sampled map from below with the gated skip.
 
     Args:
-        channels: f of the skip; the map from below has 2f.
+        channels: f, channels of the skip; the map from below has 2f.
     """
 
     def __init__(self, channels: int) -> None:
@@ -81,7 +81,7 @@ class AttentionDecoderBlock(nn.Module):
         self.up = _glorot_normal(nn.ConvTranspose2d(2 * channels, channels, 2, stride=2))
 
     def forward(self, below: Tensor, skip: Tensor) -> Tensor:
-        """The maps [up, gated] [N, 2f, 2H, 2W] of `below` [N, 2f, H, W], `skip` [N, f, 2H, 2W]."""
+        """Return [up, gated] [N, 2f, 2H, 2W] of `below` [N, 2f, H, W] and `skip` [N, f, 2H, 2W]."""
         reduced = torch.relu(self.reduce(below))  # [N, f, H, W]
         theta = torch.relu(self.theta(skip))  # [N, f/2, 2H, 2W]
         phi = torch.relu(self.phi(reduced))  # [N, f/2, H, W]
@@ -124,9 +124,10 @@ class NucleiSegNet(SegmentationNetwork):
         self.head = _glorot_uniform(nn.Conv2d(c1, num_classes, 1), bias=0.0)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
+        """Return logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
 
-        Shape comments are those of 32 base channels.
+        Raises TypeError or ValueError for any other image, see `check_image`. Shape comments are for 32
+        base channels.
         """
         self.check_image(image)
         e1 = self.enc1(image)  # [N, 32, H, W]
@@ -143,7 +144,7 @@ class NucleiSegNet(SegmentationNetwork):
 
 
 def _conv_stack(*widths: int) -> nn.Sequential:
-    """3x3 convolution, ReLU, batch norm from each width to the next."""
+    """Stack 3x3 convolution, ReLU, batch norm from each width to the next."""
     layers: list[nn.Module] = []
     for in_channels, out_channels in pairwise(widths):
         layers += _conv_relu_norm(in_channels, out_channels, beta=0.0)
@@ -159,7 +160,7 @@ def _conv_relu_norm(in_channels: int, out_channels: int, *, beta: float) -> list
 
 
 def _separable_relu_norm(channels: int, *, beta: float) -> list[nn.Module]:
-    # The depthwise half has no bias: Keras keeps one bias for the pair, on the pointwise half.
+    # The depthwise convolution has no bias: Keras has one bias for the pair, on the pointwise one.
     depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
     return [
         _glorot_uniform(depthwise, bias=CONV_BIAS),
@@ -176,7 +177,7 @@ def _batch_norm(channels: int, *, beta: float) -> nn.BatchNorm2d:
 
 
 def _glorot_normal(conv: _Conv) -> _Conv:
-    """`conv` with Glorot normal weights as Keras draws them, cut at twice the widened std."""
+    """Initialise `conv` with Keras's Glorot normal: widened by `TRUNCATED_STD`, truncated at 2 std."""
     fans = (conv.in_channels + conv.out_channels) * math.prod(conv.kernel_size)  # in + out
     std = math.sqrt(2 / fans) / TRUNCATED_STD
     nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
@@ -186,7 +187,7 @@ def _glorot_normal(conv: _Conv) -> _Conv:
 
 
 def _glorot_uniform(conv: nn.Conv2d, *, bias: float) -> nn.Conv2d:
-    """`conv` with Glorot uniform weights and, where it has one, a constant bias."""
+    """Initialise `conv` with Glorot uniform weights and a constant bias, if it has one."""
     nn.init.xavier_uniform_(conv.weight)
     if conv.bias is not None:
         nn.init.constant_(conv.bias, bias)

@@ -1,7 +1,7 @@
 """U-Net with batch norm and up-convolutions, as the breast-ultrasound benchmarks use it.
 
 Widths 64, 128, 256, 512 and 1024 in the bottleneck. Every convolution has a bias and is followed
-by batch norm, then ReLU; up-sampling is nearest 2x and a 3x3 convolution. With one class it has
+by batch norm, then ReLU; up-sampling is nearest 2x, then a 3x3 convolution. With one class it has
 34,527,041 trainable parameters for 3 input channels and 34,525,889 for 1.
 
 References:
@@ -51,9 +51,10 @@ class UNet(SegmentationNetwork):
         self.head = nn.Conv2d(c1, num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
+        """Return logits [N, num_classes, H, W] of `image` [N, in_channels, H, W], H and W multiples of 16.
 
-        Shape comments are those of 64 base channels.
+        Raises TypeError or ValueError for any other image, see `check_image`. Shape comments are for 64
+        base channels.
         """
         self.check_image(image)
         e1 = self.enc1(image)  # [N, 64, H, W]

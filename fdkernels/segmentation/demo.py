@@ -1,4 +1,4 @@
-"""The demonstration: a small UNet on a stained slide, trained without and with the loss."""
+"""The demo: train a small UNet on a stained slide, without and with the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNS = {"without_loss": "without the loss", "with_loss": "with the loss"}
 
 
 def _in_own_process(config: TrainingConfig, split: Split) -> dict[str, Any]:
-    """`train_measured` in a fresh process, since the peak memory of a process never goes down."""
+    """Run `train_measured` in a fresh process: the peak memory of a process never decreases."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(train_measured, config, split).result()
@@ -39,10 +39,14 @@ def _memory(result: dict[str, Any]) -> str:
 
 
 def results_table(results: dict[str, dict[str, Any]]) -> Table:
-    """Dice, IoU, time a step and peak memory of both runs, and their difference in the scores."""
+    """Tabulate Dice, IoU, seconds per step and peak memory of both runs, and their differences.
+
+    Args:
+        results: result of `train_measured` of each run in `RUNS`.
+    """
     table = Table(title="Test patches, best model of phase two")
     table.add_column("")
-    for heading in ("Dice", "IoU", "seconds a step", "peak memory"):
+    for heading in ("Dice", "IoU", "seconds per step", "peak memory"):
         table.add_column(heading, justify="right")
     for name, title in RUNS.items():
         scores = results[name]["phases"]["active"]["test"]
@@ -74,25 +78,28 @@ def run_demo(
     base_channels: int = 16,
     accelerator: str = "auto",
 ) -> dict[str, Any]:
-    """Trains without and with the loss, prints a table, draws the picture; returns the results.
+    """Train without and with the loss, print a table, draw a figure, and return the results.
 
-    Both runs begin with the same weights, see the same batches and take the same number of steps.
-    The patches are of scikit-image's immunohistochemistry slide, which needs no download.
+    Both runs start from the same weights, see the same batches and take the same number of steps.
+    The patches are from scikit-image's immunohistochemistry slide, which needs no download.
 
     Args:
         output: folder for patches/, runs/, results.json and demo.png.
-        seed: of weights, order and augmentation.
-        epochs_warm, epochs_active: epochs of the two phases.
+        seed: seed of weights, order and augmentation.
+        epochs_warm, epochs_active: epochs of phase one and two.
         base_channels: width of the UNet's first level.
-        accelerator: as Lightning's Trainer takes it.
+        accelerator: accelerator of Lightning's Trainer.
+
+    Returns:
+        The result of `train_measured` of each run in `RUNS`, as in results.json.
     """
     output = Path(output)
     console = Console()
     patches = output / "patches"
     split = write_patches(patches)
     console.print(
-        f"{len(split.train)} patches of {PATCH}x{PATCH} to train on, "
-        f"{len(split.validation)} to validate, {len(split.test)} to test",
+        f"Patches of {PATCH}x{PATCH}: {len(split.train)} for training, "
+        f"{len(split.validation)} for validation, {len(split.test)} for testing",
         highlight=False,
     )
     results = {}
@@ -124,9 +131,9 @@ def run_demo(
     console.print()
     console.print(results_table(results))
     console.print(
-        "Seconds a step: median over phase two, forward, backward and optimizer. Peak memory: of "
-        "the training's own process, the libraries included"
-        + (" (on the GPU: of its tensors)." if results["with_loss"]["peak_gpu_memory"] else ".")
+        "Seconds per step: median over phase two of forward, backward and optimizer. Peak memory: the whole "
+        "training process, including libraries"
+        + (" (on the GPU: its tensors)." if results["with_loss"]["peak_gpu_memory"] else ".")
     )
     console.print(f"Picture: {picture}\nNumbers: {output / 'results.json'}", highlight=False)
     return results

@@ -1,4 +1,4 @@
-"""Patches of scikit-image's immunohistochemistry slide, with the brown stain as the truth."""
+"""Data of the demo: patches of scikit-image's immunohistochemistry slide, labelled by the brown stain."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from skimage import color, data, filters, measure
 from fdkernels.segmentation.data import SegmentationSample, Split
 
 PATCH = 64
-_LEAST_STAIN = 0.02  # share of a patch; below it, the Dice of the patch is mostly 0 or 1 by chance
-_LEAST_OBJECT = 64  # pixels
-# Rows of patches, from the top: which part of the data a row belongs to.
+_LEAST_STAIN = 0.02  # minimum stained fraction; below it, Dice is mostly 0 or 1 by chance
+_LEAST_OBJECT = 64  # minimum object size in pixels
+# Rows of patches of each part, counted from the top.
 _REGIONS = {"train": range(5), "validation": range(5, 6), "test": range(6, 8)}
 
 
 def stain_mask(slide: np.ndarray) -> np.ndarray:
-    """Where the slide [H, W, 3] is stained brown (DAB), as bool [H, W].
+    """Segment the brown (DAB) stain of a slide.
 
-    Colour deconvolution separates the stains; the DAB channel is smoothed with a Gaussian of one
-    pixel, thresholded by Otsu's method, and freed of objects below 64 pixels.
+    Separates the stains by colour deconvolution, smooths the DAB channel with a Gaussian of sigma 1
+    pixel, thresholds it by Otsu's method, and removes objects smaller than 64 pixels.
+
+    Args:
+        slide: uint8 [H, W, 3], RGB.
+
+    Returns:
+        bool [H, W], True where the slide is stained.
 
     References:
         Ruifrok, Johnston: "Quantification of histochemical staining by color deconvolution",
@@ -37,11 +43,11 @@ def stain_mask(slide: np.ndarray) -> np.ndarray:
 
 
 def write_patches(folder: Path) -> Split:
-    """Cuts slide and mask into patches of 64x64, writes them as PNG, and splits them by region.
+    """Cut slide and mask into patches of 64x64, write them to `folder` as PNG, and split them by region.
 
-    The slide of 512x512 comes with scikit-image. Its upper five rows of patches are for training,
-    the next for validation, the last two for testing: no pixel is in two parts, and the test
-    region is one that the network has not seen. Patches with less than 2 % stain are left out.
+    The 512x512 slide comes with scikit-image. The upper five rows of patches are for training, the
+    next for validation, the last two for testing: no pixel is in two parts, and the network has not
+    seen the test region. Patches with less than 2 % stain are skipped.
     """
     slide = data.immunohistochemistry()  # [512, 512, 3]
     mask = stain_mask(slide)  # [512, 512]

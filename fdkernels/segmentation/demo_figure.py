@@ -1,4 +1,4 @@
-"""The demonstration's picture: patches, truth, predictions with their errors, and alpha."""
+"""Figure of the demo: patches, ground truth, predictions with their errors, and alpha over time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _COLUMNS = 6
 
 
 def alpha_history(run: Path) -> dict[str, dict[str, list[float]]]:
-    """Alpha of each layer at the end of each epoch, by phase and layer.
+    """Read alpha at the end of each epoch from a run's logs, by phase and layer.
 
-    An epoch that was trained again after an interruption counts as it was trained last.
+    For an epoch that was repeated after an interruption, the last value counts.
     """
     history: dict[str, dict[str, list[float]]] = {}
     for phase in PHASES:
@@ -52,22 +52,22 @@ def alpha_history(run: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def _spread(scores: Sequence[float], count: int) -> list[int]:
-    """Indices of `count` of the scores at even ranks, the lowest and the highest among them."""
+    """Return indices of `count` scores at evenly spaced ranks, from the lowest to the highest."""
     order = np.argsort(scores, kind="stable")
     ranks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [int(index) for index in order[ranks]]
 
 
 def draw_comparison(path: Path, samples: Sequence[SegmentationSample], runs: Mapping[str, Path]) -> None:
-    """Writes a PNG: some samples with truth and each run's prediction, and alpha over time.
+    """Write a PNG that shows test samples, their ground truth, each run's predictions, and alpha over time.
 
-    The columns are test patches at even ranks of the first run's Dice, from its worst to its best.
-    Errors of a prediction are red, and alpha is that of the last run.
+    The columns are test patches at evenly spaced ranks of the first run's Dice, from worst to best.
+    The rows are image, truth and one per run; alpha is that of the last run.
 
     Args:
-        path: of the PNG.
-        samples: test samples of one size.
-        runs: title and folder of each run; its best model of phase two predicts.
+        path: the PNG file.
+        samples: test samples, all images of one size.
+        runs: folder of each run by title; predictions are by its best model of phase two.
     """
     data = SegmentationDataset(samples)
     items = [data[index] for index in range(len(data))]
@@ -115,8 +115,8 @@ def _draw_patches(
     figure.legend(
         handles=[
             Patch(color=CORRECT, label="stain"),
-            Patch(color=FALSE_POSITIVE, label="error: stain where there is none"),
-            Patch(color=FALSE_NEGATIVE, label="error: stain missed"),
+            Patch(color=FALSE_POSITIVE, label="false positive"),
+            Patch(color=FALSE_NEGATIVE, label="false negative"),
         ],
         loc="upper center",
         ncols=3,
@@ -156,7 +156,7 @@ def _draw_alpha(figure: Any, history: Mapping[str, Mapping[str, Sequence[float]]
 
 
 def _depth(name: str) -> int:
-    """Place of a layer in the network, from input to output."""
+    """Return the position of a layer in the network, from input to output."""
     return TAP_NAMES.index(name)
 
 

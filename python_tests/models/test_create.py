@@ -1,4 +1,4 @@
-"""What all four networks promise: size, taps, logits, refusals, memory formats, compilation."""
+"""The contract of all four networks: size, taps, logits, validation, memory formats, compilation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def run_with_taps(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits, and what each tap's submodule returned, in the order of the calls."""
+    """Return the logits and the output of each tap's submodule, in call order."""
     seen: dict[str, Tensor] = {}
 
     def keep(tap: str) -> RemovableHandle:
@@ -100,7 +100,7 @@ def norm(channels: int) -> int:
 
 
 def block(inputs: int, outputs: int) -> int:
-    """Two times a 3x3 convolution and a norm."""
+    """Twice a 3x3 convolution and a norm."""
     return conv(3, inputs, outputs) + conv(3, outputs, outputs) + 2 * norm(outputs)
 
 
@@ -155,7 +155,7 @@ COUNTS = {
 def test_parameter_count_follows_channels_classes_and_width(
     name: str, channels: int, classes: int, width: int
 ) -> None:
-    """Counted layer by layer; the published counts are those of width 64, or 32 for NucleiSegNet."""
+    """Counts layer by layer; the published counts are for width 64, or 32 for NucleiSegNet."""
     with torch.device("meta"):
         model = models.create(name, channels, classes, base_channels=width)
     assert sum(p.numel() for p in model.parameters()) == COUNTS[name](channels, classes, width)
@@ -215,7 +215,7 @@ def test_every_parameter_is_used(name: str) -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_feature_taps_hand_out_what_nothing_writes_over(name: str, training: bool) -> None:
-    """An activation in place behind a tap would change what the loss reads."""
+    """An in-place activation after a tap would change the features that the loss reads."""
     model = models.create(name, base_channels=4).train(training)
     copies: dict[str, Tensor] = {}
     for tap in TAPS:
@@ -295,7 +295,7 @@ def test_even_mixer_kernel_is_refused() -> None:
 
 
 def step(model: nn.Module, call: nn.Module, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Taps and logits of a step with the loss on every tap, and the gradients of all parameters."""
+    """Return taps and logits of a step with the loss on every tap, and the gradients of all parameters."""
     with fdk.FeatureTaps(call, model.tap_names) as taps:
         logits = call(image)
         mask = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -307,7 +307,7 @@ def step(model: nn.Module, call: nn.Module, image: Tensor) -> tuple[list[Tensor]
 
 
 def assert_equal_steps(got: tuple[list[Tensor], ...], expected: tuple[list[Tensor], ...]) -> None:
-    """In float64; batch norm of few pixels magnifies rounding in the gradients."""
+    """Uses float64: batch norm over few pixels amplifies rounding in the gradients."""
     torch.testing.assert_close(got[0], expected[0], rtol=1e-9, atol=1e-9)
     scale = max(gradient.abs().max().item() for gradient in expected[1])
     torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-9 * scale)

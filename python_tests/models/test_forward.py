@@ -20,7 +20,7 @@ Outputs = list[Tensor]
 
 
 class Weights:
-    """Layers that consume a state dict in order. `training` is batch statistics or running ones."""
+    """Layers that consume a state dict in order; `training` selects batch statistics over running ones."""
 
     def __init__(self, state: dict[str, Tensor], training: bool, eps: float = 1e-5) -> None:
         self.tensors = list(state.values())
@@ -159,7 +159,7 @@ EPS = {"nucleisegnet": 1e-3}
 
 
 def random_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of the state in which no batch norm is the identity."""
+    """Copy the state and change it so that no batch norm is the identity."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for key, value in state.items():
         if value.is_floating_point() and value.dim() == 1:
@@ -170,7 +170,7 @@ def random_state(model: torch.nn.Module) -> dict[str, Tensor]:
 def run(
     name: str, dtype: torch.dtype, training: bool, base_channels: int | None = 4
 ) -> tuple[Outputs, Outputs]:
-    """What the network gives, taps and logits, and what the oracle gives in float64."""
+    """Return taps and logits of the network, and of the oracle in float64."""
     torch.manual_seed(1)
     model = models.create(name, in_channels=2, num_classes=3, base_channels=base_channels)
     state = random_state(model)

@@ -34,7 +34,7 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d | nn.ConvTranspose2d]:
 
 
 def is_uniform(key: str, conv: nn.Module) -> bool:
-    """Both parts of the separable convolutions, the gates' last convolution, the head."""
+    """Return whether weights are uniform: separable convolutions, the last one of a gate, the head."""
     separable = key.startswith(RESIDUAL) and (conv.groups > 1 or conv.kernel_size == (1, 1))
     return separable or key.endswith(".weight.0") or key == "head"
 
@@ -60,12 +60,12 @@ def test_other_weights_are_truncated_normal_with_glorot_std(model: nn.Module) ->
         std = math.sqrt(2 / keras_fans(conv))
         assert weight.std().item() == pytest.approx(std, rel=standard_error(weight))
         assert weight.mean().abs().item() <= std * standard_error(weight)
-        # A plain normal would reach beyond, a uniform of that std would end at 1.73 std.
+        # A plain normal exceeds this limit; a uniform of that std ends at 1.73 std.
         assert 1.8 * std < weight.abs().max().item() <= 2 * std / 0.87962566
 
 
 def test_weights_are_distributed_as_keras_draws_them(model: nn.Module) -> None:
-    """Kolmogorov-Smirnov over all weights, in units of their nominal spread."""
+    """Kolmogorov-Smirnov test over all weights, in units of their nominal standard deviation."""
     uniform, normal = [], []
     for key, conv in convolutions(model).items():
         weight = conv.weight.detach().flatten().double()
