@@ -260,7 +260,7 @@ def check_pairing(pairing: object, exchange: str, batch: int, device: torch.devi
 
     Raises:
         TypeError: the pairing is not a tensor or list of integers.
-        ValueError: its shape is wrong or, where readable, an index lies outside 0 to N - 1.
+        ValueError: its shape is wrong or, where readable, an index is outside 0 to N - 1.
     """
     if isinstance(pairing, (list, tuple)):
         pairing = torch.as_tensor(pairing)

@@ -204,13 +204,13 @@ def arguments(wrong: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("bad", CASES)
 @pytest.mark.parametrize("function", ["feature_discrepancy_loss", "tap"])
-def test_is_refused_by_a_sentence(function, bad):
+def test_bad_arguments_raise_an_error_that_names_them(function, bad):
     with pytest.raises(bad.error, match=bad.message):
         getattr(fdk, function)(**arguments(bad.wrong))
 
 
 @pytest.mark.parametrize("bad", [param for param in CASES if param.id.startswith(("features", "mask"))])
-def test_region_sums_refuses_the_same(bad):
+def test_region_sums_raises_the_same_errors(bad):
     with pytest.raises(bad.error, match=bad.message):
         fdk.region_sums(**arguments(bad.wrong))
 
@@ -218,31 +218,31 @@ def test_region_sums_refuses_the_same(bad):
 @pytest.mark.parametrize(
     "wrong", [{"mask_resize": "sum"}, {"backend": "gpu"}], ids=["mask_resize", "backend"]
 )
-def test_region_sums_refuses_unknown_names(wrong):
+def test_region_sums_rejects_unknown_names(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"{name} must be one of .*got '{wrong[name]}'"):
         fdk.region_sums(**arguments(wrong))
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton", "cuda"])
-def test_a_backend_that_is_not_here_is_refused_with_its_reason(name):
+def test_an_unavailable_backend_is_rejected_with_its_reason(name):
     reason = fdk.backends()[name]
     if reason is None:
-        pytest.skip(f"backend {name!r} is here")
+        pytest.skip(f"backend {name!r} is available")
     with pytest.raises(RuntimeError, match=f"backend='{name}' is not available here: {re.escape(reason)}"):
         fdk.feature_discrepancy_loss(**arguments({"backend": name}))
 
 
-def test_a_sentence_has_no_tensor_in_it():
+def test_messages_contain_no_tensors():
     with pytest.raises(ValueError, match="mask") as caught:
         fdk.feature_discrepancy_loss(features(2, 3, 64, 64), mask(2, 64, 64) + 2)
     assert len(str(caught.value)) < 200
 
 
-class TestValuesElsewhere:
+class TestValueChecks:
     """Values are never read in a compiled graph, and on a GPU only under debug()."""
 
-    def test_compiled_calls_hold_no_value_checks(self):
+    def test_compiled_calls_contain_no_value_checks(self):
         compiled = torch.compile(fdk.region_sums, backend="aot_eager", fullgraph=True)
         sums = compiled(features(2, 3, 4, 4).requires_grad_(), mask(2, 4, 4) + 2)
         assert sums.fg.shape == (2, 3)
@@ -261,14 +261,14 @@ class TestValuesElsewhere:
         with fdk.debug(), pytest.raises(ValueError, match="mask must have values"):
             fdk.region_sums(good, wrong)
 
-    def test_meta_tensors_pass_without_values(self):
+    def test_meta_tensors_are_accepted_without_value_checks(self):
         loss = fdk.feature_discrepancy_loss(
             features(2, 3, 4, 4).to("meta"), mask(2, 4, 4).to("meta"), backend="reference"
         )
         assert loss.device.type == "meta"
 
 
-def test_good_values_at_the_bounds_are_taken():
+def test_values_at_the_bounds_are_accepted():
     F = features(2, 3, 4, 4)
     fdk.feature_discrepancy_loss(F, torch.ones(2, 4, 4), eps=0)
     fdk.feature_discrepancy_loss(F, mask(2, 4, 4, dtype=torch.uint8) + 255, ignore_index=255)

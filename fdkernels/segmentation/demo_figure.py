@@ -98,6 +98,7 @@ def _draw_patches(
     scores: Mapping[str, Sequence[float]],
     chosen: Sequence[int],
 ) -> None:
+    """Draw images [N, 3, H, W], truths and predictions, both bool [N, H, W], of the `chosen` indices."""
     pixels = images.permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
     rows = ["image", "truth", *predictions]
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)

@@ -214,7 +214,7 @@ def test_every_parameter_is_used(name: str) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_feature_taps_hand_out_what_nothing_writes_over(name: str, training: bool) -> None:
+def test_tapped_features_are_not_modified_in_place(name: str, training: bool) -> None:
     """An in-place activation after a tap would change the features that the loss reads."""
     model = models.create(name, base_channels=4).train(training)
     copies: dict[str, Tensor] = {}
@@ -240,7 +240,7 @@ def test_the_loss_on_one_tap_reaches_every_layer_before_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(30, 32), (32, 33), (8, 8), (100, 100), (0, 16)])
-def test_size_not_divisible_by_16_is_refused(name: str, size: tuple[int, int]) -> None:
+def test_size_not_divisible_by_16_is_rejected(name: str, size: tuple[int, int]) -> None:
     model = models.create(name, base_channels=2)
     sentence = f"multiples of 16, got {size[0]}x{size[1]}"
     with pytest.raises(ValueError, match=sentence):
@@ -248,14 +248,14 @@ def test_size_not_divisible_by_16_is_refused(name: str, size: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 32, 32), (1, 3, 16, 16, 16)])
-def test_image_of_another_shape_is_refused(name: str, shape: tuple[int, ...]) -> None:
+def test_image_of_another_shape_is_rejected(name: str, shape: tuple[int, ...]) -> None:
     model = models.create(name, base_channels=2)
     sentence = f"image must have shape [N, 3, H, W], got {list(shape)}"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         model(torch.rand(shape))
 
 
-def test_image_that_is_not_floating_point_is_refused(name: str) -> None:
+def test_image_that_is_not_floating_point_is_rejected(name: str) -> None:
     model = models.create(name, base_channels=2)
     with pytest.raises(TypeError, match=r"floating-point tensor, got torch\.uint8"):
         model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
@@ -263,14 +263,14 @@ def test_image_that_is_not_floating_point_is_refused(name: str) -> None:
         model([[0.0]])
 
 
-def test_unknown_name_is_refused_with_the_known_ones() -> None:
+def test_unknown_name_raises_an_error_with_the_known_ones() -> None:
     known = '"unet", "attention_unet", "nucleisegnet", "cmunet"'
     with pytest.raises(ValueError, match=f"name must be one of {known}, got 'resnet'"):
         models.create("resnet")
 
 
 @pytest.mark.parametrize("argument", ["in_channels", "num_classes", "base_channels"])
-def test_count_below_one_or_not_an_integer_is_refused(name: str, argument: str) -> None:
+def test_count_below_one_or_not_an_integer_is_rejected(name: str, argument: str) -> None:
     for value in (0, -3):
         with pytest.raises(ValueError, match=f"{argument} must be at least 1, got {value}"):
             models.create(name, **{argument: value})
@@ -279,17 +279,17 @@ def test_count_below_one_or_not_an_integer_is_refused(name: str, argument: str) 
 
 
 @pytest.mark.parametrize("name", ["attention_unet", "nucleisegnet"])
-def test_odd_width_is_refused_where_a_gate_halves_it(name: str) -> None:
+def test_odd_width_is_rejected_if_a_gate_halves_it(name: str) -> None:
     with pytest.raises(ValueError, match=r"base_channels must be even for .*, got 5"):
         models.create(name, base_channels=5)
 
 
 @pytest.mark.parametrize("name", ["unet", "cmunet"])
-def test_odd_width_works_where_nothing_halves_it(name: str) -> None:
+def test_odd_width_works_if_nothing_halves_it(name: str) -> None:
     assert models.create(name, base_channels=1)(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
 
 
-def test_even_mixer_kernel_is_refused() -> None:
+def test_even_mixer_kernel_is_rejected() -> None:
     with pytest.raises(ValueError, match="mixer_kernel must be odd to keep the size, got 4"):
         models.create("cmunet", base_channels=2, mixer_kernel=4)
 

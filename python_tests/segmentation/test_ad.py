@@ -48,21 +48,21 @@ def test_a_slide_without_the_colours_is_named_with_those_it_has(root):
     assert patients == {folder.name for folder in (root / "128x128").iterdir()} - {"new_wsi_00"}
 
 
-def test_a_patch_under_two_names_is_not_guessed_between(root):
+def test_a_patch_with_two_names_is_a_problem(root):
     folder = root / "128x128" / "new_wsi_00" / "macenko"
     shutil.copy(folder / "patch_0000.png", folder / "0000.png")
     with pytest.raises(ValueError, match=r"patch_0000.png has the same name as 0000.png"):
         find(root, side=128)
 
 
-def test_both_sizes_may_lie_in_one_folder(root):
+def test_both_sizes_can_be_in_one_folder(root):
     make_tiny("ad-256", root)
     for side in (128, 256):
         samples = DATASETS[f"ad-{side}"].find(root).samples
         assert {sample.image.parents[2].name for sample in samples} == {f"{side}x{side}"}
 
 
-def test_patches_of_the_other_size_are_refused(root):
+def test_patches_of_the_other_size_are_rejected(root):
     with pytest.raises(ValueError, match=r"12 problems:(?s:.*)must have 256x256 pixels, got 128x128"):
         find(root / "128x128", side=256)
     with pytest.raises(ValueError, match="data must be a folder in the AD plaques layout"):

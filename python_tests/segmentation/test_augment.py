@@ -49,6 +49,6 @@ def test_the_same_seed_gives_the_same_symmetry():
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_a_mask_of_another_size_is_refused():
+def test_a_mask_of_another_size_is_rejected():
     with pytest.raises(ValueError, match=r"mask must have the height and width of image, \(4, 4\)"):
         random_symmetry(torch.zeros(3, 4, 4), torch.zeros(1, 4, 5))

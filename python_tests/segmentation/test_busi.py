@@ -43,12 +43,12 @@ def test_images_are_in_the_order_of_their_numbers(tmp_path):
     assert numbers == [f"benign ({number})" for number in range(1, 13)]
 
 
-def test_the_folder_around_that_of_the_download_will_do(tmp_path):
+def test_the_parent_of_the_download_folder_is_accepted(tmp_path):
     inner = make_tiny("busi", tmp_path / "Dataset_BUSI_with_GT")
     assert find(tmp_path) == find(inner)
 
 
-def test_one_image_in_two_classes_is_named_as_a_pair(root):
+def test_duplicate_images_of_two_classes_are_named_together(root):
     benign, malignant = root / "benign" / "benign (2).png", root / "malignant" / "malignant (3).png"
     for ending in ("", "_mask"):
         source = benign.with_stem(benign.stem + ending)
@@ -61,7 +61,7 @@ def test_one_image_in_two_classes_is_named_as_a_pair(root):
     assert malignant not in left
 
 
-def test_a_further_mask_alone_is_no_first_mask_but_counts(root):
+def test_an_image_with_only_a_numbered_mask_is_used(root):
     sample = next(sample for sample in find(root).samples if len(sample.masks) == 2)
     sample.masks[0].unlink()
     (found,) = (s for s in find(root).samples if s.image == sample.image)
@@ -69,7 +69,7 @@ def test_a_further_mask_alone_is_no_first_mask_but_counts(root):
 
 
 @pytest.mark.parametrize("classes", [[], ["cyst"], ["benign", "cyst"]])
-def test_unknown_classes_are_refused(root, classes):
+def test_unknown_classes_are_rejected(root, classes):
     with pytest.raises(ValueError, match="classes must be some of benign, malignant, normal, got"):
         find(root, classes=classes)
 

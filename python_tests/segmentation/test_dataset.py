@@ -59,14 +59,14 @@ def test_a_mask_of_another_size_is_named(sample, tmp_path):
         load_pair(SegmentationSample(sample.image, (other,), "p"))
 
 
-def test_no_samples_and_no_size_are_refused(sample):
+def test_no_samples_and_no_size_are_rejected(sample):
     with pytest.raises(ValueError, match="samples must contain at least one"):
         SegmentationDataset([])
     with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
         SegmentationDataset([sample], size=0)
 
 
-def test_only_an_augmented_data_set_moves_pixels(sample):
+def test_only_augmentation_moves_pixels(sample):
     plain, augmented = SegmentationDataset([sample]), SegmentationDataset([sample], augment=True)
     torch.manual_seed(0)
     assert all(torch.equal(plain[0]["image"], plain[0]["image"]) for _ in range(20))
@@ -84,7 +84,7 @@ def test_an_oblong_image_is_resized_to_a_square_as_a_whole(tmp_path):
     assert item["image"][:, :, 5:].min() == 1
 
 
-def test_items_have_a_domain_only_where_one_is_given(sample):
+def test_items_have_a_domain_only_if_one_is_given(sample):
     assert set(SegmentationDataset([sample])[0]) == {"image", "mask"}
     for domain in (0, 1):
         item = SegmentationDataset([sample], domain=domain)[0]
@@ -94,7 +94,7 @@ def test_items_have_a_domain_only_where_one_is_given(sample):
         assert item["domain"].item() == domain
 
 
-def test_making_a_data_set_reads_nothing(tmp_path):
+def test_construction_reads_no_file(tmp_path):
     absent = SegmentationSample(tmp_path / "gone.png", (tmp_path / "gone_mask.png",), "p")
     data = SegmentationDataset([absent], size=8)
     assert len(data) == 1

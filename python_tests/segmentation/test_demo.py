@@ -39,7 +39,7 @@ def test_both_runs_are_measured_and_written(demo):
         assert result["peak_memory"] >= result["peak_memory_before_training"]
 
 
-def test_a_training_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch):
+def test_training_is_measured_in_its_own_process(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     block = np.ones(2**28, np.uint8)
     here = peak_memory()
@@ -75,7 +75,7 @@ def test_alpha_moves_in_phase_two(demo):
     assert all(len(values) == 2 and values[-1] > 0 for values in history["active"].values())
 
 
-def test_an_epoch_trained_again_counts_as_it_was_trained_last(tmp_path):
+def test_a_repeated_epoch_keeps_its_last_values(tmp_path):
     for version, rows in ((2, "0,0.1\n1,0.2\n"), (10, "1,0.3\n2,0.4\n")):
         folder = tmp_path / "active" / "logs" / f"version_{version}"
         folder.mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_an_epoch_trained_again_counts_as_it_was_trained_last(tmp_path):
     assert alpha_history(tmp_path) == {"warm": {}, "active": {"enc1": [0.1, 0.3, 0.4]}}
 
 
-def test_the_picture_shows_image_errors_and_alpha(demo):
+def test_the_figure_shows_image_errors_and_alpha(demo):
     folder, _ = demo
     picture = np.array(Image.open(folder / "demo.png").convert("RGB"))
     assert min(picture.shape[:2]) > 600
@@ -92,7 +92,7 @@ def test_the_picture_shows_image_errors_and_alpha(demo):
     assert np.unique(picture.reshape(-1, 3), axis=0).shape[0] > 1000
 
 
-def test_the_table_shows_what_came_out(demo):
+def test_the_table_shows_the_results(demo):
     _, results = demo
     console = Console(file=io.StringIO(), width=120)
     console.print(results_table(results))
@@ -104,7 +104,7 @@ def test_the_table_shows_what_came_out(demo):
         assert text in shown
 
 
-def test_a_second_demonstration_takes_the_place_of_the_first(demo, monkeypatch):
+def test_a_second_demo_replaces_the_first(demo, monkeypatch):
     folder, results = demo
     begun = []
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def test_a_second_demonstration_takes_the_place_of_the_first(demo, monkeypatch):
     assert not list((folder / "runs").glob("*/config.json"))
 
 
-def test_peak_memory_holds_what_was_allocated_and_freed():
+def test_peak_memory_includes_freed_memory():
     size = 2**27
     block = np.ones(size, np.uint8)
     during = peak_memory()

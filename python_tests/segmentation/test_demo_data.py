@@ -12,7 +12,7 @@ from skimage import data, draw
 from fdkernels.segmentation.demo_data import PATCH, stain_mask, write_patches
 
 
-def test_the_mask_finds_brown_and_not_blue():
+def test_the_mask_contains_brown_but_not_blue():
     slide = np.full((96, 96, 3), 240, np.uint8)
     brown = draw.disk((30, 30), 15)
     slide[brown] = (120, 70, 30)

@@ -33,11 +33,11 @@ def test_an_image_has_all_masks_of_its_folder_and_is_its_own_patient(root):
         assert sorted(sample.masks) == sorted((folder / "masks").iterdir())
 
 
-def test_the_folder_of_the_ids_itself_will_do(root):
+def test_the_folder_of_the_ids_is_accepted(root):
     assert find(root / "stage1_train") == find(root)
 
 
-def test_the_union_holds_each_nucleus(root):
+def test_the_union_contains_each_nucleus(root):
     for sample in find(root).samples:
         assert np.array_equal(np.array(load_pair(sample)[1]) > 0, _sum_of_masks(sample) > 0)
 

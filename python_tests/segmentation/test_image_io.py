@@ -64,7 +64,7 @@ def test_16_bit_grey_is_scaled_by_its_type_and_not_by_its_content(tmp_path, suff
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_32_bit_images_are_refused(tmp_path, dtype):
+def test_32_bit_images_are_rejected(tmp_path, dtype):
     file = _save(tmp_path / "file.tif", np.zeros((2, 3), dtype))
     with pytest.raises(ValueError, match=r"file.tif must have 8 or 16 bits a channel, got mode [IF]"):
         read_image(file)
@@ -72,7 +72,7 @@ def test_32_bit_images_are_refused(tmp_path, dtype):
 
 @pytest.mark.parametrize(("low", "high"), [(0, 255), (0, 1), (0, 38), (0, 200)])
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
-def test_a_mask_of_two_values_is_foreground_where_it_is_not_0(file, low, high, mode):
+def test_non_zero_is_foreground_in_a_mask_of_two_values(file, low, high, mode):
     _save(file, _scaled(LEFT, low, high), mode)
     assert np.array_equal(read_mask(file), LEFT)
 
@@ -95,7 +95,7 @@ def test_wide_masks_of_two_values_are_read(tmp_path, high, dtype):
 
 
 @pytest.mark.parametrize("colour", [0, 255])
-def test_the_alpha_channel_of_a_mask_never_counts(file, colour):
+def test_the_alpha_channel_of_a_mask_is_ignored(file, colour):
     pixels = np.full((2, 3, 4), colour, np.uint8)
     pixels[..., 3] = _scaled(LEFT, 0, 255)
     _save(file, pixels)
@@ -109,14 +109,14 @@ def _disc(radius=15):
 
 
 @pytest.mark.parametrize("quality", [60, 75, 95])
-def test_a_mask_that_went_through_jpeg_is_cut_at_half_of_white(tmp_path, quality):
+def test_a_jpeg_compressed_mask_is_thresholded_at_half_of_white(tmp_path, quality):
     file = _save(tmp_path / "file.jpg", _disc().astype(np.uint8) * 255, quality=quality)
     with Image.open(file) as image:
         assert np.unique(np.array(image)).size > 10
     assert np.array_equal(read_mask(file), _disc())
 
 
-def test_smoothed_edges_are_cut_at_half_of_white(file):
+def test_antialiased_edges_are_thresholded_at_half_of_white(file):
     fine = np.kron(_disc(), np.ones((4, 4), bool))
     smooth = Image.fromarray(fine.astype(np.uint8) * 255).resize((90, 90), Image.Resampling.BOX)
     smooth.save(file)
@@ -134,7 +134,7 @@ def test_smoothed_edges_are_cut_at_half_of_white(file):
     ],
     ids=["a ramp", "labels", "grey between", "two greys", "nothing white"],
 )
-def test_a_mask_that_leaves_open_what_is_foreground_is_refused(file, values):
+def test_an_ambiguous_mask_is_rejected(file, values):
     _save(file, values.astype(np.uint8))
     with pytest.raises(ValueError, match=r"file.png must have 0 for background and one other value"):
         read_mask(file)
@@ -147,12 +147,12 @@ def test_a_mask_that_leaves_open_what_is_foreground_is_refused(file, values):
         (np.array([[0, -1]], np.int32), "must not contain values below 0, got -1"),
     ],
 )
-def test_masks_of_other_numbers_are_refused(tmp_path, values, message):
+def test_float_and_negative_masks_are_rejected(tmp_path, values, message):
     with pytest.raises(ValueError, match=f"file.tif {message}"):
         read_mask(_save(tmp_path / "file.tif", values))
 
 
-def test_a_file_of_several_images_is_refused(tmp_path):
+def test_a_file_of_several_images_is_rejected(tmp_path):
     pages = [Image.new("L", (3, 2), shade) for shade in (0, 255)]
     pages[0].save(tmp_path / "file.tif", save_all=True, append_images=pages[1:])
     for read in (read_image, read_mask):
@@ -161,7 +161,7 @@ def test_a_file_of_several_images_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
-def test_images_above_the_pixel_limit_are_refused_with_the_way_to_raise_it(tmp_path, monkeypatch, suffix):
+def test_images_above_the_pixel_limit_raise_an_error_that_names_the_limit(tmp_path, monkeypatch, suffix):
     file = tmp_path / f"file.{suffix}"
     Image.new("RGB", (30, 20)).save(file)
     for limit in (599, 299):  # Pillow warns above the limit and raises above twice the limit
@@ -189,7 +189,7 @@ def test_the_environment_raises_the_limit_and_lowers_it(tmp_path, monkeypatch):
         image_io.apply_pixel_limit.cache_clear()
 
 
-def test_a_png_with_a_text_bomb_is_refused(file):
+def test_a_png_with_a_text_bomb_is_rejected(file):
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -210,7 +210,7 @@ def _complaint(read, file):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "bmp"])
-def test_no_damage_raises_anything_but_a_sentence_with_the_name(tmp_path_factory, suffix):
+def test_a_corrupt_file_is_read_or_raises_an_error_that_names_it(tmp_path_factory, suffix):
     folder = tmp_path_factory.mktemp("damaged")
     whole = io.BytesIO()
     kind = {"png": "PNG", "tif": "TIFF", "jpg": "JPEG", "bmp": "BMP"}[suffix]

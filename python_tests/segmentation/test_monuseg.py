@@ -45,7 +45,7 @@ def test_both_folders_of_the_download_are_found_together_or_alone(root):
     assert all(sample.masks == (sample.image.with_suffix(".xml"),) for sample in test)
 
 
-def test_the_training_folders_may_lie_beside_the_test_folder(root):
+def test_the_training_folders_can_be_beside_the_test_folder(root):
     for part in ("Tissue Images", "Annotations"):
         shutil.move(root / TRAINING / part, root / part)
     (root / TRAINING).rmdir()
@@ -60,14 +60,14 @@ def test_both_compressions_of_tiff_are_read(root):
     assert compressions == {"tiff_lzw", "packbits"}
 
 
-def test_an_annotation_without_a_polygon_is_a_mistake(root):
+def test_an_annotation_without_a_polygon_is_a_problem(root):
     sample = find(root).samples[0]
     sample.masks[0].write_text(imagescope([np.zeros((2, 2))]), "utf-8")
     with pytest.raises(ValueError, match=f"{sample.image.name} has a mask without foreground"):
         find(root)
 
 
-def test_a_bomb_among_the_annotations_is_refused(root):
+def test_a_bomb_among_the_annotations_is_rejected(root):
     sample = find(root).samples[0]
     bomb = '<!DOCTYPE a [<!ENTITY x "ha"><!ENTITY y "&x;&x;">]><Annotations>&y;</Annotations>'
     sample.masks[0].write_text(bomb, "utf-8")

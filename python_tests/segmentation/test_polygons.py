@@ -42,7 +42,7 @@ def test_a_triangle_by_hand():
     assert _pixels([[0, 0], [4, 0], [0, 4]]) == [[r, c] for r in range(5) for c in range(5 - r)]
 
 
-def test_a_concave_outline_leaves_its_bay_free():
+def test_the_bay_of_a_concave_outline_is_background():
     u_shape = [[0, 0], [1, 0], [1, 3], [4, 3], [4, 0], [5, 0], [5, 5], [0, 5]]
     covered = _pixels(u_shape)
     assert [0, 2] not in covered
@@ -59,7 +59,7 @@ def test_an_outline_around_a_point_twice_is_filled_by_the_even_odd_rule():
     assert mask[1, 1]
 
 
-def test_polygons_outside_are_cut_off_at_the_border():
+def test_polygons_are_clipped_to_the_image():
     assert _pixels([[-3, -2], [1, -2], [1, 1], [-3, 1]]) == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert _pixels([[7.5, 5.5], [1002, 5.5], [1002, 900], [7.5, 900]]) == [[6, 8]]
     assert _pixels([[-9, -9], [-2, -9], [-2, -2]]) == []
@@ -93,7 +93,7 @@ COORDINATES = st.integers(-24, 96).map(lambda eighths: eighths / 8) | st.integer
 
 
 @given(st.lists(st.tuples(COORDINATES, COORDINATES), min_size=3, max_size=9))
-def test_each_pixel_is_decided_as_exact_arithmetic_decides_it(polygon):
+def test_every_pixel_agrees_with_exact_arithmetic(polygon):
     mask = fill_polygons([np.array(polygon)], SIZE)
     width, height = SIZE
     for row in range(height):
@@ -166,13 +166,13 @@ OUTSIDE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><Annotations>
     ],
     ids=["bomb", "external", "cut", "empty", "html", "nan", "inf", "far", "no Y", "words", "encoding"],
 )
-def test_what_is_no_annotation_is_refused_with_its_name(tmp_path, text, message):
+def test_an_invalid_annotation_file_is_rejected_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         read_polygons(_write(tmp_path / "a.xml", text))
     assert str(tmp_path / "a.xml") in str(raised.value)
 
 
-def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_or_missing_is_rejected(tmp_path, monkeypatch):
     file = _write(tmp_path / "a.xml", imagescope([]))
     monkeypatch.setattr(module, "_MOST_BYTES", 20)
     with pytest.raises(ValueError, match=r"a.xml must have at most 20 bytes, got"):
@@ -182,7 +182,7 @@ def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path, monkeypatch):
             read(tmp_path / "gone.xml")
 
 
-def test_a_polygon_beyond_any_drawing_is_refused(tmp_path, monkeypatch):
+def test_a_polygon_with_too_many_crossings_is_rejected(tmp_path, monkeypatch):
     zigzag = np.array([[column, 6 * (column % 2)] for column in range(9)], float)
     file = _write(tmp_path / "a.xml", imagescope([zigzag]))
     monkeypatch.setattr(module, "_MOST_CROSSINGS", 30)

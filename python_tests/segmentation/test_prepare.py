@@ -60,7 +60,7 @@ def test_every_photometric_interpretation_gives_the_same_pair(study, pixels, pho
     assert np.array_equal(study.read()[0], screen()[Y0:Y1, X0:X1])
 
 
-def test_the_frames_with_masks_are_taken_from_a_recording(study):
+def test_only_frames_with_masks_are_used(study):
     frames = np.stack([screen(seed=number) for number in range(4)])
     study.add("cine.dcm", frames, mask=None, frames=4)
     study.draw("cine_frame2.png")
@@ -111,7 +111,7 @@ def test_masks_below_the_dicom_folder_are_no_dicom_files(study):
 
 
 @pytest.mark.parametrize("tag", ["YES", "yes "])
-def test_a_file_that_says_it_is_annotated_is_left_out(study, tag):
+def test_a_file_tagged_as_annotated_is_left_out(study, tag):
     study.add("marked.dcm", BurnedInAnnotation=tag.strip().upper())
     study.add("bare.dcm", BurnedInAnnotation="NO")
     report = study.prepare()
@@ -159,7 +159,7 @@ def test_annotation_outside_the_region_does_not_matter(study):
     assert study.prepare().left_out == []
 
 
-def test_what_is_excluded_is_left_out_whatever_is_wrong_with_it(study):
+def test_an_excluded_file_is_left_out_even_if_it_is_unusable(study):
     study.add("good.dcm")
     study.add("bare.dcm", mask=None)
     study.add("two.dcm")
@@ -169,7 +169,7 @@ def test_what_is_excluded_is_left_out_whatever_is_wrong_with_it(study):
 
 
 @pytest.mark.parametrize("option", ["force", "exclude"])
-def test_a_chosen_frame_that_does_not_exist_is_refused(study, option):
+def test_a_forced_or_excluded_frame_that_does_not_exist_is_rejected(study, option):
     study.add()
     with pytest.raises(ValueError, match=rf"{option} must name a DICOM file, STEM, or .*, got 'US1_frame2'"):
         study.prepare(**{option: {"US1", "US1_frame2"}})
@@ -187,7 +187,7 @@ def test_of_two_regions_the_one_with_the_lesion_is_kept(study):
     assert np.array_equal(study.read()[0], screen()[20:60, 34:70])
 
 
-def test_a_crop_that_is_given_is_taken(study):
+def test_a_given_crop_is_used(study):
     study.add()
     study.prepare(crop=parse_crop("30, 20,70,50"))
     picture, mask = study.read()
@@ -204,18 +204,18 @@ def test_a_crop_outside_a_frame_or_through_the_lesion_is_a_problem(study):
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1,2,3,4,5", ""])
-def test_a_crop_that_is_not_four_numbers_is_refused(text):
+def test_a_crop_that_is_not_four_numbers_is_rejected(text):
     with pytest.raises(ValueError, match="crop must be four integers"):
         parse_crop(text)
 
 
 @pytest.mark.parametrize("text", ["5,0,5,9", "-1,0,5,9", "0,9,5,2"])
-def test_an_empty_crop_is_refused(text):
+def test_an_empty_crop_is_rejected(text):
     with pytest.raises(ValueError, match=f"0 <= x0 < x1 and 0 <= y0 < y1, got {text}"):
         PrepareOptions(crop=parse_crop(text))
 
 
-def test_everything_that_cannot_be_used_is_named_in_one_report_or_skipped(study):
+def test_all_unusable_input_is_reported_in_one_list_or_skipped(study):
     study.add("good.dcm")
     study.add("alone.dcm", mask=None)
     study.draw("orphan.png")
@@ -249,14 +249,14 @@ def test_everything_that_cannot_be_used_is_named_in_one_report_or_skipped(study)
     assert study.names() == ["patient001_1"]
 
 
-def test_no_pair_at_all_is_refused_with_the_reasons(study):
+def test_no_pair_at_all_is_rejected_with_the_reasons(study):
     study.add(BurnedInAnnotation="YES")
     with pytest.raises(ValueError, match=r"no pair of .* is usable:\n  US1: the tag Burned In"):
         study.prepare(on_problem="skip")
     assert not study.output.exists()
 
 
-def test_a_folder_that_is_none_is_refused(study):
+def test_an_input_that_is_not_a_folder_is_rejected(study):
     with pytest.raises(ValueError, match=r"dicom must be a folder, got .*/none, which is not one"):
         prepare(study.root / "none", study.masks, study.output)
     with pytest.raises(ValueError, match=r"masks must be a folder, got .*/none, which is not one"):

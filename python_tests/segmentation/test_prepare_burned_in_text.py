@@ -23,7 +23,7 @@ def test_the_box_is_the_picture_without_the_letters():
 
 
 @given(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(20, 60), st.integers(20, 60)))
-def test_the_box_is_right_to_within_half_a_block(place):
+def test_the_box_is_exact_to_within_half_a_block(place):
     x0, y0, width, height = place
     picture = np.zeros((97, 101), np.uint8)
     picture[y0 : y0 + height, x0 : x0 + width] = 100
@@ -33,7 +33,7 @@ def test_the_box_is_right_to_within_half_a_block(place):
     assert np.abs(np.array(found) - (x0, y0, min(x0 + width, 91), min(y0 + height, 91))).max() <= 4
 
 
-def test_the_larger_of_two_parts_is_taken_also_in_colour():
+def test_the_larger_of_two_parts_is_used_also_in_colour():
     picture = np.zeros((64, 128, 3), np.uint8)
     picture[8:24, 8:24, 0] = 50
     picture[16:56, 64:112, 2] = 50
@@ -57,7 +57,7 @@ def test_a_black_screen_has_no_box(value):
     assert content_box(np.full((20, 20), value, np.uint8)) is None
 
 
-def test_soft_tissue_is_bare():
+def test_soft_tissue_is_not_annotation():
     assert annotation(tissue(200, 300)) is None
 
 
@@ -116,7 +116,7 @@ ANNOTATED = {
 
 
 @pytest.mark.skipif(not BUSI.is_dir(), reason=f"no BUSI pictures in {BUSI}")
-def test_no_bare_real_ultrasound_is_called_annotated_and_one_grey_caliper_is_missed():
+def test_no_unannotated_real_image_is_flagged_and_one_grey_caliper_is_missed():
     seen = {}
     for file in BUSI.glob("*/*).png"):
         seen[file.stem] = annotation(np.array(Image.open(file).convert("RGB"))[16:, 40:]) is not None
@@ -126,7 +126,7 @@ def test_no_bare_real_ultrasound_is_called_annotated_and_one_grey_caliper_is_mis
 
 
 @pytest.mark.skipif(not BUSI.is_dir(), reason=f"no BUSI pictures in {BUSI}")
-def test_the_box_of_real_ultrasound_that_is_cropped_already_is_nearly_all_of_it():
+def test_the_box_of_a_cropped_real_image_is_nearly_the_whole_image():
     for file in BUSI.glob("*/*).png"):
         picture = np.array(Image.open(file).convert("L"))
         box = content_box(picture)

@@ -151,19 +151,19 @@ def test_each_frame_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("frame", [0, 3])
-def test_a_frame_that_is_not_there_is_refused(tmp_path, frame):
+def test_a_missing_frame_is_rejected(tmp_path, frame):
     with pytest.raises(ValueError, match=rf"x\.dcm has frames 1 to 2, got frame {frame}"):
         picture(tmp_path, np.stack([GREY, GREY]), frames=2, frame=frame)
 
 
-def test_big_endian_words_are_turned(tmp_path):
+def test_big_endian_words_are_byte_swapped(tmp_path):
     values = np.array([[0, 300, 1000]], ">u2")
     path = tmp_path / "x.dcm"
     write_dicom(path, values, syntax=ExplicitVRBigEndian)
     assert DicomFile(path).picture(1).tolist() == [[0, 76, 255]]
 
 
-def test_jpeg_and_rle_need_no_further_package(tmp_path):
+def test_jpeg_and_rle_need_no_other_package(tmp_path):
     grey = tissue(32, 48)
     stream = io.BytesIO()
     Image.fromarray(grey).save(stream, "JPEG", quality=95)
@@ -204,7 +204,7 @@ def test_a_missing_decoder_is_named(tmp_path, monkeypatch, syntax, said):
 
 
 @pytest.mark.parametrize("syntax", ["1.2.3.4", "1.2.840.113619.5.2"], ids=["unknown", "private"])
-def test_a_transfer_syntax_that_is_none_of_the_standards_is_refused(tmp_path, syntax):
+def test_a_non_standard_transfer_syntax_is_rejected(tmp_path, syntax):
     path = write_dicom(tmp_path / "x.dcm", GREY)
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", syntax.encode().ljust(20, b"\0")))
     with pytest.raises(ValueError, match=r"x\.dcm (cannot be read|is compressed as)"):
@@ -226,7 +226,7 @@ def test_broken_and_empty_files_are_named(tmp_path):
         DicomFile(tmp_path / "report.dcm")
 
 
-def test_a_frame_beyond_the_limit_against_bombs_is_refused(tmp_path, monkeypatch):
+def test_a_frame_beyond_the_limit_against_bombs_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
     with pytest.raises(ValueError, match=r"x\.dcm must have at most 11 pixels per frame, got 4x3"):
         picture(tmp_path, GREY)
@@ -251,6 +251,6 @@ def test_regions_of_other_kinds_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "annotated"), [("YES", True), ("NO", False), (None, False)])
-def test_the_tag_says_whether_text_is_burnt_in(tmp_path, value, annotated):
+def test_the_tag_says_whether_text_is_burned_in(tmp_path, value, annotated):
     tags = {} if value is None else {"BurnedInAnnotation": value}
     assert DicomFile(write_dicom(tmp_path / "x.dcm", GREY, **tags)).says_annotated is annotated

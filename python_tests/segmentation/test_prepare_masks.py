@@ -52,13 +52,13 @@ def test_a_mask_drawn_either_way_in_any_form_becomes_white_on_black(study, kind)
     assert np.array_equal(study.read()[1], CUT_LESION)
 
 
-def test_the_polarity_can_be_named(study):
+def test_the_polarity_can_be_set(study):
     study.add(mask=255 - CUT_LESION, pixels=screen()[Y0:Y1, X0:X1], regions=None)
     study.prepare(mask_polarity="light")
     assert np.array_equal(study.read()[1], 255 - CUT_LESION)
 
 
-def test_a_mask_whose_edge_decides_nothing_asks_for_the_polarity(study):
+def test_an_ambiguous_border_asks_for_the_polarity(study):
     mask = np.zeros((80, 120), np.uint8)
     mask[:, :60] = 255
     study.add(mask=mask, regions=[region((0, 0, 120, 80))])

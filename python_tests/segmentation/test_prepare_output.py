@@ -85,7 +85,7 @@ def test_a_hash_is_the_hmac_of_what_it_names():
     assert PairNames(b"k" * 16).next("P1", "x") == "patient51b49d44c6e67a2b_1409bb60a31789da"
 
 
-def test_a_short_key_and_unknown_choices_are_refused():
+def test_a_short_key_and_unknown_choices_are_rejected():
     with pytest.raises(ValueError, match="hash_key must have at least 16 bytes, got 4"):
         PrepareOptions(hash_key=b"1234")
     with pytest.raises(ValueError, match="mask_polarity must be one of auto, dark, light, got 'white'"):
@@ -109,7 +109,7 @@ def test_the_mapping_says_where_each_pair_came_from_and_only_its_owner_reads_it(
     assert mapping.stat().st_mode & 0o077 == 0
 
 
-def test_a_mapping_in_the_output_or_over_another_file_is_refused(study):
+def test_a_mapping_in_the_output_or_over_another_file_is_rejected(study):
     study.add()
     with pytest.raises(ValueError, match="mapping must be outside the output folder"):
         study.prepare(mapping=study.output / "images" / "mapping.csv")
@@ -123,7 +123,7 @@ def test_a_mapping_in_the_output_or_over_another_file_is_refused(study):
     assert not study.output.exists()
 
 
-def test_a_second_run_finds_the_pairs_there_and_other_pairs_are_refused(study):
+def test_a_second_run_changes_nothing_and_other_pairs_are_rejected(study):
     study.add("a.dcm")
     mapping = study.root / "mapping.csv"
     study.prepare(mapping=mapping)
@@ -136,7 +136,7 @@ def test_a_second_run_finds_the_pairs_there_and_other_pairs_are_refused(study):
     assert study.names() == ["patient001_1"]
 
 
-def test_an_empty_output_folder_is_taken(study):
+def test_an_empty_output_folder_is_accepted(study):
     (study.output / "images").mkdir(parents=True)
     study.add()
     assert study.prepare().pairs == 1
@@ -153,7 +153,7 @@ def test_a_link_to_an_empty_folder_is_followed(study):
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "images/notes.txt", "images/a/b.png", "other/x.png"])
-def test_an_output_folder_that_holds_something_else_is_refused(study, foreign):
+def test_an_output_folder_with_other_files_is_rejected(study, foreign):
     study.add()
     (study.output / foreign).parent.mkdir(parents=True)
     (study.output / foreign).write_text("mine")
@@ -162,7 +162,7 @@ def test_an_output_folder_that_holds_something_else_is_refused(study, foreign):
     assert (study.output / foreign).read_text() == "mine"
 
 
-def test_an_output_among_the_input_or_that_is_a_file_is_refused(study):
+def test_an_output_inside_an_input_or_that_is_a_file_is_rejected(study):
     study.add()
     for place in (study.dicom, study.dicom / "made", study.masks / "made"):
         with pytest.raises(ValueError, match="output must be outside the input folders"):
@@ -174,7 +174,7 @@ def test_an_output_among_the_input_or_that_is_a_file_is_refused(study):
 
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_run_that_breaks_off_leaves_nothing_and_the_next_one_makes_all(study, monkeypatch, failure):
+def test_an_interrupted_run_leaves_nothing_and_the_next_one_completes(study, monkeypatch, failure):
     for number in range(3):
         study.add(f"US{number}.dcm")
     add, calls = output.PairWriter.add, []

@@ -62,7 +62,7 @@ def test_items_of_any_size_become_squares_with_a_binary_mask(name, pristine):
         assert set(item["mask"].unique().tolist()) <= {0, 1}
 
 
-def test_the_mask_lies_on_what_the_image_shows(name, pristine):
+def test_the_mask_matches_the_image(name, pristine):
     """Discs differ from the background by more than the noise, so a misplaced mask fails the test."""
     for item in SegmentationDataset(DATASETS[name].find(pristine[name]).samples):
         grey, inside = item["image"].mean(0), item["mask"][0] == 1
@@ -70,7 +70,7 @@ def test_the_mask_lies_on_what_the_image_shows(name, pristine):
             assert (grey[inside].mean() - grey[~inside].mean()).abs() > 0.35
 
 
-def test_hidden_and_foreign_files_are_no_part_of_it(name, root):
+def test_hidden_and_other_files_are_ignored(name, root):
     before = DATASETS[name].find(root)
     for sample in before.samples:
         for path in (sample.image, sample.masks[0]):
@@ -146,7 +146,7 @@ def test_patches_may_be_without_foreground(pristine, tmp_path, empties):
 
 
 @pytest.mark.parametrize("lesions", ["udiat", "us-tnbc", "busi", "dsb2018"])
-def test_elsewhere_an_empty_mask_is_a_mistake(pristine, tmp_path, lesions):
+def test_in_other_data_sets_an_empty_mask_is_a_problem(pristine, tmp_path, lesions):
     root = shutil.copytree(pristine[lesions], tmp_path / lesions)
     sample = DATASETS[lesions].find(root).samples[0]
     for path in sample.masks:
@@ -158,7 +158,7 @@ def test_elsewhere_an_empty_mask_is_a_mistake(pristine, tmp_path, lesions):
     assert sample not in DATASETS[lesions].find(root, "skip").samples
 
 
-def test_two_files_of_one_name_are_not_guessed_between(name, root):
+def test_two_files_of_one_name_are_a_problem(name, root):
     sample = DATASETS[name].find(root).samples[0]
     with Image.open(sample.image) as image:
         image.convert("RGB").resize((20, 20)).save(sample.image.with_suffix(".bmp"))
@@ -180,7 +180,7 @@ def test_a_folder_without_the_layout_is_named(name, tmp_path, missing):
     assert str(tmp_path / missing) in str(raised.value)
 
 
-def test_what_to_do_about_problems_has_two_answers(name, pristine):
+def test_on_problem_is_refuse_or_skip(name, pristine):
     with pytest.raises(ValueError, match='on_problem must be "refuse" or "skip", got \'ignore\''):
         DATASETS[name].find(pristine[name], on_problem="ignore")
 

@@ -86,7 +86,7 @@ def test_seeds_give_different_splits():
     assert len({split_folds(samples, seed=seed)[0].test for seed in range(20)}) > 10
 
 
-def test_a_split_of_this_seed_stays_what_it_was():
+def test_the_split_of_a_seed_is_stable_across_versions():
     """A run resumed with a later version must get the split that it started with."""
     split = split_samples(_samples([1] * 10), seed=3)
     assert [sorted(_patients(part)) for part in _parts(split)] == [
@@ -101,13 +101,13 @@ def test_three_patients_are_enough():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_fewer_patients_are_refused(count):
+def test_fewer_patients_are_rejected(count):
     with pytest.raises(ValueError, match=rf"at least 3 patients .* got {count}"):
         split_samples(_samples([4] * count))
 
 
 @pytest.mark.parametrize("fractions", [(0.7, 0.3), (0.8, 0.2, 0.0), (0.7, 0.2, 0.2)])
-def test_fractions_that_do_not_add_up_are_refused(fractions):
+def test_fractions_that_do_not_add_up_are_rejected(fractions):
     with pytest.raises(ValueError, match="fractions must be three positive numbers"):
         split_samples(_samples([1, 1, 1]), fractions)
 
@@ -158,7 +158,7 @@ def test_validation_parts_differ_between_folds():
 
 
 @pytest.mark.parametrize("count", [0, 4])
-def test_fewer_patients_than_folds_are_refused(count):
+def test_fewer_patients_than_folds_are_rejected(count):
     with pytest.raises(
         ValueError, match=rf"at least 5 patients to be split by patient into 5 folds, got {count}"
     ):
@@ -166,7 +166,7 @@ def test_fewer_patients_than_folds_are_refused(count):
 
 
 @pytest.mark.parametrize("folds", [-1, 1, 2])
-def test_fewer_than_three_folds_are_refused(folds):
+def test_fewer_than_three_folds_are_rejected(folds):
     with pytest.raises(ValueError, match=f"folds must be at least 3, got {folds}"):
         split_folds(_samples([1] * 20), folds)
 
@@ -218,7 +218,7 @@ def test_from_json_finds_files_beside_the_root(tmp_path):
         ({"validation": [{"patient": "1", "image": "a.png", "masks": "b.png"}]}, "validation must contain"),
     ],
 )
-def test_from_json_refuses_what_is_no_split(tmp_path, change, message):
+def test_from_json_rejects_an_invalid_split(tmp_path, change, message):
     described = {**_split(tmp_path).as_json(tmp_path), **change}
     with pytest.raises(ValueError, match=message):
         Split.from_json(described, tmp_path)

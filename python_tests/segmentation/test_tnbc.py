@@ -30,12 +30,12 @@ def test_finds_every_pair_in_the_order_of_the_numbers(root):
         assert sample.masks == (root / f"GT_{sample.patient}" / sample.image.name,)
 
 
-def test_the_folder_around_that_of_the_download_will_do(tmp_path):
+def test_the_parent_of_the_download_folder_is_accepted(tmp_path):
     inner = write_tiny_tnbc(tmp_path / "TNBC_NucleiSegmentation")
     assert find(tmp_path) == find(inner)
 
 
-def test_ignores_files_that_are_no_pictures_of_the_data_set(root):
+def test_files_that_are_not_images_of_the_data_set_are_ignored(root):
     before = find(root)
     (root / "Slide_01" / "Thumbs.db").write_bytes(b"x")
     (root / "Slide_01" / "._01_1.png").write_bytes(b"x")
@@ -72,14 +72,14 @@ def test_every_problem_is_named_in_one_error(root):
     assert "8x8" in message
 
 
-def test_a_mask_with_shades_of_grey_is_refused(root):
+def test_a_mask_with_shades_of_grey_is_rejected(root):
     shades = np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE[::-1]).astype(np.uint8)
     Image.fromarray(shades).save(root / "GT_01" / "01_1.png")
     with pytest.raises(ValueError, match=r"one other value for foreground, .* got 256 grey values"):
         find(root)
 
 
-def test_an_image_above_the_limit_of_pillow_is_refused(root, monkeypatch):
+def test_an_image_above_the_limit_of_pillow_is_rejected(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE[0] * SIZE[1] - 1)
     with pytest.raises(ValueError, match="decompression bomb"):
         find(root)

@@ -23,7 +23,7 @@ def test_image_and_mask_have_the_same_name_and_each_image_is_its_own_patient(roo
         assert sample.masks == (root / "GT" / f"{sample.patient}.png",)
 
 
-def test_the_folder_around_that_of_the_download_will_do(tmp_path):
+def test_the_parent_of_the_download_folder_is_accepted(tmp_path):
     inner = make_tiny("udiat", tmp_path / "BUS")
     assert find(tmp_path) == find(inner)
 
@@ -35,7 +35,7 @@ def test_grey_images_are_repeated_over_three_channels(root):
         assert torch.equal(item["image"][0], item["image"][2])
 
 
-def test_a_list_of_the_classes_beside_the_folders_is_left_alone(root):
+def test_a_list_of_the_classes_beside_the_folders_is_ignored(root):
     before = find(root)
     (root / "DatasetB.xlsx").write_bytes(b"x")
     assert find(root) == before

@@ -113,7 +113,7 @@ class DicomFile:
 
     @property
     def says_annotated(self) -> bool:
-        """Whether Burned In Annotation (0028,0301) is YES."""
+        """True if Burned In Annotation (0028,0301) is YES."""
         return self.text("BurnedInAnnotation").upper() == "YES"
 
     def regions(self, width: int, height: int) -> list[Box] | None:
