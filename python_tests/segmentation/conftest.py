@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Networks this small run faster on one thread than on two."""
+    """Networks this small lose more by waiting for a second thread than they gain."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -20,4 +20,4 @@ def study(tmp_path):
     made = Study(tmp_path)
     yield made
     left = [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
-    assert left == []  # no partial output is left, whatever happened
+    assert left == []  # whatever happened, nothing half-written is left
