@@ -240,31 +240,31 @@ def kernels_of(case: Case, inputs: Inputs, coefficients: Tensor, buffers: Sequen
         coefficients: the gradient of the sums, [2, N, ΣC], which backward spreads over the pixels.
         buffers: what `warm` writes, like the layers.
     """
-    from fdkernels import native
-    from fdkernels.backend import implementation
     from fdkernels.conventions import get_convention
-    from fdkernels.layer_masks import layer_masks
-    from fdkernels.region_sums.geometry import DTYPE_CODES, accumulate_dtype, geometry_of
+    from fdkernels.op import kernels
+    from fdkernels.op.pyramid import describe
+    from fdkernels.op.weights import weights_of
 
     layers = [layer.detach() for layer in inputs.layers]
-    dtype, sizes = accumulate_dtype(layers), [layer.shape[2:] for layer in layers]
+    pyramid, sizes = describe(layers), [layer.shape[2:] for layer in layers]
     resize = get_convention(case.convention).mask_resize
-    weights = layer_masks(inputs.mask, sizes, dtype, resize, case.ignore_index)
-    stage = implementation("region_sums", auto_backend(case.device))
-    grad_sums, geometry = coefficients.to(dtype).contiguous(), [geometry_of(layer) for layer in layers]
+    weights = weights_of(inputs.mask, sizes, pyramid.dtype, resize, case.ignore_index)
+    op = kernels.kernels_of(auto_backend(case.device))
+    grad_sums = coefficients.to(pyramid.dtype).contiguous()
     warm: Callable[[], None] | None = None
     if auto_backend(case.device) == "cpu":
         from fdkernels import _C
+        from fdkernels.op import packing
 
-        words = native.backward_words(buffers, *weights, [])
-        numbers = (case.layers[0][0], DTYPE_CODES[dtype], grad_sums.data_ptr(), torch.get_num_threads())
+        words = packing.gradient_words(buffers, weights, [], pyramid)
+        dtype, pointer, threads = packing.DTYPES[pyramid.dtype], grad_sums.data_ptr(), torch.get_num_threads()
 
         def warm(_alive: object = (weights, grad_sums, buffers)) -> None:  # the words are their addresses
-            _C.cpu_region_sums_backward(words, *numbers)
+            _C.cpu_gradient(words, case.layers[0][0], dtype, pointer, 0, 0, threads)
 
     return Kernels(
-        forward=lambda: stage.forward(layers, *weights)[0],
-        backward=lambda: stage.backward(grad_sums, *weights, [], [], geometry)[0],
+        forward=lambda: op.sums(layers, weights, pyramid, None, None, False).sums,
+        backward=lambda: op.gradient(grad_sums, None, weights, [], pyramid),
         warm=warm,
     )
 

@@ -1,211 +1,273 @@
 // Module fdkernels._C: raw pointers, sizes, strides and a stream. It knows nothing of torch, so one binary serves every
-// release of it. fdkernels/native.py and fdkernels/log_norm/impl/native.py make the arguments.
+// release of it. fdkernels/op/{packing,cpu,cuda}.py make the arguments, whose codes and word offsets are read from
+// here.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <functional>
 
 #include "checks.h"
 #include "cpu/parallel.h"
-#include "layer_losses.h"
-#include "layer_masks.h"
-#include "log_norm.h"
-#include "region_sums.h"
+#include "op.h"
 
 #ifndef FDKERNELS_WITH_CUDA
 #define FDKERNELS_WITH_CUDA 0
 #endif
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
 using Words = std::vector<int64_t>;
-// batch, channels, pixels, pairing, num_pairs, region_weight, masked_background, norm, exchange, reduction, log_scale,
-// eps, accumulate
-using LogNormWords = std::tuple<int64_t, Words, Words, uintptr_t, int64_t, int64_t, bool, int64_t, int64_t, int64_t,
-                                double, double, int64_t>;
-// mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value, ignore_number, resize, accumulate
-using LayerMasksWords = std::tuple<uintptr_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, std::array<int64_t, 3>,
-                                   bool, double, int64_t, int64_t, int64_t>;
+using Extents = std::array<int64_t, 3>; // of d0, d1, d2
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-fdk::LogNorm as_log_norm(const LogNormWords& words) {
-  const auto& [batch, channels, pixels, pairing, num_pairs, region_weight, masked_background, norm, exchange, reduction,
-               log_scale, eps, accumulate] = words;
-  fdk::require(batch >= 0, "the batch must not be negative");
-  fdk::require(channels.size() == pixels.size(), "channels and pixels must have one entry for each layer");
-  int64_t total = 0;
-  for (const int64_t count : channels)
-    total += count;
-  return {batch,
-          static_cast<int64_t>(channels.size()),
-          total,
-          channels.data(),
-          pixels.data(),
-          static_cast<const int64_t*>(pointer(pairing)),
-          num_pairs,
-          static_cast<fdk::RegionWeight>(region_weight),
-          masked_background,
-          static_cast<fdk::Norm>(norm),
-          static_cast<fdk::Exchange>(exchange),
-          static_cast<fdk::Reduction>(reduction),
-          log_scale,
-          eps,
-          static_cast<fdk::DType>(accumulate)};
+fdk::Losses as_losses(const fdk::Pyramid& pyramid, const fdk::Options& options, uintptr_t pairing, int64_t num_pairs,
+                      uintptr_t losses, uintptr_t slopes) {
+  const fdk::Losses made = {options, static_cast<const int64_t*>(pointer(pairing)), num_pairs, pointer(losses),
+                            pointer(slopes)};
+  fdk::check_losses(pyramid, made);
+  return made;
 }
 
 // `sizes` must outlive the result.
-fdk::LayerMasks as_layer_masks(const LayerMasksWords& words, const Words& sizes) {
-  const auto& [mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value, ignore_number, resize,
-               accumulate] = words;
-  fdk::LayerMasks args = {};
-  args.mask = pointer(mask);
-  args.dtype = static_cast<fdk::DType>(dtype);
-  args.batch = batch;
-  std::copy(size.begin(), size.end(), args.size);
-  args.stride_n = stride_n;
-  std::copy(stride.begin(), stride.end(), args.stride);
-  args.has_ignore = has_ignore;
-  args.ignore_value = ignore_value;
-  args.ignore_number = ignore_number;
-  args.resize = static_cast<fdk::MaskResize>(resize);
-  args.accumulate = static_cast<fdk::DType>(accumulate);
-  fdk::set_sizes(args, sizes);
-  return args;
+fdk::Masks as_masks(uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n,
+                    const Extents& stride, bool has_ignore, double ignore_value, int64_t ignore_number,
+                    fdk::MaskResize resize, fdk::DType accumulate, const Words& sizes) {
+  constexpr size_t kWords = sizeof(fdk::MaskSize) / sizeof(int64_t);
+  fdk::require(sizes.size() % kWords == 0, "sizes of masks must be described by 6 words each");
+  fdk::Masks made = {};
+  made.mask = pointer(mask);
+  made.dtype = dtype;
+  made.batch = batch;
+  std::copy(size.begin(), size.end(), made.size);
+  made.stride_n = stride_n;
+  std::copy(stride.begin(), stride.end(), made.stride);
+  made.resize = resize;
+  made.has_ignore = has_ignore;
+  made.ignore_value = ignore_value;
+  made.ignore_number = ignore_number;
+  made.accumulate = accumulate;
+  made.sizes = reinterpret_cast<const fdk::MaskSize*>(sizes.data());
+  made.num_sizes = static_cast<int64_t>(sizes.size() / kWords);
+  fdk::check_masks(made);
+  return made;
+}
+
+// The names are those of torch and of fdkernels/conventions.py. Types are local to the module, so that two builds of it
+// can be loaded side by side.
+void bind_enums(py::module_& m) {
+  py::enum_<fdk::DType>(m, "DType", py::module_local())
+      .value("float32", fdk::DType::kFloat32)
+      .value("float64", fdk::DType::kFloat64)
+      .value("bfloat16", fdk::DType::kBFloat16)
+      .value("float16", fdk::DType::kFloat16)
+      .value("uint8", fdk::DType::kUInt8)
+      .value("int8", fdk::DType::kInt8)
+      .value("int16", fdk::DType::kInt16)
+      .value("int32", fdk::DType::kInt32)
+      .value("int64", fdk::DType::kInt64);
+  py::enum_<fdk::RegionWeight>(m, "RegionWeight", py::module_local())
+      .value("valid", fdk::RegionWeight::kValid)
+      .value("none", fdk::RegionWeight::kNone)
+      .value("region", fdk::RegionWeight::kRegion)
+      .value("pixels", fdk::RegionWeight::kPixels);
+  py::enum_<fdk::Norm>(m, "Norm", py::module_local())
+      .value("vector", fdk::Norm::kVector)
+      .value("channel_sum", fdk::Norm::kChannelSum)
+      .value("relative", fdk::Norm::kRelative)
+      .value("batch", fdk::Norm::kBatch);
+  py::enum_<fdk::Exchange>(m, "Exchange", py::module_local())
+      .value("none", fdk::Exchange::kNone)
+      .value("shuffle", fdk::Exchange::kShuffle)
+      .value("pooled", fdk::Exchange::kPooled);
+  py::enum_<fdk::Reduction>(m, "Reduction", py::module_local())
+      .value("mean", fdk::Reduction::kMean)
+      .value("sum", fdk::Reduction::kSum);
+  py::enum_<fdk::MaskResize>(m, "MaskResize", py::module_local())
+      .value("area", fdk::MaskResize::kArea)
+      .value("max", fdk::MaskResize::kMax)
+      .value("nearest", fdk::MaskResize::kNearest);
+}
+
+#define FDK_WORD(Struct, field) py::arg(#field) = offsetof(fdk::Struct, field) / sizeof(int64_t)
+
+// The structs that travel as words, and the options.
+void bind_structs(py::module_& m) {
+  m.attr("layer_words") = sizeof(fdk::Layer) / sizeof(int64_t);
+  m.attr("layer_fields") =
+      py::dict(FDK_WORD(Layer, features), FDK_WORD(Layer, dtype), FDK_WORD(Layer, channels), FDK_WORD(Layer, size),
+               FDK_WORD(Layer, stride_n), FDK_WORD(Layer, stride_c), FDK_WORD(Layer, stride), FDK_WORD(Layer, fg),
+               FDK_WORD(Layer, bg), FDK_WORD(Layer, mask_dtype), FDK_WORD(Layer, upstream),
+               FDK_WORD(Layer, upstream_stride_n), FDK_WORD(Layer, upstream_stride_c), FDK_WORD(Layer, upstream_stride),
+               FDK_WORD(Layer, grad_fg), FDK_WORD(Layer, grad_bg));
+  m.attr("mask_size_words") = sizeof(fdk::MaskSize) / sizeof(int64_t);
+  m.attr("mask_size_fields") =
+      py::dict(FDK_WORD(MaskSize, fg), FDK_WORD(MaskSize, bg), FDK_WORD(MaskSize, size), FDK_WORD(MaskSize, dtype));
+  py::class_<fdk::Options>(m, "Options", py::module_local())
+      .def(py::init([](fdk::RegionWeight region_weight, bool masked_background, fdk::Norm norm, double log_scale,
+                       double eps, fdk::Exchange exchange, fdk::Reduction reduction) {
+             return fdk::Options{region_weight, masked_background, norm, log_scale, eps, exchange, reduction};
+           }),
+           py::kw_only(), "region_weight"_a, "masked_background"_a, "norm"_a, "log_scale"_a, "eps"_a, "exchange"_a,
+           "reduction"_a);
 }
 
 void bind_cpu(py::module_& m) {
-  m.def("cpu_layer_masks", [](const LayerMasksWords& words, const Words& sizes, int num_threads) {
-    const fdk::LayerMasks args = as_layer_masks(words, sizes);
-    const py::gil_scoped_release release;
-    fdk::cpu::layer_masks(args, num_threads);
-  });
-  m.def("cpu_layer_masks_is_valid", [](const LayerMasksWords& words, int num_threads) {
-    const fdk::LayerMasks args = as_layer_masks(words, {});
-    const py::gil_scoped_release release;
-    return fdk::cpu::layer_masks_is_valid(args, num_threads);
-  });
-  // The whole forward of a call; `slopes` may be null. `share` of 0 keeps the layers' losses, else their sum times it
-  // is the one loss.
-  m.def("cpu_layer_losses_forward", [](const Words& words, const LogNormWords& log_norm, double share, uintptr_t sums,
-                                       uintptr_t masses, uintptr_t loss, uintptr_t slopes, int num_threads) {
-    const fdk::LogNorm args = as_log_norm(log_norm);
-    const fdk::Pyramid pyramid = fdk::as_pyramid(words, args.batch, static_cast<int64_t>(args.accumulate));
-    fdk::check_layer_losses(pyramid, args);
-    fdk::check_pairing(args);
-    const py::gil_scoped_release release;
-    fdk::cpu::region_sums_forward(pyramid, pointer(sums), pointer(masses), num_threads);
-    fdk::cpu::log_norm_forward_with_slopes(args, pointer(sums), pointer(masses), share, pointer(loss), pointer(slopes));
-  });
-  m.def("cpu_layer_losses_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_loss,
-                                        int64_t grad_loss_stride, uintptr_t slopes, int num_threads) {
-    const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
-    const py::gil_scoped_release release;
-    fdk::cpu::layer_losses_backward(pyramid, pointer(grad_loss), grad_loss_stride, pointer(slopes), num_threads);
-  });
-  m.def("cpu_region_sums_forward",
-        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t sums, uintptr_t masses, int num_threads) {
-          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
-          const py::gil_scoped_release release;
-          fdk::cpu::region_sums_forward(pyramid, pointer(sums), pointer(masses), num_threads);
-        });
-  m.def("cpu_region_sums_backward",
-        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int num_threads) {
-          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
-          const py::gil_scoped_release release;
-          fdk::cpu::region_sums_backward(pyramid, pointer(grad_sums), num_threads);
-        });
-  m.def("cpu_region_sums_mask_backward",
-        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int num_threads) {
-          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
-          const py::gil_scoped_release release;
-          fdk::cpu::region_sums_mask_backward(pyramid, pointer(grad_sums), num_threads);
-        });
-  m.def("cpu_log_norm_forward", [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss) {
-    const fdk::LogNorm args = as_log_norm(words);
-    fdk::check_pairing(args);
-    const py::gil_scoped_release release;
-    fdk::cpu::log_norm_forward(args, pointer(sums), pointer(masses), pointer(loss));
-  });
-  m.def("cpu_log_norm_backward", [](const LogNormWords& words, uintptr_t grad_loss, uintptr_t sums, uintptr_t masses,
-                                    uintptr_t grad_sums, uintptr_t grad_masses) {
-    const fdk::LogNorm args = as_log_norm(words);
-    fdk::check_pairing(args);
-    const py::gil_scoped_release release;
-    fdk::cpu::log_norm_backward(args, pointer(grad_loss), pointer(sums), pointer(masses), pointer(grad_sums),
-                                pointer(grad_masses));
-  });
-  m.attr("cpu_instruction_set") = fdk::cpu::instruction_set();
-  // Asked for at call time: torch may be imported after this module.
+  m.def(
+      "cpu_masks",
+      [](uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n, const Extents& stride,
+         bool has_ignore, double ignore_value, int64_t ignore_number, fdk::MaskResize resize, fdk::DType accumulate,
+         const Words& sizes, int num_threads) {
+        const fdk::Masks args = as_masks(mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value,
+                                         ignore_number, resize, accumulate, sizes);
+        const py::gil_scoped_release release;
+        fdk::cpu::masks(args, num_threads);
+      },
+      "mask"_a, "dtype"_a, "batch"_a, "size"_a, "stride_n"_a, "stride"_a, "has_ignore"_a, "ignore_value"_a,
+      "ignore_number"_a, "resize"_a, "accumulate"_a, "sizes"_a, "num_threads"_a);
+  m.def(
+      "cpu_mask_is_valid",
+      [](uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n, const Extents& stride,
+         bool has_ignore, double ignore_value, int64_t ignore_number, int num_threads) {
+        const fdk::Masks args = as_masks(mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value,
+                                         ignore_number, fdk::MaskResize::kArea, fdk::DType::kFloat32, {});
+        const py::gil_scoped_release release;
+        return fdk::cpu::mask_is_valid(args, num_threads);
+      },
+      "mask"_a, "dtype"_a, "batch"_a, "size"_a, "stride_n"_a, "stride"_a, "has_ignore"_a, "ignore_value"_a,
+      "ignore_number"_a, "num_threads"_a);
+  m.def(
+      "cpu_sums",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,
+         const fdk::Options* options, uintptr_t pairing, int64_t num_pairs, uintptr_t losses, uintptr_t slopes,
+         int num_threads) {
+        const fdk::Pyramid pyramid = fdk::as_pyramid(layers, batch, accumulate);
+        fdk::check_weights(pyramid);
+        fdk::Losses args = {};
+        if (options != nullptr) {
+          args = as_losses(pyramid, *options, pairing, num_pairs, losses, slopes);
+          fdk::check_pairing(pyramid, args);
+        }
+        const py::gil_scoped_release release;
+        fdk::cpu::sums(pyramid, pointer(sums), pointer(masses), options != nullptr ? &args : nullptr, num_threads);
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "sums"_a, "masses"_a, "options"_a, "pairing"_a, "num_pairs"_a, "losses"_a,
+      "slopes"_a, "num_threads"_a);
+  m.def(
+      "cpu_losses",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,
+         const fdk::Options& options, uintptr_t pairing, int64_t num_pairs, uintptr_t losses, uintptr_t slopes) {
+        const fdk::Pyramid pyramid = fdk::as_pyramid(layers, batch, accumulate);
+        const fdk::Losses args = as_losses(pyramid, options, pairing, num_pairs, losses, slopes);
+        fdk::check_pairing(pyramid, args);
+        const py::gil_scoped_release release;
+        fdk::cpu::losses(pyramid, pointer(sums), pointer(masses), args);
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "sums"_a, "masses"_a, "options"_a, "pairing"_a, "num_pairs"_a, "losses"_a,
+      "slopes"_a);
+  m.def(
+      "cpu_gradient",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t grad_sums, uintptr_t factor,
+         int64_t factor_stride, int num_threads) {
+        const fdk::Pyramid pyramid = fdk::as_pyramid(layers, batch, accumulate);
+        fdk::check_weights(pyramid);
+        const py::gil_scoped_release release;
+        fdk::cpu::gradient(pyramid, pointer(grad_sums), pointer(factor), factor_stride, num_threads);
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "grad_sums"_a, "factor"_a, "factor_stride"_a, "num_threads"_a);
+  m.def(
+      "cpu_mask_gradient",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t grad_sums, int num_threads) {
+        const fdk::Pyramid pyramid = fdk::as_pyramid(layers, batch, accumulate);
+        fdk::check_weights(pyramid);
+        const py::gil_scoped_release release;
+        fdk::cpu::mask_gradient(pyramid, pointer(grad_sums), num_threads);
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "grad_sums"_a, "num_threads"_a);
+  // Looked up when called: torch may be imported after this module.
   m.def("cpu_thread_runtime", &fdk::cpu::thread_runtime);
 }
 
 #if FDKERNELS_WITH_CUDA
+// Is asked for scratch memory of so many bytes, which must live until the function returns.
+using Allocate = std::function<uintptr_t(int64_t)>;
+
 void bind_cuda(py::module_& m) {
-  m.def("cuda_region_sums_workspace", [](const Words& words, int64_t batch, int64_t accumulate) {
-    return fdk::cuda::region_sums_workspace(fdk::as_pyramid(words, batch, accumulate));
-  });
-  m.def("cuda_region_sums_forward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t sums,
-                                       uintptr_t masses, uintptr_t workspace, int device, uintptr_t stream) {
-    fdk::cuda::region_sums_forward(fdk::as_pyramid(words, batch, accumulate), pointer(sums), pointer(masses),
-                                   pointer(workspace), device, pointer(stream));
-  });
-  m.def("cuda_region_sums_backward",
-        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int device, uintptr_t stream) {
-          fdk::cuda::region_sums_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
-                                          pointer(stream));
-        });
-  m.def("cuda_region_sums_mask_backward",
-        [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_sums, int device, uintptr_t stream) {
-          fdk::cuda::region_sums_mask_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_sums), device,
-                                               pointer(stream));
-        });
-  // `allocate` is asked for scratch memory of so many bytes; it needs to live until this returns.
-  m.def("cuda_layer_losses_forward",
-        [](const Words& words, int64_t batch, int64_t accumulate, const LogNormWords& options, uintptr_t sums,
-           uintptr_t masses, uintptr_t loss, uintptr_t slopes, const std::function<uintptr_t(int64_t)>& allocate,
-           int device, uintptr_t stream) {
-          const fdk::Pyramid pyramid = fdk::as_pyramid(words, batch, accumulate);
-          const fdk::LogNorm args = as_log_norm(options);
-          fdk::check_layer_losses(pyramid, args);
-          void* workspace = pointer(allocate(fdk::cuda::layer_losses_workspace(pyramid)));
-          fdk::cuda::layer_losses_forward(pyramid, args, pointer(sums), pointer(masses), pointer(loss), pointer(slopes),
-                                          workspace, device, pointer(stream));
-        });
-  m.def("cuda_layer_losses_backward", [](const Words& words, int64_t batch, int64_t accumulate, uintptr_t grad_loss,
-                                         int64_t grad_loss_stride, uintptr_t slopes, int device, uintptr_t stream) {
-    fdk::cuda::layer_losses_backward(fdk::as_pyramid(words, batch, accumulate), pointer(grad_loss), grad_loss_stride,
-                                     pointer(slopes), device, pointer(stream));
-  });
-  m.def("cuda_layer_masks", [](const LayerMasksWords& words, const Words& sizes, int device, uintptr_t stream) {
-    fdk::cuda::layer_masks(as_layer_masks(words, sizes), device, pointer(stream));
-  });
-  m.def("cuda_log_norm_forward",
-        [](const LogNormWords& words, uintptr_t sums, uintptr_t masses, uintptr_t loss, int device, uintptr_t stream) {
-          fdk::cuda::log_norm_forward(as_log_norm(words), pointer(sums), pointer(masses), pointer(loss), device,
-                                      pointer(stream));
-        });
-  m.def("cuda_log_norm_backward", [](const LogNormWords& words, uintptr_t grad_loss, uintptr_t sums, uintptr_t masses,
-                                     uintptr_t grad_sums, uintptr_t grad_masses, int device, uintptr_t stream) {
-    fdk::cuda::log_norm_backward(as_log_norm(words), pointer(grad_loss), pointer(sums), pointer(masses),
-                                 pointer(grad_sums), pointer(grad_masses), device, pointer(stream));
-  });
+  m.def(
+      "cuda_masks",
+      [](uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n, const Extents& stride,
+         bool has_ignore, double ignore_value, int64_t ignore_number, fdk::MaskResize resize, fdk::DType accumulate,
+         const Words& sizes, int device, uintptr_t stream) {
+        const fdk::Masks args = as_masks(mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value,
+                                         ignore_number, resize, accumulate, sizes);
+        fdk::cuda::masks(args, device, pointer(stream));
+      },
+      "mask"_a, "dtype"_a, "batch"_a, "size"_a, "stride_n"_a, "stride"_a, "has_ignore"_a, "ignore_value"_a,
+      "ignore_number"_a, "resize"_a, "accumulate"_a, "sizes"_a, "device"_a, "stream"_a);
+  m.def(
+      "cuda_sums",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,
+         const fdk::Options* options, uintptr_t pairing, int64_t num_pairs, uintptr_t losses, uintptr_t slopes,
+         const Allocate& allocate, int device, uintptr_t stream) {
+        const fdk::Pyramid pyramid = fdk::as_pyramid(layers, batch, accumulate);
+        const bool with_losses = options != nullptr;
+        fdk::Losses args = {};
+        if (with_losses) args = as_losses(pyramid, *options, pairing, num_pairs, losses, slopes);
+        void* workspace = pointer(allocate(fdk::cuda::sums_workspace(pyramid, with_losses)));
+        fdk::cuda::sums(pyramid, pointer(sums), pointer(masses), with_losses ? &args : nullptr, workspace, device,
+                        pointer(stream));
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "sums"_a, "masses"_a, "options"_a, "pairing"_a, "num_pairs"_a, "losses"_a,
+      "slopes"_a, "allocate"_a, "device"_a, "stream"_a);
+  m.def(
+      "cuda_losses",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,
+         const fdk::Options& options, uintptr_t pairing, int64_t num_pairs, uintptr_t losses, uintptr_t slopes,
+         const Allocate& allocate, int device, uintptr_t stream) {
+        const fdk::Pyramid pyramid = fdk::as_pyramid(layers, batch, accumulate);
+        const fdk::Losses args = as_losses(pyramid, options, pairing, num_pairs, losses, slopes);
+        void* workspace = pointer(allocate(fdk::cuda::losses_workspace(pyramid)));
+        fdk::cuda::losses(pyramid, pointer(sums), pointer(masses), args, workspace, device, pointer(stream));
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "sums"_a, "masses"_a, "options"_a, "pairing"_a, "num_pairs"_a, "losses"_a,
+      "slopes"_a, "allocate"_a, "device"_a, "stream"_a);
+  m.def(
+      "cuda_gradient",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t grad_sums, uintptr_t factor,
+         int64_t factor_stride, int device, uintptr_t stream) {
+        fdk::cuda::gradient(fdk::as_pyramid(layers, batch, accumulate), pointer(grad_sums), pointer(factor),
+                            factor_stride, device, pointer(stream));
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "grad_sums"_a, "factor"_a, "factor_stride"_a, "device"_a, "stream"_a);
+  m.def(
+      "cuda_mask_gradient",
+      [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t grad_sums, int device, uintptr_t stream) {
+        fdk::cuda::mask_gradient(fdk::as_pyramid(layers, batch, accumulate), pointer(grad_sums), device,
+                                 pointer(stream));
+      },
+      "layers"_a, "batch"_a, "accumulate"_a, "grad_sums"_a, "device"_a, "stream"_a);
 }
 #endif
 
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
+  // First, since it may throw: Python would import the module anew and find its types registered.
+  m.attr("cpu_instruction_set") = fdk::cpu::instruction_set();
   m.doc() = "Compiled kernels of fdkernels over raw pointers; not a public interface.";
   m.attr("__version__") = FDKERNELS_VERSION;
   m.attr("with_cuda") = static_cast<bool>(FDKERNELS_WITH_CUDA);
   m.attr("cuda_version") = FDKERNELS_CUDA_VERSION;
   m.attr("cuda_archs") = FDKERNELS_CUDA_ARCHS_BUILT;
+  bind_enums(m);
+  bind_structs(m);
   bind_cpu(m);
 #if FDKERNELS_WITH_CUDA
   bind_cuda(m);

@@ -1,103 +1,196 @@
 # The types of csrc/bindings.cpp.
 
 from collections.abc import Callable
-from typing import TypeAlias
-
-_LogNorm: TypeAlias = tuple[int, list[int], list[int], int, int, int, bool, int, int, int, float, float, int]
-_LayerMasks: TypeAlias = tuple[int, int, int, list[int], int, list[int], bool, float, int, int, int]
+from typing import ClassVar
 
 __version__: str
 with_cuda: bool
 cuda_version: str
 cuda_archs: str
 cpu_instruction_set: str
+layer_words: int
+layer_fields: dict[str, int]
+mask_size_words: int
+mask_size_fields: dict[str, int]
+
+class DType:
+    __members__: ClassVar[dict[str, DType]]
+    float32: ClassVar[DType]
+    float64: ClassVar[DType]
+    bfloat16: ClassVar[DType]
+    float16: ClassVar[DType]
+    uint8: ClassVar[DType]
+    int8: ClassVar[DType]
+    int16: ClassVar[DType]
+    int32: ClassVar[DType]
+    int64: ClassVar[DType]
+    def __int__(self) -> int: ...
+
+class RegionWeight:
+    __members__: ClassVar[dict[str, RegionWeight]]
+    valid: ClassVar[RegionWeight]
+    none: ClassVar[RegionWeight]
+    region: ClassVar[RegionWeight]
+    pixels: ClassVar[RegionWeight]
+
+class Norm:
+    __members__: ClassVar[dict[str, Norm]]
+    vector: ClassVar[Norm]
+    channel_sum: ClassVar[Norm]
+    relative: ClassVar[Norm]
+    batch: ClassVar[Norm]
+
+class Exchange:
+    __members__: ClassVar[dict[str, Exchange]]
+    none: ClassVar[Exchange]
+    shuffle: ClassVar[Exchange]
+    pooled: ClassVar[Exchange]
+
+class Reduction:
+    __members__: ClassVar[dict[str, Reduction]]
+    mean: ClassVar[Reduction]
+    sum: ClassVar[Reduction]
+
+class MaskResize:
+    __members__: ClassVar[dict[str, MaskResize]]
+    area: ClassVar[MaskResize]
+    max: ClassVar[MaskResize]
+    nearest: ClassVar[MaskResize]
+
+class Options:
+    def __init__(
+        self,
+        *,
+        region_weight: RegionWeight,
+        masked_background: bool,
+        norm: Norm,
+        log_scale: float,
+        eps: float,
+        exchange: Exchange,
+        reduction: Reduction,
+    ) -> None: ...
 
 def cpu_thread_runtime() -> str: ...
-def cpu_layer_masks(args: _LayerMasks, sizes: list[int], num_threads: int) -> None: ...
-def cpu_layer_masks_is_valid(args: _LayerMasks, num_threads: int) -> bool: ...
-def cpu_layer_losses_forward(
-    words: list[int],
-    args: _LogNorm,
-    share: float,
+def cpu_masks(
+    mask: int,
+    dtype: DType,
+    batch: int,
+    size: list[int],
+    stride_n: int,
+    stride: list[int],
+    has_ignore: bool,
+    ignore_value: float,
+    ignore_number: int,
+    resize: MaskResize,
+    accumulate: DType,
+    sizes: list[int],
+    num_threads: int,
+) -> None: ...
+def cpu_mask_is_valid(
+    mask: int,
+    dtype: DType,
+    batch: int,
+    size: list[int],
+    stride_n: int,
+    stride: list[int],
+    has_ignore: bool,
+    ignore_value: float,
+    ignore_number: int,
+    num_threads: int,
+) -> bool: ...
+def cpu_sums(
+    layers: list[int],
+    batch: int,
+    accumulate: DType,
     sums: int,
     masses: int,
-    loss: int,
+    options: Options | None,
+    pairing: int,
+    num_pairs: int,
+    losses: int,
     slopes: int,
     num_threads: int,
 ) -> None: ...
-def cpu_layer_losses_backward(
-    words: list[int],
+def cpu_losses(
+    layers: list[int],
     batch: int,
-    accumulate: int,
-    grad_loss: int,
-    grad_loss_stride: int,
-    slopes: int,
-    num_threads: int,
-) -> None: ...
-def cpu_region_sums_forward(
-    words: list[int], batch: int, accumulate: int, sums: int, masses: int, num_threads: int
-) -> None: ...
-def cpu_region_sums_backward(
-    words: list[int], batch: int, accumulate: int, grad_sums: int, num_threads: int
-) -> None: ...
-def cpu_region_sums_mask_backward(
-    words: list[int], batch: int, accumulate: int, grad_sums: int, num_threads: int
-) -> None: ...
-def cpu_log_norm_forward(args: _LogNorm, sums: int, masses: int, loss: int) -> None: ...
-def cpu_log_norm_backward(
-    args: _LogNorm, grad_loss: int, sums: int, masses: int, grad_sums: int, grad_masses: int
-) -> None: ...
-def cuda_region_sums_workspace(words: list[int], batch: int, accumulate: int) -> int: ...
-def cuda_region_sums_forward(
-    words: list[int],
-    batch: int,
-    accumulate: int,
+    accumulate: DType,
     sums: int,
     masses: int,
-    workspace: int,
+    options: Options,
+    pairing: int,
+    num_pairs: int,
+    losses: int,
+    slopes: int,
+) -> None: ...
+def cpu_gradient(
+    layers: list[int],
+    batch: int,
+    accumulate: DType,
+    grad_sums: int,
+    factor: int,
+    factor_stride: int,
+    num_threads: int,
+) -> None: ...
+def cpu_mask_gradient(
+    layers: list[int], batch: int, accumulate: DType, grad_sums: int, num_threads: int
+) -> None: ...
+def cuda_masks(
+    mask: int,
+    dtype: DType,
+    batch: int,
+    size: list[int],
+    stride_n: int,
+    stride: list[int],
+    has_ignore: bool,
+    ignore_value: float,
+    ignore_number: int,
+    resize: MaskResize,
+    accumulate: DType,
+    sizes: list[int],
     device: int,
     stream: int,
 ) -> None: ...
-def cuda_region_sums_backward(
-    words: list[int], batch: int, accumulate: int, grad_sums: int, device: int, stream: int
-) -> None: ...
-def cuda_region_sums_mask_backward(
-    words: list[int], batch: int, accumulate: int, grad_sums: int, device: int, stream: int
-) -> None: ...
-def cuda_layer_losses_forward(
-    words: list[int],
+def cuda_sums(
+    layers: list[int],
     batch: int,
-    accumulate: int,
-    options: _LogNorm,
+    accumulate: DType,
     sums: int,
     masses: int,
-    loss: int,
+    options: Options | None,
+    pairing: int,
+    num_pairs: int,
+    losses: int,
     slopes: int,
     allocate: Callable[[int], int],
     device: int,
     stream: int,
 ) -> None: ...
-def cuda_layer_losses_backward(
-    words: list[int],
+def cuda_losses(
+    layers: list[int],
     batch: int,
-    accumulate: int,
-    grad_loss: int,
-    grad_loss_stride: int,
-    slopes: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def cuda_layer_masks(args: _LayerMasks, sizes: list[int], device: int, stream: int) -> None: ...
-def cuda_log_norm_forward(
-    args: _LogNorm, sums: int, masses: int, loss: int, device: int, stream: int
-) -> None: ...
-def cuda_log_norm_backward(
-    args: _LogNorm,
-    grad_loss: int,
+    accumulate: DType,
     sums: int,
     masses: int,
-    grad_sums: int,
-    grad_masses: int,
+    options: Options,
+    pairing: int,
+    num_pairs: int,
+    losses: int,
+    slopes: int,
+    allocate: Callable[[int], int],
     device: int,
     stream: int,
+) -> None: ...
+def cuda_gradient(
+    layers: list[int],
+    batch: int,
+    accumulate: DType,
+    grad_sums: int,
+    factor: int,
+    factor_stride: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_mask_gradient(
+    layers: list[int], batch: int, accumulate: DType, grad_sums: int, device: int, stream: int
 ) -> None: ...

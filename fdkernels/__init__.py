@@ -15,8 +15,7 @@ from fdkernels.backend import backends, use_backend
 from fdkernels.checks import debug
 from fdkernels.conventions import CONVENTIONS, Convention
 from fdkernels.criterion import FeatureDiscrepancyLoss
-from fdkernels.loss import feature_discrepancy_loss, tap
-from fdkernels.region_sums import RegionSums, region_sums
+from fdkernels.loss import RegionSums, feature_discrepancy_loss, region_sums, tap
 from fdkernels.taps import FeatureTaps
 
 __all__ = [

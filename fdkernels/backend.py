@@ -1,29 +1,24 @@
-"""Which backend computes: what is available here, what `"auto"` takes, and what the user chose."""
+"""Which backends are available here, which one `"auto"` takes, and which one the user chose."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable
-from types import ModuleType, TracebackType
+from types import TracebackType
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fdkernels.checks import one_of
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-STAGES = ("layer_masks", "region_sums", "log_norm", "layer_losses")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _OLDEST_TRITON = (3, 4)
 
 # Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context
 # variable would not reach, and torch.compile guards on a global.
 _selected = "auto"
 _reasons: dict[str, str | None] = {}
-_implementations: dict[tuple[str, str], ModuleType] = {}
 
 
 def backends() -> dict[str, str | None]:
@@ -103,23 +98,16 @@ def auto_backend(device_type: str) -> str:
     return "reference"
 
 
-def implementation(stage: str, backend: str) -> ModuleType:
-    """The module with `forward` and `backward` of a stage on a backend, imported at its first use."""
-    key = (stage, backend)
-    if key not in _implementations:
-        _implementations[key] = importlib.import_module(f"fdkernels.{stage}.impl.{backend}")
-    return _implementations[key]
+def accepts_mask(mask: Tensor, ignore_index: float) -> bool:
+    """Whether a kernel finds the values of a mask [N, 1, *S0] valid; it reads them once and makes no copy.
 
-
-def may_call_directly(tensors: Iterable[Tensor]) -> bool:
-    """Whether a stage may be called by itself, without the registered op around it.
-
-    The op is what compilers, dispatch modes and subclasses (fake tensors among them) see. Where there are
-    none, it would only cost time, as much as a small layer's whole computation.
+    False where there is no such kernel, or the device is another one: then a check in torch decides.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if mask.device.type != "cpu" or auto_backend("cpu") != "cpu":
         return False
-    return all(type(tensor) in _PLAIN for tensor in tensors)
+    from fdkernels.op import cpu
+
+    return cpu.mask_is_valid(mask, ignore_index)
 
 
 def _require(backend: str) -> None:

@@ -8,7 +8,7 @@ A compiled graph contains no value checks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 
 import torch
@@ -121,13 +121,19 @@ def _check_layer(name: str, layer: object) -> None:
         )
 
 
-def check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | None) -> Tensor:
+def check_mask(
+    mask: object,
+    layers: Sequence[Tensor],
+    ignore_index: float | None,
+    accepts: Callable[[Tensor, float], bool] | None = None,
+) -> Tensor:
     """Validate the mask and return it as [N, 1, *S0], in the dtype it came in.
 
     Args:
         mask: [N, 1, *S0] or [N, *S0], bool, integer or floating point, values in [0, 1].
         layers: the features, as `as_layers` returns them.
         ignore_index: value of the pixels to leave out, or None.
+        accepts: a faster check of the values besides `ignore_index`; where it returns False, torch decides.
 
     Raises:
         TypeError: the type or dtype of `mask` or the type of `ignore_index` is wrong.
@@ -163,7 +169,7 @@ def check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | Non
     if ignore_index is not None:
         _check_ignore_index(ignore_index, mask.dtype)
     if mask.dtype != torch.bool and mask.numel() and values_are_readable(mask):
-        _check_mask_values(mask.detach(), ignore_index)
+        _check_mask_values(mask.detach(), ignore_index, accepts)
     return mask
 
 
@@ -186,9 +192,11 @@ def _check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
         )
 
 
-def _check_mask_values(mask: Tensor, ignore_index: float | None) -> None:
+def _check_mask_values(
+    mask: Tensor, ignore_index: float | None, accepts: Callable[[Tensor, float], bool] | None
+) -> None:
     if ignore_index is not None:
-        if mask.device.type == "cpu" and _kernel_accepts(mask, ignore_index):
+        if accepts is not None and accepts(mask, ignore_index):
             return
         mask = mask.masked_fill(mask == ignore_index, 0)
     low, high = (bound.item() for bound in mask.aminmax())
@@ -200,16 +208,6 @@ def _check_mask_values(mask: Tensor, ignore_index: float | None) -> None:
     hint = "; divide a 0/255 mask by 255" if high == 255 else ""
     but = "" if ignore_index is None else f" beside ignore_index={ignore_index}"
     raise ValueError(f"mask must have {wanted}{but}, got values from {low} to {high}{hint}")
-
-
-def _kernel_accepts(mask: Tensor, ignore_index: float) -> bool:
-    """Return whether a CPU kernel is available and accepts all values; it reads them once, without a copy."""
-    from fdkernels import backend  # imported here because `backend` imports this module
-
-    if backend.auto_backend("cpu") != "cpu":
-        return False
-    accepted: bool = backend.implementation("layer_masks", "cpu").has_valid_values(mask, ignore_index)
-    return accepted
 
 
 def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Conventions: the published readings of the feature discrepancy loss, as data.
+"""The published readings of the loss as data, and every name that an option can have.
 
 The paper states its loss in several forms that do not agree with one another. Each is a frozen
 dataclass here, so that a run names the one it uses and a user can build another.
@@ -7,11 +7,53 @@ dataclass here, so that a run names the one it uses and a user can build another
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fdkernels.checks import one_of
-from fdkernels.log_norm.options import NORMS, REGION_WEIGHTS
 
+# The compiled module names its codes alike; fdkernels/op/packing.py compares the two at import.
+REGION_WEIGHTS = ("valid", "none", "region", "pixels")
+NORMS = ("vector", "channel_sum", "relative", "batch")
+EXCHANGES = ("none", "shuffle", "pooled")
+REDUCTIONS = ("none", "mean", "sum")
 MASK_RESIZES = ("area", "max", "nearest")
+
+
+class Options(NamedTuple):
+    """How region sums become a loss, whole from the public function to the kernels; op/README.md derives it.
+
+    Args:
+        region_weight: the divisor of the sums (L1), one of `REGION_WEIGHTS`.
+        masked_background: whether M_fg - S_fg replaces the background sum.
+        norm: the distance of a pair (L2) or over the batch (L6), one of `NORMS`.
+        log_scale: s in (L3), 1 for the squared norm and 0.5 for the norm.
+        eps: ε, added to the distance before the logarithm.
+        exchange: the cross-sample term, one of `EXCHANGES`.
+        reduction: how the entries of a layer become its loss, one of `REDUCTIONS`.
+    """
+
+    region_weight: str
+    masked_background: bool
+    norm: str
+    log_scale: float
+    eps: float
+    exchange: str
+    reduction: str
+
+    def as_text(self) -> str:
+        """The options as one argument of a registered op; `from_text` reads them back exactly."""
+        return (
+            f"{self.region_weight} {int(self.masked_background)} {self.norm} {self.log_scale!r} {self.eps!r} "
+            f"{self.exchange} {self.reduction}"
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Options:
+        """The inverse of `as_text`."""
+        region_weight, masked_background, norm, log_scale, eps, exchange, reduction = text.split()
+        return cls(
+            region_weight, masked_background == "1", norm, float(log_scale), float(eps), exchange, reduction
+        )
 
 
 @dataclass(frozen=True)
@@ -27,7 +69,7 @@ class Convention:
             (Σ_c (f-b))² / ((Σ_c (f+b))² + ε); `"batch"`, D[c] = Σ_n (f-b)², one loss for each channel.
         log_scale: 1 where the loss is the logarithm of the squared norm, 0.5 where of the norm.
         masked_background: whether the background is y·(1-F), as in the authors' code, and not (1-y)·F.
-        mask_resize: how the mask comes to the size of a layer unless the call says otherwise.
+        mask_resize: how the mask is resized to a layer unless the call says otherwise.
 
     Raises:
         ValueError: a name that does not exist, or a log_scale that is not positive.
@@ -46,6 +88,18 @@ class Convention:
         one_of("mask_resize", self.mask_resize, MASK_RESIZES)
         if not self.log_scale > 0:
             raise ValueError(f"log_scale must be positive, got {self.log_scale}")
+
+    def options(self, exchange: str, reduction: str, eps: float) -> Options:
+        """The options of a call under this convention."""
+        return Options(
+            region_weight=self.region_weight,
+            masked_background=self.masked_background,
+            norm=self.norm,
+            log_scale=float(self.log_scale),
+            eps=float(eps),
+            exchange=exchange,
+            reduction=reduction,
+        )
 
 
 CONVENTIONS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdkernels import checks
 from fdkernels.conventions import Convention, get_convention
-from fdkernels.loss import Partners, Settings, check_features_and_mask, layer_losses
+from fdkernels.loss import Partners, Settings, check_features_and_mask, losses_per_layer
 from fdkernels.taps import FeatureTaps
 
 __all__ = ["ALPHA_RULES", "FeatureDiscrepancyLoss"]
@@ -36,7 +36,7 @@ class FeatureDiscrepancyLoss(nn.Module):
     - `"ramp"`: α rises linearly from 0 to alpha_max over `ramp_steps` training passes; it is not trained.
 
     Give α to the optimizer: `optimizer = Adam([*model.parameters(), *crit.parameters()])`. Every `patience`
-    training passes the module looks whether every α has stayed at a bound, and warns once if so.
+    training passes the module checks whether every α is stuck at a bound, and warns once.
 
     Args:
         num_layers: L, the number of layers.
@@ -218,13 +218,13 @@ class FeatureDiscrepancyLoss(nn.Module):
         partners = Partners(pairing, domains, generator)
         if not self._active:
             with torch.no_grad():
-                losses, _ = layer_losses(layers, mask, settings, partners)
+                losses, _ = losses_per_layer(layers, mask, settings, partners)
             self.layer_losses = losses
             return losses.new_zeros(())
         if self.training and count_step:
             self._begin_step()
         taps = features if isinstance(features, FeatureTaps) else None
-        losses, _ = layer_losses(layers, mask, settings, partners, taps=taps)
+        losses, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
         self.layer_losses = losses.detach()
         return self._weigh(losses)
 

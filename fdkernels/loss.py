@@ -1,4 +1,4 @@
-"""The feature discrepancy loss: a function, `tap`, and a module that owns the layer weights α."""
+"""The loss, its tap and the region sums, as functions of layers and a mask: one road through the op."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from fdkernels import backend as backends
 from fdkernels import checks
-from fdkernels.conventions import MASK_RESIZES, Convention, get_convention
-from fdkernels.discrepancy import draw_pairing, gather_batch
-from fdkernels.layer_losses import (
-    fused_layer_losses,
-    one_loss,
-    tapped_layer_losses,
-    tapped_region_sums,
+from fdkernels.conventions import (
+    EXCHANGES,
+    MASK_RESIZES,
+    REDUCTIONS,
+    Convention,
+    get_convention,
 )
-from fdkernels.layer_masks import layer_masks
-from fdkernels.log_norm import Options, log_norm
-from fdkernels.log_norm.options import EXCHANGES, REDUCTIONS
-from fdkernels.region_sums.api import sum_regions
-from fdkernels.region_sums.geometry import accumulate_dtype
+from fdkernels.exchange import draw_pairing, gather_batch
+from fdkernels.op import reference
+from fdkernels.op.autograd import Call, FromTaps, run_pass
+from fdkernels.op.pyramid import describe
+from fdkernels.op.registered import expand_factor
+from fdkernels.op.weights import weights_of
 from fdkernels.taps import FeatureTaps
 
-__all__ = ["feature_discrepancy_loss", "tap"]
+__all__ = ["RegionSums", "feature_discrepancy_loss", "region_sums", "tap"]
 
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
@@ -55,8 +55,8 @@ def feature_discrepancy_loss(
 
         L[n] = -log( Σ_c ((S_fg[n,c] - S_bg[n,c]) / V[n])² + ε )
 
-    One read of the features forward, one write of their gradient backward, and nothing of their size is
-    kept, unless the mask asks for a gradient. For one layer of the mask's size it replaces::
+    Reads the features once forward, writes their gradient once backward, and keeps nothing of their size
+    unless the mask requires a gradient. For one layer of the mask's size it replaces::
 
         fg = (features * mask).flatten(2).mean(-1)
         bg = (features * (1 - mask)).flatten(2).mean(-1)
@@ -65,15 +65,15 @@ def feature_discrepancy_loss(
     Args:
         features: [N, C, *S] with 1 to 3 spatial dimensions, float32, float64, bfloat16 or float16, in any
             layout; or a sequence of them, one for each of L layers, of one batch size and device; or the
-            `FeatureTaps` that hold them.
+            `FeatureTaps` that recorded them.
         mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1].
         convention: the reading of the paper, one of `fdkernels.CONVENTIONS`, or a `Convention`.
         exchange: the cross-sample term that is added: `"none"`; `"shuffle"`, the foreground of a random
             other sample; `"pooled"`, pairs of samples from two domains.
-        pairing: the partners, drawn where not given: [N] for `"shuffle"`, the sample whose foreground meets
-            background n; [K, 2] for `"pooled"`. Sample numbers are those of the whole group's batch.
+        pairing: the partners, drawn where not given: [N] for `"shuffle"`, the sample whose foreground is
+            paired with background n; [K, 2] for `"pooled"`. Sample numbers are those of the group's batch.
         domains: [N] of 0 (base) and 1 (novel), from which `"pooled"` draws its pairs.
-        generator: where random pairs come from; None is torch's own generator.
+        generator: draws the pairs; None is torch's own generator.
         group: the ranks over whose samples pairs are made; each must hold the same number of samples.
             The result, on every rank, is that of one process with the whole batch, and so is the gradient
             once DistributedDataParallel has averaged it.
@@ -113,8 +113,7 @@ def feature_discrepancy_loss(
     layers, mask = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     taps = features if isinstance(features, FeatureTaps) else None
-    share = _share(layers, layer_weights, reduction)
-    per_layer, _ = layer_losses(layers, mask, settings, partners, taps=taps, share=share)
+    per_layer, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
     return _combine(per_layer, layers, layer_weights, reduction)
 
 
@@ -141,16 +140,16 @@ def tap(
 
         out, loss = features, feature_discrepancy_loss(features, mask)
 
-    but where `out` takes the place of `features` in the rest of the network, backward reads the gradient that
-    arrives at `out` once and writes the sum with the loss's gradient once; otherwise the loss writes a
-    gradient, and autograd reads both and writes their sum.
+    Use `out` in place of `features` in the rest of the network: backward then reads the upstream gradient
+    once and writes its sum with the loss's gradient once. Without the tap the loss writes a gradient, and
+    autograd reads both and writes their sum.
 
     Args:
-        features: as for `feature_discrepancy_loss`.
-        mask: as for `feature_discrepancy_loss`; so are all others.
+        features: [N, C, *S] or a sequence of them, as for `feature_discrepancy_loss`.
+        mask: [N, 1, *S0] or [N, *S0], as for `feature_discrepancy_loss`; so are all others.
 
     Returns:
-        The features themselves, not copied (a list for a sequence), and the loss.
+        The features [N, C, *S], not copied (a list for a sequence), and the loss, a scalar or the entries.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `feature_discrepancy_loss`.
@@ -167,14 +166,13 @@ def tap(
     )
     layers, mask = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
-    share = _share(layers, layer_weights, reduction)
-    per_layer, tapped = layer_losses(layers, mask, settings, partners, tapped=True, share=share)
+    per_layer, tapped = losses_per_layer(layers, mask, settings, partners, tapped=True)
     loss = _combine(per_layer, layers, layer_weights, reduction)
     return (tapped[0] if isinstance(features, Tensor) else tapped), loss
 
 
 class Settings(NamedTuple):
-    """What stays the same from call to call; the arguments of `feature_discrepancy_loss` of these names."""
+    """The arguments of `feature_discrepancy_loss` that stay the same from call to call, by their names."""
 
     convention: Convention
     exchange: str
@@ -196,7 +194,7 @@ class Settings(NamedTuple):
 
 
 class Partners(NamedTuple):
-    """Who meets whom under an exchange, or how that is drawn."""
+    """The sample pairs of the exchange term, or how to draw them."""
 
     pairing: Tensor | None = None
     domains: Tensor | None = None
@@ -206,72 +204,67 @@ class Partners(NamedTuple):
 def check_features_and_mask(
     features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor, settings: Settings
 ) -> tuple[list[Tensor], Tensor]:
-    """The layers as a list and the mask as [N, 1, *S0], all checked, and the settings with them."""
+    """Check settings, features and mask; the layers as a list, and the mask as [N, 1, *S0]."""
     settings.check()
     layers = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
-    return layers, checks.check_mask(mask, layers, settings.ignore_index)
+    return layers, _check_mask(mask, layers, settings.ignore_index)
 
 
-def layer_losses(
+def _check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | None) -> Tensor:
+    return checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
+
+
+def losses_per_layer(
     layers: Sequence[Tensor],
     mask: Tensor,
     settings: Settings,
     partners: Partners,
     tapped: bool = False,
     taps: FeatureTaps | None = None,
-    share: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The stages in order: layer_masks, region_sums, discrepancy, log_norm.
+    """Compute the loss of each layer from checked arguments.
 
-    `taps` are those from which the layers come, if any. A `share` other than 0 permits to return the one loss
-    Σ_l share·L_l, where that saves something.
+    Args:
+        layers: [N, C_l, *S_l] for each of L layers.
+        mask: [N, 1, *S0].
+        settings, partners: what to compute.
+        tapped: whether to return the layers, too, as `tap` does.
+        taps: those that recorded the layers, if any.
 
     Returns:
-        The loss of each layer as `log_norm` gives it ([L], [N, L] or [ΣC]; over a group without reduction
-        this rank's rows) or the one loss [], and under `tapped` an alias of each layer, else an empty list.
+        [L], without reduction [N, L] or [ΣC] (over a group this rank's rows), and under `tapped` an alias of
+        each layer, else an empty list.
     """
     convention, group = settings.convention, settings.group
     device, batch = layers[0].device, layers[0].shape[0]
     backend = backends.resolve(settings.backend, device)
     world = 1 if group is None else dist.get_world_size(group)
     pairing = draw_pairing(settings.exchange, world * batch, device, *partners, group)
+    pyramid = describe(layers)
+    mask_resize = settings.mask_resize or convention.mask_resize
     sizes = [layer.shape[2:] for layer in layers]
-    masks = layer_masks(
-        mask,
-        sizes,
-        accumulate_dtype(layers),
-        settings.mask_resize or convention.mask_resize,
-        settings.ignore_index,
-        backend,
-    )
-    options = Options(
-        convention.region_weight,
-        convention.masked_background,
-        convention.norm,
-        float(convention.log_scale),
-        float(settings.eps),
-        settings.exchange,
-        settings.reduction,
-    )
-    fused = None if taps is None or mask.requires_grad else taps.take_stand_ins()
-    if group is None and options.reduction != "none" and not mask.requires_grad:
-        if fused is not None:
-            return tapped_layer_losses(layers, *fused, masks, pairing, options, backend), []
-        per_layer, *aliases = fused_layer_losses(layers, masks, pairing, options, backend, tapped, share)
-        return per_layer, aliases
-    if fused is not None:
-        sums, masses = tapped_region_sums(layers, *fused, masks, backend)
-        aliases = []
+    weights = weights_of(mask, sizes, pyramid.dtype, mask_resize, settings.ignore_index, backend)
+    options = convention.options(settings.exchange, settings.reduction, settings.eps)
+    # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
+    # below.
+    has_slopes = settings.reduction != "none" and not mask.requires_grad
+    call = Call(backend, pyramid, options if has_slopes else None, group, tapped)
+    placeholders = None if taps is None or mask.requires_grad else taps.take_placeholders()
+    if placeholders is None:
+        outputs = run_pass(call, layers, weights, pairing)
     else:
-        sums, masses, *aliases = sum_regions(layers, masks, backend, tapped)
+        outputs = FromTaps.apply(call, layers, weights, pairing, *placeholders)
+    aliases = list(outputs[-len(layers) :]) if tapped else []
+    if has_slopes:
+        return outputs[0], aliases
+    sums, masses = outputs[:2]
     if group is not None:
         sums, masses = gather_batch(sums, group), gather_batch(masses, group)
-    channels = [layer.shape[1] for layer in layers]
-    pixels = [size.numel() for size in sizes]
-    per_layer = log_norm(sums, masses, pairing, channels, pixels, options, backend)
-    if group is not None and per_layer.dim() == 2:
-        per_layer = per_layer.chunk(world)[dist.get_rank(group)]
-    return per_layer, aliases
+    wide = reference.wide(sums), reference.wide(masses)
+    entries = reference.losses_of(*wide, pyramid, options, pairing).to(pyramid.dtype)
+    if group is not None and entries.dim() == 2:
+        entries = entries.chunk(world)[dist.get_rank(group)]
+    return entries, aliases
 
 
 def _combine(
@@ -280,22 +273,78 @@ def _combine(
     layer_weights: Tensor | Sequence[float] | None,
     reduction: str,
 ) -> Tensor:
-    """The layers' losses [L], entries [N, L] or [ΣC], or the one loss [], as the one result of a call."""
-    if per_layer.dim() == 0:
-        return per_layer
+    """Weigh and reduce the losses [L], or entries [N, L] or [ΣC], to the result of a call."""
     weights = checks.check_layer_weights(layer_weights, layers)
-    if weights is not None and per_layer.dim() == 1 and reduction == "none":
-        counts = torch.tensor([layer.shape[1] for layer in layers], device=weights.device)
-        weights = weights.repeat_interleave(counts, output_size=per_layer.shape[0])
     if weights is not None:
-        per_layer = per_layer * weights.to(per_layer.dtype)
+        weights = weights.to(per_layer.dtype)
+        if per_layer.dim() == 1 and reduction == "none":
+            weights = expand_factor(weights, describe(layers))
+        per_layer = per_layer * weights
     if reduction == "none":
         return per_layer.squeeze(1) if per_layer.shape[1:] == (1,) else per_layer
-    return one_loss(per_layer, _share(layers, layer_weights, reduction) or 1.0)
+    if per_layer.shape[0] == 1:
+        return per_layer.squeeze(0)
+    return per_layer.mean() if reduction == "mean" and weights is None else per_layer.sum()
 
 
-def _share(layers: Sequence[Tensor], layer_weights: object, reduction: str) -> float:
-    """What each layer's loss counts in the one result, or 0 where that is not a number known here."""
-    if layer_weights is not None or reduction == "none":
-        return 0.0
-    return 1 / len(layers) if reduction == "mean" else 1.0
+class RegionSums(NamedTuple):
+    """Region sums of one layer, (R2) in op/README.md.
+
+    Attributes:
+        fg, bg: [N, C], the features summed under the foreground and the background weight.
+        fg_mass, bg_mass: [N], the weights summed.
+    """
+
+    fg: Tensor
+    bg: Tensor
+    fg_mass: Tensor
+    bg_mass: Tensor
+
+
+def region_sums(
+    features: Tensor | Sequence[Tensor],
+    mask: Tensor,
+    *,
+    mask_resize: str = "area",
+    ignore_index: float | None = None,
+    backend: str = "auto",
+) -> RegionSums | list[RegionSums]:
+    """Sum features over the foreground and over the background, in one read of them.
+
+    S_fg[n,c] = Σ_p v·y·F, S_bg[n,c] = Σ_p v·(1-y)·F, M_fg[n] = Σ_p v·y, M_bg[n] = Σ_p v·(1-y), with the mask
+    y and the validity v at the layer's size. Differentiable with respect to features and soft masks. For one
+    layer of the mask's size, it replaces::
+
+        fg = (features * mask).flatten(2).sum(-1)
+        bg = (features * (1 - mask)).flatten(2).sum(-1)
+
+    Args:
+        features: [N, C, *S] with 1 to 3 spatial dimensions, float32, float64, bfloat16 or float16, in any
+            layout; or a sequence of them, one for each layer, of one batch size and device.
+        mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1].
+        mask_resize: how the mask is resized to a layer, `"area"`, `"max"` or `"nearest"`.
+        ignore_index: the mask value of pixels to leave out.
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
+
+    Returns:
+        A `RegionSums` of float32 (float64 if any layer is float64), or a list of them for a sequence.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device, value or name.
+        RuntimeError: the backend is not available.
+    """
+    layers = checks.as_layers(features)
+    mask = _check_mask(mask, layers, ignore_index)
+    checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
+    name = backends.resolve(backend, layers[0].device)
+    sizes = [layer.shape[2:] for layer in layers]
+    pyramid = describe(layers)
+    weights = weights_of(mask, sizes, pyramid.dtype, mask_resize, ignore_index, name)
+    sums, masses = run_pass(Call(name, pyramid), layers, weights, None)
+    parts = sums.split(pyramid.channels, dim=-1)
+    results = [
+        RegionSums(part[0], part[1], masses[0, :, index], masses[1, :, index])
+        for index, part in enumerate(parts)
+    ]
+    return results[0] if isinstance(features, Tensor) else results

@@ -1,4 +1,4 @@
-"""Stage taps: the features of any network's submodules, by name."""
+"""Records the features of any network's submodules, by name."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fdkernels.layer_losses import FusedTap, Place
+from fdkernels.op.autograd import Tap, TapSlot
 
 __all__ = ["FeatureTaps"]
 
-# What wrappers put before the names of the network that they hold.
+# Prefixes that wrappers add to submodule names.
 _WRAPPER_PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 
 
 class FeatureTaps:
-    """Keep what named submodules of a network put out, for the loss.
+    """Record the outputs of named submodules for the loss.
 
     ::
 
@@ -69,25 +69,29 @@ class FeatureTaps:
 
     @property
     def features(self) -> list[Tensor]:
-        """The features of the last forward pass, in the order of `names`.
+        """The features of the last forward pass, [N, C, *S] each, in the order of `names`.
 
         Raises:
-            RuntimeError: a submodule has not run since the taps were set or cleared; or what it put out
-                was written over since, as by the in-place activation behind it.
+            RuntimeError: a submodule has not run since the taps were set or cleared, or its output has been
+                modified in place since, as by the in-place activation that follows it.
         """
         missing = [name for name, output in zip(self.names, self._outputs, strict=True) if output is None]
         if missing:
-            raise RuntimeError(f"features are there after a forward pass; not run yet: {missing}")
+            raise RuntimeError(f"run the network before reading features; not run yet: {missing}")
         for name, output in zip(self.names, self._outputs, strict=True):
             if output is not None and output.version not in (None, _version(output.features)):
                 raise RuntimeError(
-                    f"features of {name!r} were written over in place after they were put out; tap the "
-                    "module that wrote (such as an in-place activation), or make it not work in place"
+                    f"the output of {name!r} was modified in place after it was recorded; tap the module "
+                    "that modified it (such as an in-place activation), or set inplace=False"
                 )
         return [output.features for output in self._outputs if output is not None]
 
-    def take_stand_ins(self) -> tuple[list[Tensor | None], list[Place | None]] | None:
-        """What carries the gradient of a loss to the fused taps, once for a forward pass; None if it cannot.
+    def take_placeholders(self) -> tuple[Any, ...] | None:
+        """The slots and the placeholders of the fused taps as `FromTaps` takes them, once a forward pass.
+
+        Returns:
+            A list of slots, followed by the placeholders [2, N, C_l]; None where the loss takes the features
+            themselves.
 
         Raises:
             RuntimeError: features were computed without the gradients that others have.
@@ -95,7 +99,7 @@ class FeatureTaps:
         outputs = [output for output in self._outputs if output is not None]
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        if all(output.stand_in is None for output in outputs):
+        if all(output.placeholder is None for output in outputs):
             return None
         for index, (name, output) in enumerate(zip(self.names, outputs, strict=True)):
             if output.without_grad:
@@ -103,17 +107,17 @@ class FeatureTaps:
                     f"the features of {name!r} were computed without gradients, those of other taps with; "
                     "under torch.utils.checkpoint use use_reentrant=False"
                 )
-            if output.stand_in is None and output.features.requires_grad:
+            if output.placeholder is None and output.features.requires_grad:
                 return None
-            self._outputs[index] = output._replace(stand_in=None, place=None)
-        return [output.stand_in for output in outputs], [output.place for output in outputs]
+            self._outputs[index] = output._replace(placeholder=None, slot=None)
+        return [output.slot for output in outputs], *(output.placeholder for output in outputs)
 
     def clear(self) -> None:
-        """Let go of the kept features."""
+        """Drop the recorded features."""
         self._outputs[:] = [None] * len(self.names)
 
     def close(self) -> None:
-        """Take the hooks away; the kept features stay readable."""
+        """Remove the hooks; the recorded features stay readable."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -135,14 +139,14 @@ class _Tapped(NamedTuple):
 
     Attributes:
         features: the output, as the rest of the network has it.
-        stand_in, place: as `fdkernels.layer_losses.FusedTap` makes and takes them.
-        version: how often it had been written to when the submodule put it out; None if unknown.
+        placeholder, slot: as `fdkernels.op.autograd.Tap` returns and takes them.
+        version: how often it had been modified in place when it was recorded; None if unknown.
         without_grad: whether it was computed in a block without gradients.
     """
 
     features: Tensor
-    stand_in: Tensor | None = None
-    place: Place | None = None
+    placeholder: Tensor | None = None
+    slot: TapSlot | None = None
     version: int | None = None
     without_grad: bool = False
 
@@ -159,7 +163,7 @@ class _Keep:
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"a tapped submodule must put out one tensor, got {type(output).__name__} from {self.name!r}"
+                f"a tapped submodule must return one tensor, got {type(output).__name__} from {self.name!r}"
             )
         if not torch.compiler.is_compiling() and _in_backward():
             return None
@@ -168,15 +172,15 @@ class _Keep:
             without_grad = not torch.is_grad_enabled()
             self.outputs[self.index] = _Tapped(output, None, None, _version(output), without_grad)
             return None
-        place = Place()
-        features, stand_in = FusedTap.apply(output, place)
-        self.outputs[self.index] = _Tapped(features, stand_in, place, _version(features))
+        slot = TapSlot()
+        features, placeholder = Tap.apply(output, slot)
+        self.outputs[self.index] = _Tapped(features, placeholder, slot, _version(features))
         tapped: Tensor = features
         return tapped
 
 
 def _version(output: Tensor) -> int | None:
-    """How often the tensor was written to; None where torch does not count that."""
+    """How often the tensor was modified in place; None where torch does not count that."""
     if torch.compiler.is_compiling() or output.is_inference():
         return None
     return output._version  # noqa: SLF001 (public in the documentation of autograd, but for its name)

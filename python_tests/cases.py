@@ -11,10 +11,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracles import CONVENTIONS, EXCHANGES, RESIZES
+from fdkernels.conventions import Options
+from fdkernels.op.pyramid import Pyramid, Weights, accumulate_dtype, describe
+from oracles import CONVENTIONS, EXCHANGES, RESIZES, Formula, formula_of
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "expanded", "transposed")
+# Also the dimensions in reverse, maps that repeat a row of pixels, and maps that repeat one number.
+ALL_LAYOUTS = (*LAYOUTS, "turned", "repeated", "constant")
 HARD_MASKS = ("bool", "uint8", "int64", "hard float")
 MASK_DTYPES = {
     "bool": torch.bool,
@@ -28,10 +32,29 @@ MASK_DTYPES = {
     "soft grad": torch.float32,
     "soft double grad": torch.float64,
 }
+# Sizes of a mask and of a layer at which floor((cell + 0.5) * float32(from / to)) names another pixel than
+# (2 * cell + 1) * from // (2 * to), in one dimension at least: smaller layers, larger ones, and both at once.
+# Every language is fed these: the backends in op/test_masks.py, the emulated CUDA kernels in cuda_emulation.
+NEAREST_SIZES = (
+    ((26,), (11,)),
+    ((28,), (23,)),
+    ((52,), (22,)),
+    ((64,), (55,)),
+    ((224,), (184,)),
+    ((256,), (244,)),
+    ((4,), (41,)),
+    ((12,), (74,)),
+    ((26, 28), (11, 23)),
+    ((8, 52), (4, 11)),
+    ((62, 4), (7, 82)),
+    ((2, 26, 28), (1, 11, 23)),
+    ((52, 3, 30), (22, 3, 29)),
+    ((2, 3, 26), (41, 3, 11)),
+)
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values [N, C, *S] with other strides; "expanded" repeats the first channel's values."""
+    """The same values [N, C, *S] with other strides; layouts that repeat take the first of `values`."""
     if layout == "channels_last":
         return values.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "transposed":
@@ -41,8 +64,16 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         room = torch.full([step * s + 2 for s in values.shape], math.nan, dtype=values.dtype)
         view = room[tuple(slice(1, 1 + step * s, step) for s in values.shape)]
         return view.copy_(values)
+    if layout == "turned":
+        order = tuple(reversed(range(values.dim())))
+        return values.permute(order).contiguous().permute(order)
     if layout == "expanded":
         return values[:, :1].contiguous().expand(values.shape)
+    if layout == "repeated":
+        kept = (slice(0, 1), slice(None), *[slice(0, 1)] * (values.dim() - 3), slice(None))
+        return values[kept].contiguous().expand(values.shape)
+    if layout == "constant":
+        return values[tuple(slice(0, 1) for _ in values.shape)].contiguous().expand(values.shape)
     return values.contiguous()
 
 
@@ -109,6 +140,7 @@ def cases(
     *,
     dtypes: Sequence[torch.dtype] = FEATURE_DTYPES,
     mask_kinds: Sequence[str] = tuple(MASK_DTYPES),
+    layouts: Sequence[str] = LAYOUTS,
     max_layers: int = 3,
     max_size: int = 9,
     min_batch: int = 1,
@@ -139,7 +171,7 @@ def cases(
         shapes=tuple(shapes),
         mask_shape=(N, 1, *spatial) if channel else (N, *spatial),
         dtypes=tuple(draw(st.sampled_from(dtypes)) for _ in range(layers)),
-        layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(layers)),
+        layouts=tuple(draw(st.sampled_from(layouts)) for _ in range(layers)),
         mask_kind=kind,
         mask_fill=draw(st.sampled_from(fills)),
         ignore_index=ignore,
@@ -182,22 +214,68 @@ def calls(draw: st.DrawFn, **limits: Any) -> tuple[Case, dict[str, Any]]:
     }
 
 
+WEIGHT_KINDS = ("uint8", "wide", "mixed", "valid uint8", "valid wide", "valid mixed")
+
+
+def weights_for(features: Sequence[Tensor], kind: str, generator: torch.Generator | None = None) -> Weights:
+    """Weights [N, P] of each layer, as backends take them.
+
+    "uint8" holds 0 and 1, "wide" anything between in the accumulation dtype, "mixed" both by turns. Under
+    "valid" a third of the pixels is left out.
+    """
+    wide = accumulate_dtype(features)
+    fg, bg = [], []
+    for index, layer in enumerate(features):
+        shape = (layer.shape[0], layer.shape[2:].numel())
+        is_byte = kind.endswith("uint8") or (kind.endswith("mixed") and index % 2 == 1)
+        y = torch.rand(shape, generator=generator, dtype=torch.float64)
+        y = (y > 0.5).to(torch.uint8) if is_byte else y.to(wide)
+        v = (torch.rand(shape, generator=generator) > 1 / 3).to(y.dtype)
+        fg.append((v * y if kind.startswith("valid") else y).to(layer.device))
+        bg.append((v * (1 - y)).to(layer.device))
+    return Weights(fg, bg if kind.startswith("valid") else [])
+
+
 @dataclass(frozen=True)
-class Sums:
-    """Sums and masses of a pyramid, as stage log_norm takes them, and the options of a call."""
+class SumsCase:
+    """Sums and masses of a pyramid, and the options by which they become losses."""
 
     channels: tuple[int, ...]
     pixels: tuple[int, ...]
     batch: int
-    dtype: torch.dtype
-    left_out: tuple[tuple[bool, bool], ...]
-    convention: str
-    exchange: str
-    reduction: str
-    eps: float
-    pairing: Tensor | None
-    seed: int
+    convention: str | Formula
+    dtype: torch.dtype = torch.float64
+    left_out: tuple[tuple[bool, bool], ...] = ()
+    exchange: str = "none"
+    reduction: str = "mean"
+    eps: float = 1e-12
+    pairing: Tensor | None = None
+    seed: int = 0
     bad: float | None = None
+
+    @property
+    def options(self) -> Options:
+        formula = formula_of(self.convention)
+        return Options(
+            region_weight=formula.region_weight,
+            masked_background=formula.masked_background,
+            norm=formula.norm,
+            log_scale=formula.log_scale,
+            eps=self.eps,
+            exchange=self.exchange,
+            reduction=self.reduction,
+        )
+
+    @property
+    def formula(self) -> dict[str, Any]:
+        """The same as `oracles.losses_of` takes it."""
+        names = ("channels", "pixels", "reduction", "convention", "exchange", "pairing", "eps")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def pyramid(self) -> Pyramid:
+        sizes = zip(self.channels, self.pixels, strict=True)
+        return describe([torch.empty((self.batch, C, P), dtype=self.dtype, device="meta") for C, P in sizes])
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Sums [2, N, ΣC] and masses [2, N, L]; `left_out` says which regions of a sample are empty."""
@@ -212,34 +290,41 @@ class Sums:
                     sums[region, n] = 0
         if self.bad is not None:
             sums[:, 0, 1] = self.bad  # in both regions, as a bad feature makes them
-        return sums.to(device).requires_grad_(), masses.to(device).requires_grad_()
+        return sums.to(device), masses.to(device)
+
+
+FORMULAS = st.builds(
+    Formula,
+    st.sampled_from(("valid", "none", "region", "pixels")),
+    st.sampled_from(("vector", "channel_sum", "relative", "batch")),
+    st.sampled_from((0.3, 0.5, 1.0)),
+    st.booleans(),
+)
 
 
 @st.composite
-def sums(
+def sums_cases(
     draw: st.DrawFn,
-    conventions: Sequence[str] = CONVENTIONS,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
-) -> Sums:
-    """What a call of stage log_norm may hold."""
+    reductions: Sequence[str] = ("mean", "sum"),
+) -> SumsCase:
+    """What a call of `Kernels.losses` may hold, under a convention or any other formula."""
     exchange = draw(st.sampled_from(EXCHANGES))
     batch = draw(st.integers(1 if exchange == "none" else 2, 4))
     layers = draw(st.integers(1, 3))
     pairing = draw(partners(exchange, batch))
     if exchange == "pooled" and draw(st.booleans()):
-        pairing = torch.cat([pairing, torch.full((1, 2), -1)])
-    return Sums(
+        pairing = torch.cat([pairing, torch.tensor([[-1, 1]])])
+    regions = [(False, False)] * 5 + [(True, False), (False, True), (True, True)]
+    return SumsCase(
         channels=tuple(draw(st.integers(1, 9)) for _ in range(layers)),
         pixels=tuple(draw(st.integers(1, 99)) for _ in range(layers)),
         batch=batch,
+        convention=draw(st.one_of(st.sampled_from(CONVENTIONS), FORMULAS)),
         dtype=draw(st.sampled_from(dtypes)),
-        left_out=tuple(
-            draw(st.sampled_from([(False, False)] * 5 + [(True, False), (False, True), (True, True)]))
-            for _ in range(batch)
-        ),
-        convention=draw(st.sampled_from(conventions)),
+        left_out=tuple(draw(st.sampled_from(regions)) for _ in range(batch)),
         exchange=exchange,
-        reduction=draw(st.sampled_from(("mean", "sum", "none"))),
+        reduction=draw(st.sampled_from(reductions)),
         eps=draw(st.sampled_from((1e-12, 1e-6, 1e-2))),
         pairing=pairing,
         seed=draw(st.integers(0, 2**16)),

@@ -16,7 +16,30 @@ from torch import Tensor
 CONVENTIONS = ("paper", "definition4", "algorithm1", "lemma7", "region_mean", "released")
 EXCHANGES = ("none", "shuffle", "pooled")
 RESIZES = ("area", "max", "nearest")
-_LOG_SCALE = {"algorithm1": 0.5, "lemma7": 0.5, "released": 0.5}
+
+
+class Formula(NamedTuple):
+    """How the sums of a layer become its entries."""
+
+    region_weight: str = "valid"
+    norm: str = "vector"
+    log_scale: float = 1.0
+    masked_background: bool = False
+
+
+FORMULAS = {
+    "paper": Formula(),
+    "definition4": Formula("none", "channel_sum"),
+    "algorithm1": Formula(log_scale=0.5),
+    "lemma7": Formula("none", "relative", 0.5),
+    "region_mean": Formula("region"),
+    "released": Formula("pixels", "batch", 0.5, masked_background=True),
+}
+
+
+def formula_of(convention: str | Formula) -> Formula:
+    """The formula itself, or that of a convention."""
+    return FORMULAS[convention] if isinstance(convention, str) else convention
 
 
 def resize_mask(
@@ -70,6 +93,24 @@ def exactly(value: Tensor) -> Tensor:
     return value
 
 
+def sums_under(
+    features: Tensor, w_fg: Tensor, w_bg: Tensor | None = None, rounded: Rounding = exactly
+) -> Regions:
+    """S, M and Σ|w·F| of features [N, C, *S] under weights [N, P].
+
+    Without `w_bg` every pixel is valid and the background has the weight 1 - w_fg.
+    """
+    w_fg = w_fg.double()
+    valid = torch.ones_like(w_fg) if w_bg is None else ((w_fg != 0) | (w_bg != 0)).double()
+    w_bg = 1 - w_fg if w_bg is None else w_bg.double()
+    F = torch.where(valid.unsqueeze(1) > 0, features.double().flatten(2), 0.0)  # [N, C, P]
+    fg = torch.stack([rounded(F[:, c] * w_fg).sum(1) for c in range(F.shape[1])], 1)
+    bg = torch.stack([rounded(F[:, c] * w_bg).sum(1) for c in range(F.shape[1])], 1)
+    with torch.no_grad():
+        abs_fg, abs_bg = ((F.abs() * w.abs().unsqueeze(1)).sum(2) for w in (w_fg, w_bg))
+    return Regions(fg, bg, w_fg.sum(1), w_bg.sum(1), abs_fg, abs_bg, F.shape[2])
+
+
 def region_sums(
     features: Tensor,
     mask: Tensor,
@@ -80,62 +121,69 @@ def region_sums(
     """S, M and Σ|w·F| of features [N, C, *S] under a mask [N, 1, *S0] or [N, *S0]."""
     mask = mask.squeeze(1) if mask.dim() == features.dim() else mask
     y, v = resize_mask(mask, features.shape[2:], how, ignore_index)
-    F = torch.where(v.unsqueeze(1) > 0, features.double().flatten(2), 0.0)  # [N, C, P]
-    w_fg, w_bg = v * y, v * (1 - y)
-    fg = torch.stack([rounded(F[:, c] * w_fg).sum(1) for c in range(F.shape[1])], 1)
-    bg = torch.stack([rounded(F[:, c] * w_bg).sum(1) for c in range(F.shape[1])], 1)
-    with torch.no_grad():
-        # A mask that is averaged or narrowed is rounded, by an error that does not shrink with the weight.
-        averaged = how == "area" and tuple(mask.shape[1:]) != tuple(features.shape[2:])
-        exact = not averaged and mask.dtype != torch.float64
-        a_fg, a_bg = (w_fg, w_bg) if exact else (v, v)
-        abs_fg = (F.abs() * a_fg.unsqueeze(1)).sum(2)
-        abs_bg = (F.abs() * a_bg.unsqueeze(1)).sum(2)
-    return Regions(fg, bg, w_fg.sum(1), w_bg.sum(1), abs_fg, abs_bg, F.shape[2])
+    sums = sums_under(features, v * y, v * (1 - y), rounded)
+    # A mask that is averaged or narrowed is rounded, by an error that does not shrink with the weight.
+    averaged = how == "area" and tuple(mask.shape[1:]) != tuple(features.shape[2:])
+    if averaged or mask.dtype == torch.float64:
+        with torch.no_grad():
+            F = torch.where(v.unsqueeze(1) > 0, features.double().flatten(2), 0.0)
+            whole = (F.abs() * v.unsqueeze(1)).sum(2)
+        sums = sums._replace(abs_fg=whole, abs_bg=whole)
+    return sums
 
 
-def region_features(convention: str, sums: Regions, n: int) -> tuple[Tensor, Tensor] | None:
+def sums_gradients(features: Tensor, w_fg: Tensor, w_bg: Tensor | None, g: Tensor) -> list[Tensor]:
+    """Σ_k g_k·∂S_k of g [2, N, C]: with respect to features, w_fg and, where it is given, w_bg."""
+    leaves = [features.detach().double().requires_grad_(), w_fg.detach().double().requires_grad_()]
+    if w_bg is not None:
+        leaves.append(w_bg.detach().double().requires_grad_())
+    sums = sums_under(*leaves)
+    return list(torch.autograd.grad((sums.fg, sums.bg), leaves, (g[0].double(), g[1].double())))
+
+
+def region_features(formula: Formula, sums: Regions, n: int) -> tuple[Tensor, Tensor] | None:
     """f and b [C] of sample n, or None where the sample is left out."""
     M_fg, M_bg = sums.fg_mass[n], sums.bg_mass[n]
     V = M_fg + M_bg
     if V <= 0:  # and not where it is NaN, which must reach the loss
         return None
-    if convention in ("paper", "algorithm1"):
-        return sums.fg[n] / V, sums.bg[n] / V
-    if convention in ("definition4", "lemma7"):
-        return sums.fg[n], sums.bg[n]
-    if convention == "region_mean":
-        return None if M_fg <= 0 or M_bg <= 0 else (sums.fg[n] / M_fg, sums.bg[n] / M_bg)
-    f = sums.fg[n] / sums.pixels
-    return f, M_fg / sums.pixels - f
+    S_fg = sums.fg[n]
+    S_bg = M_fg - S_fg if formula.masked_background else sums.bg[n]
+    if formula.region_weight == "none":
+        return S_fg, S_bg
+    if formula.region_weight == "valid":
+        return S_fg / V, S_bg / V
+    if formula.region_weight == "region":
+        return None if M_fg <= 0 or M_bg <= 0 else (S_fg / M_fg, S_bg / M_bg)
+    return S_fg / sums.pixels, S_bg / sums.pixels
 
 
-def discrepancy(convention: str, f: Tensor, b: Tensor, eps: float) -> Tensor:
-    """D of one pair of region features [C]; [C] under "released"."""
-    if convention == "released":
+def discrepancy(norm: str, f: Tensor, b: Tensor, eps: float) -> Tensor:
+    """D of one pair of region features [C]; [C] for the norm over the batch."""
+    if norm == "batch":
         return (f - b) ** 2
-    if convention == "definition4":
-        return (f - b).sum() ** 2
-    if convention == "lemma7":
-        return (f - b).sum() ** 2 / ((f + b).sum() ** 2 + eps)
-    return ((f - b) ** 2).sum()
+    if norm == "vector":
+        return ((f - b) ** 2).sum()
+    D = (f - b).sum() ** 2
+    return D / ((f + b).sum() ** 2 + eps) if norm == "relative" else D
 
 
 def layer_entries(
     sums: Regions,
-    convention: str,
+    convention: str | Formula,
     exchange: str = "none",
     pairing: Tensor | None = None,
     eps: float = 1e-12,
 ) -> tuple[Tensor, Tensor]:
     """The entries of a layer, [N] or [C], and which of them count."""
     N, C = sums.fg.shape
-    known = [region_features(convention, sums, n) for n in range(N)]
+    formula = formula_of(convention)
+    known = [region_features(formula, sums, n) for n in range(N)]
     partners = [] if pairing is None else pairing.tolist()
-    scale = _LOG_SCALE.get(convention, 1.0)
+    scale = formula.log_scale
 
     def D(i: int, j: int) -> Tensor:
-        return discrepancy(convention, known[i][0], known[j][1], eps)
+        return discrepancy(formula.norm, known[i][0], known[j][1], eps)
 
     def met(*samples: int) -> bool:
         return all(n >= 0 and known[n] is not None for n in samples)
@@ -146,7 +194,7 @@ def layer_entries(
         crossed = [D(i, j) + D(j, i) for i, j in partners if met(i, j)]
     else:
         crossed = []
-    if convention == "released":
+    if formula.norm == "batch":
         own = [D(n, n) for n in range(N) if met(n)]
         entries = torch.zeros(C, dtype=torch.float64)
         for terms in (own, crossed):
@@ -190,7 +238,7 @@ def loss(
     features: Sequence[Tensor],
     mask: Tensor,
     *,
-    convention: str = "paper",
+    convention: str | Formula = "paper",
     exchange: str = "none",
     pairing: Tensor | None = None,
     layer_weights: Tensor | None = None,
@@ -214,7 +262,7 @@ def loss(
             bg_mass=rounded(sums.bg_mass),
         )
         layers.append(layer_entries(sums, convention, exchange, pairing, eps))
-    return combine(layers, reduction, layer_weights, convention == "released")
+    return combine(layers, reduction, layer_weights, formula_of(convention).norm == "batch")
 
 
 class Truth(NamedTuple):
@@ -281,26 +329,27 @@ def truth(
     return Truth(value, loss_band, grads, bands)
 
 
-def log_norm(
+def losses_of(
     sums: Tensor,
     masses: Tensor,
     channels: Sequence[int],
     pixels: Sequence[int],
     reduction: str,
+    convention: str | Formula,
     **options: Any,
 ) -> Tensor:
-    """What stage log_norm makes of sums [2, N, ΣC] and masses [2, N, L]: [L], [N, L] or [ΣC]."""
+    """What is made of sums [2, N, ΣC] and masses [2, N, L]: [L], without reduction [N, L] or [ΣC]."""
+    over_batch = formula_of(convention).norm == "batch"
     losses, start = [], 0
     for index, C in enumerate(channels):
         S, M = sums[:, :, start : start + C].double(), masses[:, :, index].double()
         start += C
         regions = Regions(S[0], S[1], M[0], M[1], S[0].abs(), S[1].abs(), pixels[index])
-        layer = layer_entries(regions, **options)
-        over_batch = options["convention"] == "released"
+        layer = layer_entries(regions, convention, **options)
         losses.append(combine([layer], reduction, None, over_batch))
     if reduction != "none":
         return torch.stack(losses)
-    return torch.cat(losses) if options["convention"] == "released" else torch.stack(losses, 1)
+    return torch.cat(losses) if over_batch else torch.stack(losses, 1)
 
 
 def _row_max(values: Tensor) -> Tensor:

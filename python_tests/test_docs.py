@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import fdkernels as fdk
-from fdkernels.layer_masks import layer_masks
+from fdkernels.op.weights import weights_of
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ROOT / "fdkernels"
+PACKAGE = ROOT / "fdkernels"
+DERIVATION = PACKAGE / "op" / "README.md"
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -61,41 +62,23 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
         run(readme, code, names)
 
 
-def slow_line(stage: str, names: dict[str, Any]) -> dict[str, Any]:
-    """What the one Python block of a stage's derivation computes."""
-    page = STAGES / stage / "README.md"
-    ((_, code),) = blocks(page)
-    return run(page, code, names)
+def test_the_slow_lines_of_the_derivation_equal_the_op():
+    features, mask, size = torch.randn(2, 3, 4, 4), torch.rand(2, 1, 9, 8), torch.Size((4, 4))
+    names = {"torch": torch, "features": features, "mask": mask, "size": size, "eps": 1e-12}
+    weights, sums, loss = [code for _, code in blocks(DERIVATION)]
 
+    run(DERIVATION, weights, names)
+    op_weights = weights_of(mask, [size], torch.float32, "area", None)
+    torch.testing.assert_close(names["w_fg"], op_weights.fg[0])
 
-def test_the_slow_line_of_region_sums_equals_the_op():
-    features, mask = torch.randn(2, 3, 5, 4), torch.rand(2, 1, 5, 4)
-    slow = slow_line("region_sums", {"features": features, "mask": mask})
-    sums = fdk.region_sums(features, mask)
-    torch.testing.assert_close(slow["fg"], sums.fg)
-    torch.testing.assert_close(slow["bg"], sums.bg)
+    run(DERIVATION, sums, names)
+    op_sums = fdk.region_sums(features, mask)
+    torch.testing.assert_close(names["fg"], op_sums.fg)
+    torch.testing.assert_close(names["bg"], op_sums.bg)
 
-
-def test_the_slow_line_of_log_norm_equals_the_op():
-    features, mask = torch.randn(2, 3, 5, 4), torch.rand(2, 1, 5, 4)
-    sums = fdk.region_sums(features, mask)
-    names = {"fg": sums.fg, "bg": sums.bg, "valid": sums.fg_mass + sums.bg_mass, "eps": 1e-12}
-    slow = slow_line("log_norm", names)
-    torch.testing.assert_close(slow["loss"], fdk.feature_discrepancy_loss(features, mask))
-
-
-def test_the_slow_line_of_layer_masks_equals_the_op():
-    mask, size = torch.rand(2, 1, 9, 8), torch.Size((4, 4))
-    slow = slow_line("layer_masks", {"torch": torch, "mask": mask, "size": size})
-    masks = layer_masks(mask, [size], torch.float32, "area", None)
-    torch.testing.assert_close(slow["fg"], masks.fg[0])
-    torch.testing.assert_close(slow["bg"], 1 - masks.fg[0])
-
-
-def test_the_slow_line_of_layer_losses_equals_the_op():
-    features, mask = torch.randn(2, 3, 5, 4), torch.rand(2, 1, 5, 4)
-    slow = slow_line("layer_losses", {"features": features, "mask": mask, "eps": 1e-12})
-    torch.testing.assert_close(slow["loss"], fdk.feature_discrepancy_loss(features, mask))
+    names["valid"] = op_sums.fg_mass + op_sums.bg_mass
+    run(DERIVATION, loss, names)
+    torch.testing.assert_close(names["loss"], fdk.feature_discrepancy_loss(features, mask))
 
 
 @pytest.mark.parametrize("function", [fdk.feature_discrepancy_loss, fdk.region_sums], ids=["loss", "sums"])
@@ -112,14 +95,10 @@ def test_the_slow_line_of_the_docstring_equals_the_op(function):
         torch.testing.assert_close(names["loss"], fdk.feature_discrepancy_loss(features, mask))
 
 
-TAG_LETTERS = {"layer_masks": "M", "region_sums": "R", "log_norm": "L", "layer_losses": "F"}
-
-
-@pytest.mark.parametrize("stage", TAG_LETTERS)
-def test_every_tag_that_the_code_cites_is_in_the_derivation(stage):
-    tags = set(re.findall(r"\\tag\{(\w+)\}", (STAGES / stage / "README.md").read_text(encoding="utf-8")))
-    sources = [path for path in STAGES.rglob("*.py") if "__pycache__" not in path.parts]
-    letter = TAG_LETTERS[stage]
+@pytest.mark.parametrize("letter", "MRLF")
+def test_every_tag_that_the_code_cites_is_in_the_derivation(letter):
+    tags = set(re.findall(r"\\tag\{(\w+)\}", DERIVATION.read_text(encoding="utf-8")))
+    sources = [path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts]
     cited = {
         tag for path in sources for tag in re.findall(rf"\(({letter}\d+)\)", path.read_text(encoding="utf-8"))
     }

@@ -7,6 +7,7 @@ and turns every launch into a compilation; down to machine code that needs no dr
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -20,22 +21,25 @@ import torch
 F32, F64, BF16, F16, U8 = torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8
 
 
+# The kernels that each function of the backend launches.
 KERNELS = {
-    "region_sums": ["forward", "reduce", "backward", "mask_backward"],
-    "log_norm": ["forward", "backward"],
-    "layer_losses": ["forward"],
-    "layer_masks": ["forward"],
+    "masks": ["masks"],
+    "sums": ["sums", "second_pass"],
+    "sums_and_losses": ["sums", "losses"],
+    "losses": ["losses"],
+    "gradient": ["gradient"],
+    "mask_gradient": ["mask_gradient"],
 }
 
 
-@pytest.mark.parametrize("stage", KERNELS)
+@pytest.mark.parametrize("function", KERNELS)
 @pytest.mark.parametrize(
     "capability", [pytest.param(80, marks=pytest.mark.slow), 90], ids=lambda number: f"sm_{number}"
 )
-def test_every_kernel_compiles(stage, capability, tmp_path):
-    ptx = compiled(stage, capability, tmp_path)
-    assert ptx.keys() == {f"{stage}_{name}_kernel" for name in KERNELS[stage]}
-    assert all(len(of_kernel) > 2 for of_kernel in ptx.values())
+def test_every_kernel_compiles(function, capability, tmp_path):
+    ptx = compiled(function, capability, tmp_path)
+    assert ptx.keys() == {f"{name}_kernel" for name in KERNELS[function]}
+    assert all(len(of_kernel) > 2 for name, of_kernel in ptx.items() if name != "second_pass_kernel")
     targets = {re.search(r"\.target (sm_\d+)", text)[1] for of_kernel in ptx.values() for text in of_kernel}
     assert targets == {f"sm_{capability}"}
 
@@ -44,9 +48,9 @@ def test_every_kernel_compiles(stage, capability, tmp_path):
 def test_a_pyramid_is_compiled_once_for_all_batches_and_moves_16_bytes_an_access(case, tmp_path):
     """Also where one small layer is not aligned, and the masks of full size are bytes."""
     ptx = compiled(case, 90, tmp_path)
-    assert ptx.keys() == {"region_sums_forward_kernel", "region_sums_backward_kernel"}
+    assert ptx.keys() == {"sums_kernel", "gradient_kernel"}
     assert all(len(of_kernel) == 1 for of_kernel in ptx.values())
-    (forward,), (backward,) = ptx["region_sums_forward_kernel"], ptx["region_sums_backward_kernel"]
+    (forward,), (backward,) = ptx["sums_kernel"], ptx["gradient_kernel"]
     assert "ld.global.v4.b32" in forward
     assert "st.global.v4.b32" in backward
 
@@ -113,89 +117,129 @@ def _one_element(*shape, dtype=F32):
     return torch.empty(1, dtype=dtype).expand(shape)
 
 
-# Features, dtype of the masks, whether the background has its own, whether there is upstream.
-REGION_SUMS_CASES = [
+# Features, dtype of the weights (None is the accumulation dtype), whether the background has its own, and
+# whether an upstream gradient arrives.
+CASES = [
     ([_contiguous(2, 64, 32, 32)], U8, False, False),
-    ([_contiguous(2, 64, 32, 32, dtype=BF16)], F32, True, True),
+    ([_contiguous(2, 64, 32, 32, dtype=BF16)], None, True, True),
     ([_contiguous(2, 3, 7, 5, dtype=F16)], U8, True, True),
-    ([_contiguous(1, 1, 1, dtype=F64)], F64, False, True),
-    ([_channels_last(2, 64, 32, 32)], F32, False, True),
+    ([_contiguous(1, 1, 1, dtype=F64)], None, False, True),
+    ([_channels_last(2, 64, 32, 32)], None, False, True),
     ([_channels_last(2, 17, 5, 3, dtype=BF16)], U8, False, False),
-    ([_cropped(2, 5, 6, 7, dtype=F16)], F64, False, False),
+    ([_cropped(2, 5, 6, 7, dtype=F16)], None, False, False),
     ([_cropped(2, 5, 6, 7, 8)], U8, True, True),
-    ([_contiguous(2, 32, 48), _channels_last(2, 8, 4, 4, dtype=F64)], F32, True, True),
-    ([_contiguous(2, 32, 48, dtype=F64), _channels_last(2, 8, 4, 4, dtype=BF16)], F32, True, True),
+    ([_contiguous(2, 32, 48), _channels_last(2, 8, 4, 4, dtype=F64)], None, True, True),
+    ([_contiguous(2, 32, 48, dtype=F64), _channels_last(2, 8, 4, 4, dtype=BF16)], None, True, True),
 ]
 # More pixels than 32 bits count, in the memory of one.
-HUGE = _one_element(1, 2, 2**16, 2**15 + 1)
+HUGE = ([_one_element(1, 2, 2**16, 2**15 + 1)], U8, True, True)
 
 
-def _run_region_sums():
-    from fdkernels.region_sums.geometry import Geometry
-    from fdkernels.region_sums.impl import triton as backend
-    from fdkernels.region_sums.impl import triton_layers
+def _run(function):
+    """Calls that launch the kernels of a function, also with offsets of 64 bits."""
+    from fdkernels.op.triton import launch
 
-    def run(layers, mask_dtype, has_bg, has_upstream, mask_gradient=True):
-        sizes = [(F.shape[0], F.shape[2:].numel()) for F in layers]
-        fg = [_one_element(*size, dtype=mask_dtype) for size in sizes]
-        bg = [_one_element(*size, dtype=mask_dtype) for size in sizes] if has_bg else []
-        sums, _ = backend.forward(layers, fg, bg)
-        geometry = [Geometry(tuple(F.shape), F.stride(), F.dtype) for F in layers]
-        upstream, features = layers if has_upstream else [], layers if mask_gradient else []
-        backend.backward(sums, fg, bg, upstream, features, geometry)
-
-    for case in REGION_SUMS_CASES:
-        run(*case)
-    run([HUGE], U8, has_bg=True, has_upstream=True, mask_gradient=False)
-    triton_layers._WIDE = 0
-    triton_layers.plan_layers.cache_clear()
-    run(*REGION_SUMS_CASES[0])
+    calls = {"sums": _sums, "gradient": _gradient, "mask_gradient": _mask_gradient}
+    if function in calls:
+        for case in CASES:
+            calls[function](*case)
+        if function != "mask_gradient":
+            calls[function](*HUGE)
+        launch._WIDE = 0
+        launch.plan_layers.cache_clear()
+        calls[function](*CASES[0])
+    else:
+        {"masks": _masks, "losses": _losses, "sums_and_losses": _sums_and_losses}[function]()
 
 
-def _run_log_norm():
-    from fdkernels.log_norm.impl import triton as backend
-    from fdkernels.log_norm.options import EXCHANGES, NORMS, REDUCTIONS, REGION_WEIGHTS, Options
+def _weights(layers, dtype, has_bg):
+    from fdkernels.op.pyramid import Weights, accumulate_dtype
 
-    pairings = {
-        "none": None,
-        "shuffle": torch.zeros(4, dtype=torch.int64),
-        "pooled": torch.zeros(3, 2, dtype=torch.int64),
-    }
+    dtype = accumulate_dtype(layers) if dtype is None else dtype
+    both = [[_one_element(F.shape[0], F.shape[2:].numel(), dtype=dtype) for F in layers] for _ in range(2)]
+    return Weights(both[0], both[1] if has_bg else [])
+
+
+def _as_they_are(layers):
+    """A pyramid whose gradients have the strides of the features, dense or not."""
+    from fdkernels.op.pyramid import Layer, Pyramid, describe
+
+    described = describe(layers)
+    own = tuple(Layer(tuple(F.shape), F.stride(), F.dtype) for F in layers)
+    strides = tuple(F.stride() for F in layers)
+    return Pyramid(own, strides, described.channels, described.pixels, described.dtype)
+
+
+def _sums(layers, dtype, has_bg, has_upstream):
+    from fdkernels.op import triton as backend
+
+    backend.sums(layers, _weights(layers, dtype, has_bg), _as_they_are(layers), None, None, False)
+
+
+def _grad_sums(layers):
+    pyramid = _as_they_are(layers)
+    return pyramid, torch.empty(2, layers[0].shape[0], sum(pyramid.channels), dtype=pyramid.dtype)
+
+
+def _gradient(layers, dtype, has_bg, has_upstream):
+    from fdkernels.op import triton as backend
+
+    pyramid, g = _grad_sums(layers)
+    factor = torch.empty(len(layers), dtype=g.dtype) if has_upstream else None
+    weights = _weights(layers, dtype, has_bg)
+    backend.gradient(g, factor, weights, layers if has_upstream else [], pyramid)
+
+
+def _mask_gradient(layers, dtype, has_bg, has_upstream):
+    from fdkernels.op import triton as backend
+
+    backend.mask_gradient(_grad_sums(layers)[1], _weights(layers, dtype, has_bg), layers)
+
+
+PAIRINGS = {
+    "none": None,
+    "shuffle": torch.zeros(4, dtype=torch.int64),
+    "pooled": torch.zeros(3, 2, dtype=torch.int64),
+}
+
+
+def _losses():
+    from fdkernels.conventions import EXCHANGES, NORMS, REGION_WEIGHTS, Options
+    from fdkernels.op import triton as backend
+    from fdkernels.op.pyramid import describe
+
     for number, (norm, exchange) in enumerate(itertools.product(NORMS, EXCHANGES)):
         weight = REGION_WEIGHTS[(number + number // 4) % 4]
-        reduction = REDUCTIONS[(number + number // 3) % 3]
+        reduction = ("mean", "sum")[number // 3 % 2]
         dtype = (F32, F64)[number % 2]
         channels = ([16, 5], [300])[number % 2]
         options = Options(weight, number % 3 == 0, norm, 0.5, 1e-12, exchange, reduction)
         sums = torch.empty(2, 4, sum(channels), dtype=dtype)
         masses = torch.empty(2, 4, len(channels), dtype=dtype)
-        arguments = (sums, masses, pairings[exchange], channels, [9] * len(channels), options)
-        loss = backend.forward(*arguments)
-        backend.backward(loss, *arguments)
+        pyramid = describe([torch.empty(4, C, 9, dtype=dtype) for C in channels])
+        backend.losses(sums, masses, pyramid, options, PAIRINGS[exchange])
 
 
-def _run_layer_losses():
-    from fdkernels.layer_losses.impl import triton as backend
-    from fdkernels.log_norm.options import Options
+def _sums_and_losses():
+    from fdkernels.conventions import Options
+    from fdkernels.op import triton as backend
+    from fdkernels.op.pyramid import Weights, describe
 
     layers = [_contiguous(4, 16, 64, 64), _contiguous(4, 300, 4, 4)]
-    fg = [_one_element(4, 4096, dtype=U8), _one_element(4, 16)]
-    pairings = {
-        "none": None,
-        "shuffle": torch.zeros(4, dtype=torch.int64),
-        "pooled": torch.zeros(3, 2, dtype=torch.int64),
-    }
     for norm, weight, exchange, with_slopes in (
         ("vector", "region", "shuffle", False),
         ("relative", "none", "pooled", True),
         ("batch", "pixels", "pooled", True),
     ):
         options = Options(weight, weight == "pixels", norm, 0.5, 1e-12, exchange, "mean")
-        backend.forward(layers, fg, [], pairings[exchange], options, with_slopes)
+        for first in (U8, F32):
+            for bg in ([], [_one_element(4, 4096, dtype=first), _one_element(4, 16)]):
+                weights = Weights([_one_element(4, 4096, dtype=first), _one_element(4, 16)], bg)
+                backend.sums(layers, weights, describe(layers), options, PAIRINGS[exchange], with_slopes)
 
 
-def _run_layer_masks():
-    from fdkernels.layer_masks.impl import triton as backend
+def _masks():
+    from fdkernels.op import triton as backend
 
     sizes = [torch.Size([size, size]) for size in (64, 9)]
     for dtype, how, ignore_index, wide in (
@@ -205,38 +249,34 @@ def _run_layer_masks():
         (BF16, "area", 0.1, F32),
         (F64, "max", 0.1, F64),
     ):
-        backend.forward(torch.ones(2, 1, 64, 64, dtype=dtype), sizes, wide, how, ignore_index)
-    backend._WIDE = 0
-    backend.forward(torch.ones(2, 1, 64, dtype=F32), [torch.Size([5])], F32, "area", 0.1)
+        backend.masks(torch.ones(2, 1, 64, 64, dtype=dtype), sizes, wide, how, ignore_index)
+    # The package has a function by the name of the module.
+    importlib.import_module("fdkernels.op.triton.masks")._WIDE = 0
+    backend.masks(torch.ones(2, 1, 64, dtype=F32), [torch.Size([5])], F32, "area", 0.1)
 
 
 def _run_pyramid(lay_out, dtype):
-    from fdkernels.region_sums.geometry import Geometry
-    from fdkernels.region_sums.impl import triton as backend
+    from fdkernels.op import triton as backend
+    from fdkernels.op.pyramid import Weights, describe
+    from fdkernels.op.triton.sums import sum_tiles
 
     for batch in (4, 3, 1):
         layers = [lay_out(batch, C, s, s, dtype=dtype) for C, s in ((64, 32), (128, 16), (128, 7))]
         fg = [torch.empty(batch, 32 * 32, dtype=U8), torch.empty(batch, 256), torch.empty(batch, 49)]
-        backend.sum_tiles(layers, fg, [])
-        geometry = [Geometry(tuple(F.shape), F.stride(), F.dtype) for F in layers]
-        backend.write_gradients(torch.empty(2, batch, 320), torch.empty(3), fg, [], layers, geometry)
+        weights = Weights(fg, [])
+        sum_tiles(layers, weights, describe(layers))
+        g = torch.empty(2, batch, 320)
+        backend.gradient(g, torch.empty(3), weights, layers, describe(layers))
 
 
 def _main():
     kernels = _compile_only(int(sys.argv[2]))
-    {
-        "region_sums": _run_region_sums,
-        "log_norm": _run_log_norm,
-        "layer_losses": _run_layer_losses,
-        "layer_masks": _run_layer_masks,
-        "contiguous-float32": lambda: _run_pyramid(_contiguous, F32),
-        "channels_last-bfloat16": lambda: _run_pyramid(_channels_last, BF16),
-    }[sys.argv[1]]()
-    ptx = {
-        name: [kernel.asm["ptx"] for kernel in of_name.values()]
-        for name, of_name in kernels.items()
-        if sys.argv[1] not in KERNELS or name.startswith(sys.argv[1])
-    }
+    layouts = {"contiguous-float32": (_contiguous, F32), "channels_last-bfloat16": (_channels_last, BF16)}
+    if sys.argv[1] in layouts:
+        _run_pyramid(*layouts[sys.argv[1]])
+    else:
+        _run(sys.argv[1])
+    ptx = {name: [kernel.asm["ptx"] for kernel in of_name.values()] for name, of_name in kernels.items()}
     print(json.dumps(ptx))  # noqa: T201
 
 

@@ -1,4 +1,4 @@
-// Numbers of 16 bits, one at a time.
+// Numbers of 16 bits: conversion of single ones.
 #pragma once
 
 #include <cstdint>
@@ -59,4 +59,19 @@ static inline uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+namespace {
+
+// Elements in memory; kernels are compiled for them as for float.
+struct BFloat16 {
+  uint16_t bits;
+  explicit operator double() const { return bfloat16_to_float(bits); }
+  explicit operator float() const { return bfloat16_to_float(bits); }
+};
+struct Float16 {
+  uint16_t bits;
+  explicit operator double() const { return float16_to_float(bits); }
+  explicit operator float() const { return float16_to_float(bits); }
+};
+
+} // namespace
 } // namespace fdk::cpu

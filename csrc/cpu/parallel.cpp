@@ -10,11 +10,11 @@
 namespace fdk::cpu {
 namespace {
 
-// The entry point of libgomp, which Intel's and LLVM's runtimes offer as well.
+// The entry point of libgomp; Intel's and LLVM's runtimes export it as well.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// A runtime of our own would be a second pool of threads beside torch's, and both would fight for the cores. So
-// nothing is linked: the runtime is the one that libtorch_cpu itself resolves to.
+// Looks up the runtime that libtorch_cpu resolves to. Linking one of our own would add a second pool of threads that
+// competes with torch's for the cores.
 GompParallel find_gomp_parallel() {
 #if defined(__linux__)
   void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -30,7 +30,7 @@ GompParallel gomp_parallel() {
   return found;
 }
 
-struct Work {
+struct Loop {
   std::atomic<int64_t> next;
   int64_t num_items;
   void (*body)(void*, int64_t);
@@ -38,21 +38,21 @@ struct Work {
 };
 
 void run(void* data) {
-  Work& work = *static_cast<Work*>(data);
-  for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < work.num_items;) {
-    work.body(work.context, item);
+  Loop& loop = *static_cast<Loop*>(data);
+  for (int64_t item; (item = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.num_items;) {
+    loop.body(loop.context, item);
   }
 }
 
 } // namespace
 
 void parallel_for(int64_t num_items, int num_threads, void (*body)(void*, int64_t), void* context) {
-  Work work{{0}, num_items, body, context};
+  Loop loop{{0}, num_items, body, context};
   const int64_t threads = std::min<int64_t>(num_threads, num_items);
   if (threads > 1 && gomp_parallel() != nullptr) {
-    gomp_parallel()(run, &work, static_cast<unsigned>(threads), 0);
+    gomp_parallel()(run, &loop, static_cast<unsigned>(threads), 0);
   } else {
-    run(&work);
+    run(&loop);
   }
 }
 

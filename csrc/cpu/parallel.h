@@ -1,12 +1,12 @@
-// Threads on the OpenMP runtime that torch has already loaded.
+// Runs loops on the threads of the OpenMP runtime that torch has loaded.
 #pragma once
 
 #include <cstdint>
 
 namespace fdk::cpu {
 
-// Runs body(context, item) for every item in [0, num_items), on at most num_threads threads, each item once.
-// Items are handed out one by one, so they may differ in length; bodies must not throw.
+// Runs body(context, item) once for every item in [0, num_items), on at most num_threads threads.
+// Threads fetch items one by one, so items may differ in length; bodies must not throw.
 void parallel_for(int64_t num_items, int num_threads, void (*body)(void*, int64_t), void* context);
 
 template <class Body>
@@ -15,7 +15,7 @@ void parallel_for(int64_t num_items, int num_threads, const Body& body) {
   parallel_for(num_items, num_threads, call, const_cast<Body*>(&body));
 }
 
-// "GOMP of libtorch_cpu", or why there is but one thread.
+// Names the runtime, or says why there is only one thread.
 const char* thread_runtime();
 
 } // namespace fdk::cpu

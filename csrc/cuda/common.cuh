@@ -1,4 +1,4 @@
-// What both stages need on a GPU: launching a kernel, elements that move together, and sums over a warp or a block.
+// Shared by all kernels: launches, vector accesses, and sums over lanes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,20 +12,22 @@
 #include <type_traits>
 #include <utility>
 
-#include "region_sums.h"
+#include "layout.h"
 
 namespace fdk::cuda {
 
 constexpr int kWarp = 32;
+constexpr int kThreads = 256; // of a block, in every kernel
+constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 inline void check(cudaError_t status, const char* action) {
   if (status == cudaSuccess) return;
-  cudaGetLastError(); // so that the error is not reported once more by somebody else's next call
+  cudaGetLastError(); // clears the error, which the next call of other code would report again
   throw std::runtime_error(std::string(action) + " failed: " + cudaGetErrorString(status) + ".");
 }
 
-// Makes `device` current for the calling thread and the previous one again at the end.
+// Makes `device` current for the calling thread, and restores the previous one when it goes out of scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -45,7 +47,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Whether code for compute capability 9.0 or later is what a device of that kind runs: it may compile older PTX.
+// Whether this build has code for compute capability 9.0 or later; without it such a device compiles older PTX.
 constexpr bool has_code_for_hopper() {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int archs[] = {__CUDA_ARCH_LIST__};
@@ -55,8 +57,8 @@ constexpr bool has_code_for_hopper() {
   return false;
 }
 
-// A kernel launched early may run its first instructions while the launch before it ends; it has to call
-// `wait_for_previous_launch` before it touches memory. Graphs know such launches from CUDA 12.3 on.
+// Whether the device supports early launches: the kernel starts while the previous one finishes, and must call
+// `wait_for_previous_launch` before it accesses memory. CUDA graphs support them from CUDA 12.3 on.
 inline bool may_launch_early(int device) {
   int major = 0, driver = 0;
   if constexpr (has_code_for_hopper()) {
@@ -84,7 +86,7 @@ struct Stream {
   Stream(void* handle, bool early = false) : handle(handle), early(early) {}
 };
 
-// Puts `kernel` on the stream; nothing at all where there are no blocks.
+// Launches `kernel`; does nothing if `blocks` is 0.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, const Stream& stream,
             Arguments&&... arguments) {
@@ -140,8 +142,8 @@ __device__ To bits_as(const From& from) {
   return to;
 }
 
-// kCount adjacent elements, which one instruction loads or stores where they fill 16 bytes or less. Small elements stay
-// in words of 32 bits until they are used: taking them apart any earlier would wait for the load.
+// kCount contiguous elements; one instruction loads or stores up to 16 bytes of them. Small elements stay packed in
+// 32-bit words until they are used: unpacking them earlier would wait for the load.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   static constexpr int kPerWord = sizeof(T) < 4 && kCount > 1 ? 4 / sizeof(T) : 1;
@@ -177,7 +179,7 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
 template <typename T>
 constexpr int kVector = 16 / sizeof(T); // elements of a 16-byte access
 
-// Reads features, which a block reads once: they pass by the L1 cache and leave it to the masks.
+// Loads features, past the L1 cache: a block reads them once, and the cache is left to the weights.
 template <int kCount, typename T>
 __device__ Pack<T, kCount> load(const T* address) {
   if constexpr (sizeof(T) * kCount == 16) {
@@ -187,7 +189,7 @@ __device__ Pack<T, kCount> load(const T* address) {
   }
 }
 
-// The same for elements `stride` apart where they are not adjacent.
+// Loads elements that are `stride` apart unless `adjacent`.
 template <int kCount, typename T>
 __device__ Pack<T, kCount> load(const T* address, int64_t stride, bool adjacent) {
   if constexpr (kCount > 1) {
@@ -202,7 +204,7 @@ __device__ Pack<T, kCount> load(const T* address, int64_t stride, bool adjacent)
   return load<kCount>(address);
 }
 
-// Writes what nothing here reads again: it may leave the caches first.
+// Streaming store: not read again here, so it may be evicted first.
 template <typename T, int kCount>
 __device__ void store(T* address, const Pack<T, kCount>& pack) {
   if constexpr (sizeof(T) * kCount == 16) {
@@ -212,8 +214,8 @@ __device__ void store(T* address, const Pack<T, kCount>& pack) {
   }
 }
 
-// Sums each of kCount values over the warp, exchanging halves of them as long as there is more than one: lane l
-// returns the sum of value l / (kWarp / kCount).
+// Sums each of kCount values over the warp; lane l returns the sum of value l / (kWarp / kCount). As long as a lane
+// holds several values, it exchanges half of them.
 template <int kCount, typename T>
 __device__ T warp_sums(T (&values)[kCount]) {
   static_assert((kCount & (kCount - 1)) == 0 && kCount <= kWarp, "kCount is a power of two");
@@ -235,7 +237,7 @@ __device__ T warp_sums(T (&values)[kCount]) {
   return values[0];
 }
 
-// The sum over groups of `lanes` adjacent lanes, a power of two, in every lane.
+// Sums over groups of `lanes` adjacent lanes, a power of two; every lane returns the sum.
 template <typename T>
 __device__ T lane_sum(T value, int lanes = kWarp) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) {

@@ -9,9 +9,8 @@ from typing import Any
 
 from fdkernels import models
 from fdkernels.backend import BACKENDS
-from fdkernels.conventions import CONVENTIONS
+from fdkernels.conventions import CONVENTIONS, EXCHANGES
 from fdkernels.criterion import ALPHA_RULES
-from fdkernels.log_norm.options import EXCHANGES
 from fdkernels.segmentation.data import DATASETS
 
 PHASES = ("warm", "active")

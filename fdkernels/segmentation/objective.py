@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fdkernels.discrepancy import gather_batch
+from fdkernels.exchange import gather_batch
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fdkernels as fdk
 from fdkernels.conventions import get_convention
-from fdkernels.layer_masks import layer_masks
 from fdkernels.models import SegmentationNetwork
+from fdkernels.op.weights import weights_of
 from fdkernels.segmentation.batches import evaluation_loader
 from fdkernels.segmentation.data import SegmentationSample, default_workers
 from fdkernels.segmentation.metrics import COUNTS, SCORES, sample_scores
@@ -121,7 +121,7 @@ def discrepancy_losses(features: Sequence[Tensor], mask: Tensor, convention: str
     if how.region_weight != "region":
         return losses
     sizes = [layer.shape[2:] for layer in features]
-    weights = layer_masks(mask, sizes, losses.dtype, how.mask_resize, None).fg  # [N, P_l] for each layer
+    weights = weights_of(mask, sizes, losses.dtype, how.mask_resize, None).fg  # [N, P_l] for each layer
     empty = [(fg == 0).all(dim=1) | (fg == 1).all(dim=1) for fg in weights]  # no foreground, no background
     return losses.masked_fill(torch.stack(empty, dim=1), float("nan"))
 

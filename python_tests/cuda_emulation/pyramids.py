@@ -1,4 +1,4 @@
-"""Layers with their masks as the kernels take them, and memory that shows what a kernel wrote."""
+"""Layers with their weights as the kernels take them, and memory that shows what a kernel wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from cases import FEATURE_DTYPES
 from cases import LAYOUTS as COMMON_LAYOUTS
 from cases import lay_out as common_lay_out
-from fdkernels.region_sums.geometry import accumulate_dtype
+from fdkernels.op.pyramid import Pyramid, Weights, describe
 
 MASK_DTYPES = (torch.uint8, torch.float32, torch.float64)
 LAYOUTS = (*COMMON_LAYOUTS, "sliced by vectors", "channels of more", "off alignment")
@@ -60,35 +60,34 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     return common_lay_out(values, layout)
 
 
-class Pyramid(NamedTuple):
-    """Layers with their masks; `bg` is empty where the background is implied."""
+class Inputs(NamedTuple):
+    """The layers of a call and their weights."""
 
     features: list[Tensor]
-    fg: list[Tensor]
-    bg: list[Tensor]
+    weights: Weights
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return describe(self.features)
 
     @property
     def accumulate(self) -> torch.dtype:
-        return accumulate_dtype(self.features)
+        return self.pyramid.dtype
 
     @property
     def batch(self) -> int:
         return self.features[0].shape[0]
 
-    @property
-    def channels(self) -> list[int]:
-        return [layer.shape[1] for layer in self.features]
-
-    def wide(self) -> Pyramid:
-        """In float64, the masks as the kernels round them."""
-        fg, bg = ([w.to(self.accumulate).double() for w in masks] for masks in (self.fg, self.bg))
-        return Pyramid([layer.double() for layer in self.features], fg, bg)
+    def wide(self) -> Inputs:
+        """In float64, the weights as the kernels round them."""
+        fg, bg = ([w.to(self.accumulate).double() for w in kind] for kind in self.weights)
+        return Inputs([layer.double() for layer in self.features], Weights(fg, bg))
 
 
 def make_layer(
     shape: Sequence[int], dtype: torch.dtype, layout: str, mask_dtype: torch.dtype, has_bg: bool
-) -> Pyramid:
-    """One layer; with both weights given, some pixels are left out, and their features are NaN."""
+) -> Inputs:
+    """One layer; with background weights some pixels are ignored, and their features are NaN."""
     N, _, *spatial = shape
     P = math.prod(spatial)
     y = torch.rand(N, P, dtype=torch.float64)
@@ -99,12 +98,15 @@ def make_layer(
         values.masked_fill_((valid == 0).view(N, 1, *spatial), math.nan)
     features = lay_out(values, layout)
     if not has_bg:
-        return Pyramid([features], [y.to(mask_dtype)], [])
-    return Pyramid([features], [(valid * y).to(mask_dtype)], [(valid * (1 - y)).to(mask_dtype)])
+        return Inputs([features], Weights([y.to(mask_dtype)], []))
+    fg, bg = (valid * y).to(mask_dtype), (valid * (1 - y)).to(mask_dtype)
+    return Inputs([features], Weights([fg], [bg]))
 
 
-def join(layers: Sequence[Pyramid]) -> Pyramid:
-    return Pyramid(*(list(chain.from_iterable(parts)) for parts in zip(*layers, strict=True)))
+def join(layers: Sequence[Inputs]) -> Inputs:
+    features, weights = zip(*layers, strict=True)
+    fg, bg = (list(chain.from_iterable(kind)) for kind in zip(*weights, strict=True))
+    return Inputs(list(chain.from_iterable(features)), Weights(fg, bg))
 
 
 def assert_within(got: Tensor, wanted: Tensor, band: Tensor, what: str) -> None:

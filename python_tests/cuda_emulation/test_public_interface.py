@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import fdkernels as fdk
+from cuda_emulation.build import Emulation
 from fdkernels import backend as backends
+from fdkernels.op import kernels
 from oracles import CONVENTIONS, EXCHANGES, RESIZES
 
 pytestmark = pytest.mark.usefixtures("nan_filled", "cuda_on_the_cpu")
 
 
-class _WithoutDevice:
-    """The emulated module; CPU tensors have no device number."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._module, name)
-        return lambda *arguments: function(*(0 if value is None else value for value in arguments))
-
-
 @pytest.fixture
-def cuda_on_the_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def cuda_on_the_cpu(emulated: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make backend `cuda` available for CPU tensors."""
-    for stage in backends.STAGES:
-        module = importlib.import_module(f"fdkernels.{stage}.impl.cuda")
-        monkeypatch.setattr(module, "_C", _WithoutDevice(emulated))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setitem(kernels._kernels, "cuda", emulated.backend)
     monkeypatch.setattr(backends, "_device_type", lambda backend: None)
     monkeypatch.setitem(backends._reasons, "cuda", None)
 

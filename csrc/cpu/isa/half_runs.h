@@ -1,4 +1,4 @@
-// Runs of numbers of 16 bits, to and from float.
+// Numbers of 16 bits: conversion of runs to and from float.
 #pragma once
 
 #include "vectors.h"
@@ -30,7 +30,7 @@ inline void store_float16(const float* source, int64_t count, uint16_t* out) {
     out[i] = float_to_float16(source[i]);
 }
 
-// As float_to_bfloat16. Not by AVX512_BF16, which takes subnormal numbers for zero.
+// Rounds as float_to_bfloat16 does. AVX512_BF16 would flush subnormal numbers to zero.
 #if defined(FDK_ISA_AVX512)
 inline __m256i to_bfloat16(const float* source) {
   constexpr __mmask16 kAll = 0xFFFF;
@@ -56,7 +56,7 @@ inline __m256i eight_to_bfloat16(const float* source) {
 }
 inline __m256i to_bfloat16(const float* source) {
   const __m256i packed = _mm256_packus_epi32(eight_to_bfloat16(source), eight_to_bfloat16(source + 8));
-  return _mm256_permute4x64_epi64(packed, 0xD8); // packing goes by halves of 128 bits
+  return _mm256_permute4x64_epi64(packed, 0xD8); // packus interleaves halves of 128 bits
 }
 #endif
 

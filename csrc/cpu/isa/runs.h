@@ -1,36 +1,21 @@
 // Runs of elements of any dtype and stride, and the weights of a run of pixels.
 #pragma once
 
-#include "../region_sums_tiles.h"
+#include "../tiles.h"
 #include "half_runs.h"
 
 namespace fdk::cpu {
 namespace {
 
-// Pixels that are added in the accumulation dtype before they go into a double.
+// Pixels that are added up in the accumulation dtype before the sum is added to a double.
 constexpr int64_t kRun = 1024;
-// Channels that share one pass over the mask, where pixels are along the vector.
+// Channels that share one read of the weights, with pixels along the vector.
 constexpr int64_t kGroup = 4;
 
-// Pixels of a row after which other channels are read before long.
+// Rows of up to so many pixels are short: the next channels are read soon.
 constexpr int64_t kShortRow = 1024;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline int64_t pixels_of(const Layer& layer) { return layer.size[0] * layer.size[1] * layer.size[2]; }
-
-inline int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    case DType::kUInt8:
-      return 1;
-    default:
-      return 2;
-  }
-}
 
 template <class T>
 struct Is;
@@ -55,19 +40,19 @@ inline void convert(const S* source, int64_t stride, int64_t count, T* out) {
   }
 }
 
-// Asks for as many bytes as the run has, from its end on: the run that is likely to come next.
+// Prefetches the run after this one, of the same length.
 inline void prefetch_after(const void* address, int64_t bytes) {
   const char* end = static_cast<const char*>(address) + bytes;
   for (int64_t i = 0; i < bytes; i += kCacheLine)
     prefetch(end + i);
 }
 
-// `count` elements from `address` on, `stride` apart, as T: in place where they are just that, else in `buffer`.
+// Returns `count` elements from `address` on, `stride` apart, as contiguous T: in place where they are, else converted
+// into `buffer`.
 template <class T>
 inline const T* load(const void* address, DType dtype, int64_t stride, int64_t count, T* buffer) {
   if (dtype == Is<T>::kDType && stride == 1) return static_cast<const T*>(address);
-  if (stride == 1) prefetch_after(address, count * size_of(dtype));
-  const uint16_t* half = static_cast<const uint16_t*>(address);
+  if (stride == 1) prefetch_after(address, count * element_size(dtype));
   switch (dtype) {
     case DType::kFloat32:
       convert(static_cast<const float*>(address), stride, count, buffer);
@@ -79,24 +64,16 @@ inline const T* load(const void* address, DType dtype, int64_t stride, int64_t c
       convert(static_cast<const uint8_t*>(address), stride, count, buffer);
       break;
     case DType::kBFloat16:
-      if (stride == 1) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i)
-          buffer[i] = static_cast<T>(bfloat16_to_float(half[i]));
-      } else {
-        for (int64_t i = 0; i < count; ++i)
-          buffer[i] = static_cast<T>(bfloat16_to_float(half[i * stride]));
-      }
+      convert(static_cast<const BFloat16*>(address), stride, count, buffer);
       break;
     case DType::kFloat16:
       if (stride == 1 && sizeof(T) == sizeof(float)) {
-        load_float16(half, count, reinterpret_cast<float*>(buffer));
+        load_float16(static_cast<const uint16_t*>(address), count, reinterpret_cast<float*>(buffer));
       } else {
-        for (int64_t i = 0; i < count; ++i)
-          buffer[i] = static_cast<T>(float16_to_float(half[i * stride]));
+        convert(static_cast<const Float16*>(address), stride, count, buffer);
       }
       break;
-    default: // of masks that only layer_masks reads
+    default: // neither features nor weights have another dtype
       break;
   }
   return buffer;
@@ -108,13 +85,13 @@ inline void scatter(const T* values, int64_t stride, int64_t count, S* out) {
     out[i * stride] = static_cast<S>(values[i]);
 }
 
-// Where a run of results is to be computed: in place where the output is T and contiguous, else in `buffer`.
+// Returns where to compute a run of results: in place where the output is contiguous T, else in `buffer`.
 template <class T>
 inline T* target(void* address, DType dtype, int64_t stride, T* buffer) {
   return dtype == Is<T>::kDType && stride == 1 ? static_cast<T*>(address) : buffer;
 }
 
-// Brings a run computed in `values` to the output, if it is not there already.
+// Converts a run of results from `values` to the output, unless it was computed in place.
 template <class T>
 inline void store(const T* values, void* address, DType dtype, int64_t stride, int64_t count) {
   if (values == address) return;
@@ -142,36 +119,26 @@ inline void store(const T* values, void* address, DType dtype, int64_t stride, i
           half[i * stride] = float_to_float16(static_cast<float>(values[i]));
       }
       break;
-    default: // features have none of the others
+    default: // features have no other dtype
       break;
   }
 }
 
-// The pixels of a view with dimensions merged as far as its strides allow: rows of equally spaced pixels.
+// The pixels of a layer as rows of equally spaced pixels, with its dimensions merged.
 struct Rows {
   int64_t length, stride; // pixels of a row, and the step from one to the next
   int64_t size1, stride1, stride0;
 
-  Rows(const int64_t size[3], const int64_t strides[3]) {
-    int64_t count = 0, sizes[3], steps[3];
-    for (int d = 0; d < 3; ++d) {
-      if (size[d] == 1) continue;
-      if (count > 0 && steps[count - 1] == strides[d] * size[d]) {
-        sizes[count - 1] *= size[d];
-        steps[count - 1] = strides[d];
-      } else {
-        sizes[count] = size[d];
-        steps[count++] = strides[d];
-      }
-    }
-    length = count > 0 ? sizes[count - 1] : 1;
-    stride = count > 0 ? steps[count - 1] : 1;
-    size1 = count > 1 ? sizes[count - 2] : 1;
-    stride1 = count > 1 ? steps[count - 2] : 0;
-    stride0 = count > 2 ? steps[0] : 0;
+  Rows(const int64_t (&size)[3], const int64_t (&strides)[3]) {
+    const MergedPixels merged = merge_dimensions(size, strides, nullptr);
+    length = merged.size[2];
+    stride = merged.stride[2];
+    size1 = merged.size[1];
+    stride1 = merged.stride[1];
+    stride0 = merged.stride[0];
   }
 
-  // Most views are one row, and divisions take longer than writing a short one.
+  // Most layers are one row, and divisions take longer than writing a short row.
   int64_t offset(int64_t pixel) const {
     if (pixel < length) return pixel * stride;
     const int64_t row = pixel / length, within = pixel - row * length;
@@ -180,14 +147,14 @@ struct Rows {
   int64_t rest_of_row(int64_t pixel) const { return pixel < length ? length - pixel : length - pixel % length; }
 };
 
-// Weights of a run of pixels as T; `bg` is 1 - fg where the layer has none of its own.
+// The weights of a run of pixels, converted to T; `bg` is 1 - fg where the layer stores none.
 template <class T>
 struct Weights {
   T fg_buffer[kRun], bg_buffer[kRun];
   const T *fg, *bg;
 
   void load_run(const Layer& layer, int64_t n, int64_t pixel, int64_t count) {
-    const int64_t start = (n * pixels_of(layer) + pixel) * size_of(layer.mask_dtype);
+    const int64_t start = (n * pixels_of(layer) + pixel) * element_size(layer.mask_dtype);
     fg = load(static_cast<const char*>(layer.fg) + start, layer.mask_dtype, 1, count, fg_buffer);
     if (layer.bg != nullptr) {
       bg = load(static_cast<const char*>(layer.bg) + start, layer.mask_dtype, 1, count, bg_buffer);
@@ -200,7 +167,7 @@ struct Weights {
   }
 };
 
-// Weights of a sample in the dtype M in which the mask has them, T or uint8: kernels convert them in registers.
+// The weights of a sample in the dtype M in which they are stored, T or uint8; kernels convert them in registers.
 template <class T, class M, bool kHasBg>
 struct RawWeights {
   const M *fg, *bg;
@@ -229,7 +196,8 @@ inline void with_weights(const Layer& layer, int64_t n, const Body& body) {
   }
 }
 
-// Pixels whose weights are both 0 are left out whatever they hold; there are none where the background is implied.
+// Selects 0 for ignored pixels, whose weights are both 0, whatever their value. Without stored background weights there
+// are none.
 template <bool kHasBg, class V>
 inline V select_valid(V w, V u, V x) {
   if constexpr (!kHasBg) return x;

@@ -1,4 +1,4 @@
-// Vectors of the instruction set that this translation unit is compiled for.
+// Vectors of the instruction set for which this translation unit is compiled.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,7 @@ constexpr int64_t kVectorBytes = 32;
 constexpr int64_t kVectorBytes = 16;
 #endif
 constexpr int64_t kCacheLine = 64;
-// How far ahead of its reads a kernel asks for memory, for each of several streams along the pixels, and for the one
-// stream of channels_last.
+// Prefetch distances: for each of the few streams along pixels, and for the one stream of channels_last.
 constexpr int64_t kPrefetchBytes = 1024;
 constexpr int64_t kPrefetchBytesByChannels = 4096;
 
@@ -36,7 +35,7 @@ using Vector = typename VectorOf<T, kVectorBytes / static_cast<int64_t>(sizeof(T
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
 #else
 template <class T>
-using Vector = T; // one lane: the loops below are then plain scalar code
+using Vector = T; // one lane, which makes the loops scalar
 inline void prefetch(const void*) {}
 #endif
 
@@ -50,7 +49,7 @@ inline Vector<T> load_vector(const T* source) {
   return value;
 }
 
-// A vector of weights as T, from T or from the uint8 of a binary mask.
+// Loads a vector of weights as T, from T or from the uint8 of a binary mask.
 inline Vector<float> load_weights(const float* source, float) { return load_vector(source); }
 inline Vector<double> load_weights(const double* source, double) { return load_vector(source); }
 template <class T>
@@ -60,11 +59,11 @@ inline Vector<T> load_weights(const uint8_t* source, T) {
     lanes[i] = static_cast<T>(source[i]);
   return load_vector(lanes);
 }
-// The binary mask of float features is the common case, and compilers make poor code of it.
+// A binary mask with float features is the common case, and compilers vectorise its conversion poorly.
 #if defined(FDK_ISA_AVX512)
 inline Vector<float> load_weights(const uint8_t* source, float) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
-  // Zero-masked with every lane on: the unmasked forms start from an undefined value, of which GCC 12 warns.
+  // Zero-masked with every lane on: GCC 12 warns of the undefined value in the unmasked forms.
   constexpr __mmask16 kAll = 0xFFFF;
   return (Vector<float>)_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepu8_epi32(kAll, bytes));
 }
@@ -80,7 +79,7 @@ inline void store_vector(T* out, Vector<T> value) {
   std::memcpy(out, &value, sizeof(value));
 }
 
-// The lanes added up, halves onto halves.
+// Adds up the lanes, the upper half onto the lower one.
 template <class T>
 inline T total(Vector<T> value) {
   T lanes[kLanes<T>];
@@ -91,7 +90,7 @@ inline T total(Vector<T> value) {
   }
   return lanes[0];
 }
-// Compilers take the general form through memory.
+// Compilers send the general form through memory.
 #if defined(FDK_ISA_AVX512) || defined(FDK_ISA_AVX2)
 inline float total_of_eight(__m256 value) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));

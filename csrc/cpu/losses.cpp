@@ -1,0 +1,257 @@
+// Losses and their slopes on the CPU: O(N C) numbers, on one thread, in double.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "region_features.h"
+
+namespace fdk::cpu {
+namespace {
+
+// The foreground of sample i against the background of sample j.
+struct Pair {
+  int64_t i, j;
+};
+
+// One logarithm: its argument adds up the distances of the pairs.
+struct Term {
+  Pair pairs[2];
+  int num_pairs;
+  bool valid; // all of its samples count
+};
+
+Term own_term(const RegionFeatures& x, int64_t n) { return {{{n, n}, {0, 0}}, 1, x.counts[n] != 0}; }
+
+Term shuffled_term(const RegionFeatures& x, int64_t n) {
+  const int64_t partner = x.call.pairing[n];
+  const bool valid = x.counts[n] && x.counts[partner];
+  return {{{partner, n}, {0, 0}}, 1, valid};
+}
+
+Term pooled_term(const RegionFeatures& x, int64_t k) {
+  const int64_t i = x.call.pairing[2 * k], j = x.call.pairing[2 * k + 1];
+  const bool valid = i >= 0 && j >= 0 && x.counts[i] && x.counts[j];
+  return {{{i, j}, {j, i}}, 2, valid};
+}
+
+// (L2)
+double distance(const RegionFeatures& x, Pair pair) {
+  if (x.options.norm == Norm::kVector) {
+    const double *f = x.f.data() + pair.i * x.channels, *b = x.b.data() + pair.j * x.channels;
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t c = 0; c < x.channels; ++c)
+      total += (f[c] - b[c]) * (f[c] - b[c]);
+    return total;
+  }
+  const double difference = x.fg_sum[pair.i] - x.bg_sum[pair.j], sum = x.fg_sum[pair.i] + x.bg_sum[pair.j];
+  const double squared = difference * difference;
+  return x.options.norm == Norm::kRelative ? squared / (sum * sum + x.options.eps) : squared;
+}
+
+double term_distance(const RegionFeatures& x, const Term& term) {
+  double total = 0;
+  for (int p = 0; p < term.num_pairs; ++p)
+    total += distance(x, term.pairs[p]);
+  return total;
+}
+
+double term_loss(const RegionFeatures& x, const Term& term) {
+  return term.valid ? -x.options.log_scale * std::log(term_distance(x, term) + x.options.eps) : 0.0;
+}
+
+// The valid terms of the norm over the batch (L6), of the samples' own pairs or the exchanged ones.
+std::vector<Term> batch_terms(const RegionFeatures& x, bool exchanged) {
+  std::vector<Term> terms;
+  if (!exchanged) {
+    for (int64_t n = 0; n < x.pyramid.batch; ++n)
+      terms.push_back(own_term(x, n));
+  } else if (x.options.exchange == Exchange::kShuffle) {
+    for (int64_t n = 0; n < x.call.num_pairs; ++n)
+      terms.push_back(shuffled_term(x, n));
+  } else if (x.options.exchange == Exchange::kPooled) {
+    for (int64_t k = 0; k < x.call.num_pairs; ++k)
+      terms.push_back(pooled_term(x, k));
+  }
+  terms.erase(std::remove_if(terms.begin(), terms.end(), [](const Term& term) { return !term.valid; }), terms.end());
+  return terms;
+}
+
+double batch_distance(const RegionFeatures& x, const std::vector<Term>& terms, int64_t c) {
+  double total = 0;
+  for (const Term& term : terms) {
+    for (int p = 0; p < term.num_pairs; ++p) {
+      const double d = x.f[term.pairs[p].i * x.channels + c] - x.b[term.pairs[p].j * x.channels + c];
+      total += d * d;
+    }
+  }
+  return total;
+}
+
+int64_t count_pooled(const RegionFeatures& x) {
+  int64_t valid = 0;
+  for (int64_t k = 0; k < x.call.num_pairs; ++k)
+    valid += pooled_term(x, k).valid;
+  return valid;
+}
+
+// The number of entries of the layer that count.
+int64_t count_entries(const RegionFeatures& x) {
+  const int64_t samples = std::count(x.counts.begin(), x.counts.end(), 1);
+  return x.options.norm == Norm::kBatch ? (samples > 0 ? x.channels : 0) : samples;
+}
+
+// Computes the entries of the layer: [N], or [C] over the batch.
+std::vector<double> entries_of(const RegionFeatures& x) {
+  if (x.options.norm == Norm::kBatch) {
+    std::vector<double> entries(x.channels, 0);
+    for (const bool exchanged : {false, true}) {
+      const std::vector<Term> terms = batch_terms(x, exchanged);
+      for (int64_t c = 0; !terms.empty() && c < x.channels; ++c) {
+        entries[c] -= x.options.log_scale * std::log(batch_distance(x, terms, c) + x.options.eps);
+      }
+    }
+    return entries;
+  }
+  std::vector<double> entries(x.pyramid.batch, 0);
+  double pooled = 0;
+  if (x.options.exchange == Exchange::kPooled) {
+    for (int64_t k = 0; k < x.call.num_pairs; ++k)
+      pooled += term_loss(x, pooled_term(x, k));
+    pooled /= static_cast<double>(std::max<int64_t>(count_pooled(x), 1));
+  }
+  for (int64_t n = 0; n < x.pyramid.batch; ++n) {
+    if (!x.counts[n]) continue;
+    entries[n] = term_loss(x, own_term(x, n)) + pooled;
+    if (x.options.exchange == Exchange::kShuffle) entries[n] += term_loss(x, shuffled_term(x, n));
+  }
+  return entries;
+}
+
+double loss_of(const RegionFeatures& x) {
+  double total = 0;
+  for (const double entry : entries_of(x))
+    total += entry;
+  return x.options.reduction == Reduction::kMean ? total / static_cast<double>(std::max<int64_t>(count_entries(x), 1))
+                                                 : total;
+}
+
+// Adds the gradient of q * distance(pair) to grad_f and grad_b [N, C].
+void add_pair_gradient(const RegionFeatures& x, Pair pair, double q, double* grad_f, double* grad_b) {
+  const double* f = x.f.data() + pair.i * x.channels;
+  const double* b = x.b.data() + pair.j * x.channels;
+  grad_f += pair.i * x.channels;
+  grad_b += pair.j * x.channels;
+  if (x.options.norm == Norm::kVector) {
+#pragma omp simd
+    for (int64_t c = 0; c < x.channels; ++c) {
+      const double g = 2 * q * (f[c] - b[c]);
+      grad_f[c] += g;
+      grad_b[c] -= g;
+    }
+    return;
+  }
+  const double difference = x.fg_sum[pair.i] - x.bg_sum[pair.j], sum = x.fg_sum[pair.i] + x.bg_sum[pair.j];
+  const bool relative = x.options.norm == Norm::kRelative;
+  const double d = relative ? sum * sum + x.options.eps : 1, ratio = relative ? difference * sum / d : 0;
+  const double g_f = 2 * q * difference / d * (1 - ratio), g_b = -2 * q * difference / d * (1 + ratio);
+  for (int64_t c = 0; c < x.channels; ++c) {
+    grad_f[c] += g_f;
+    grad_b[c] += g_b;
+  }
+}
+
+// Adds the gradient of `weight` times the term.
+void add_term_gradient(const RegionFeatures& x, const Term& term, double weight, double* grad_f, double* grad_b) {
+  if (!term.valid) return;
+  const double q = -x.options.log_scale * weight / (term_distance(x, term) + x.options.eps);
+  for (int p = 0; p < term.num_pairs; ++p)
+    add_pair_gradient(x, term.pairs[p], q, grad_f, grad_b);
+}
+
+// Adds the gradient of the sum of the entries times `weight`, under the norm over the batch.
+void add_batch_gradient(const RegionFeatures& x, double weight, double* grad_f, double* grad_b) {
+  for (const bool exchanged : {false, true}) {
+    const std::vector<Term> terms = batch_terms(x, exchanged);
+    for (int64_t c = 0; !terms.empty() && c < x.channels; ++c) {
+      const double q = -x.options.log_scale * weight / (batch_distance(x, terms, c) + x.options.eps);
+      for (const Term& term : terms) {
+        for (int p = 0; p < term.num_pairs; ++p) {
+          const int64_t i = term.pairs[p].i * x.channels + c, j = term.pairs[p].j * x.channels + c;
+          const double g = 2 * q * (x.f[i] - x.b[j]);
+          grad_f[i] += g;
+          grad_b[j] -= g;
+        }
+      }
+    }
+  }
+}
+
+// The same under the other norms.
+void add_sample_gradient(const RegionFeatures& x, double weight, double* grad_f, double* grad_b) {
+  double total = 0;
+  for (int64_t n = 0; n < x.pyramid.batch; ++n) {
+    if (!x.counts[n]) continue;
+    total += weight;
+    add_term_gradient(x, own_term(x, n), weight, grad_f, grad_b);
+    if (x.options.exchange == Exchange::kShuffle) add_term_gradient(x, shuffled_term(x, n), weight, grad_f, grad_b);
+  }
+  if (x.options.exchange != Exchange::kPooled) return;
+  total /= static_cast<double>(std::max<int64_t>(count_pooled(x), 1));
+  for (int64_t k = 0; k < x.call.num_pairs; ++k)
+    add_term_gradient(x, pooled_term(x, k), total, grad_f, grad_b);
+}
+
+// Divides the gradients of the region features of one sample (L7). With a masked background S_bg is not an input, and
+// its gradient goes to S_fg.
+template <class T>
+void divide_gradients(const double* grad_f, const double* grad_b, double w_fg, double w_bg, bool masked, int64_t count,
+                      T* fg, T* bg) {
+  const double by_fg = 1 / w_fg, by_bg = 1 / w_bg;
+  if (masked) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) {
+      fg[c] = static_cast<T>(grad_f[c] * by_fg - grad_b[c] * by_bg);
+      bg[c] = 0;
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c)
+    fg[c] = static_cast<T>(grad_f[c] * by_fg);
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c)
+    bg[c] = static_cast<T>(grad_b[c] * by_bg);
+}
+
+// Writes the slopes (F1) of one layer.
+void write_slopes(const RegionFeatures& x, void* slopes) {
+  const int64_t N = x.pyramid.batch;
+  const bool is_mean = x.options.reduction == Reduction::kMean;
+  const double weight = is_mean ? 1.0 / std::max<int64_t>(count_entries(x), 1) : 1.0;
+  std::vector<double> grad_f(N * x.channels, 0), grad_b(N * x.channels, 0);
+  x.options.norm == Norm::kBatch ? add_batch_gradient(x, weight, grad_f.data(), grad_b.data())
+                                 : add_sample_gradient(x, weight, grad_f.data(), grad_b.data());
+  with_type(x.pyramid.accumulate, [&](auto zero) {
+    using T = decltype(zero);
+    T* out = static_cast<T*>(slopes);
+    for (int64_t n = 0; n < N; ++n) {
+      divide_gradients(grad_f.data() + n * x.channels, grad_b.data() + n * x.channels, x.w_fg[n], x.w_bg[n],
+                       x.options.masked_background, x.channels, out + x.sum_index(0, n, 0), out + x.sum_index(1, n, 0));
+    }
+  });
+}
+
+} // namespace
+
+void losses(const Pyramid& pyramid, const void* sums, const void* masses, const Losses& losses) {
+  int64_t first_channel = 0;
+  for (int64_t layer = 0; layer < pyramid.num_layers; ++layer) {
+    const RegionFeatures x(pyramid, losses, layer, first_channel, sums, masses);
+    first_channel += x.channels;
+    write(losses.losses, pyramid.accumulate, layer, loss_of(x));
+    if (losses.slopes != nullptr) write_slopes(x, losses.slopes);
+  }
+}
+
+} // namespace fdk::cpu

@@ -1,0 +1,139 @@
+// The op: the arguments of a call, and the functions of both backends. fdkernels/op/README.md derives them under the
+// tags (M1) to (M5), (R1) to (R5), (L1) to (L7), (F1) and (F2).
+#pragma once
+
+#include <cstdint>
+
+namespace fdk {
+
+// The last four are of masks as a user gives them; bool counts as uint8.
+enum class DType : int64_t { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8, kInt8, kInt16, kInt32, kInt64 };
+
+// ---------------------------------------------------------------- layers
+
+// One layer. Strides count elements and may be 0; missing spatial dimensions have size 1 and come first. fdkernels._C
+// takes layers as lists of 64-bit words, whose places it tells Python as `layer_fields`.
+struct Layer {
+  void* features;   // [N, C, d0, d1, d2], read by sums and mask_gradient; gradient writes its result here
+  DType dtype;      // of features and upstream: float32, float64, bfloat16 or float16
+  int64_t channels; // C
+  int64_t size[3];  // d0, d1, d2
+  int64_t stride_n, stride_c, stride[3];
+  const void* fg;       // [N, P] contiguous, weight of the foreground
+  const void* bg;       // [N, P] contiguous, weight of the background, or null: 1 - fg
+  DType mask_dtype;     // of fg and bg: uint8 (0 or 1), float32 or float64
+  const void* upstream; // [N, C, d0, d1, d2], added by gradient, or null
+  int64_t upstream_stride_n, upstream_stride_c, upstream_stride[3];
+  void* grad_fg; // [N, P], written by mask_gradient in the accumulation dtype
+  void* grad_bg; // [N, P] likewise, or null where bg is null
+};
+static_assert(sizeof(Layer) == 22 * 8, "Layer is 22 words of 64 bits");
+
+// The layers of a call.
+struct Pyramid {
+  const Layer* layers; // [L]
+  int64_t num_layers;  // L
+  int64_t batch;       // N
+  int64_t total_channels;
+  DType accumulate; // dtype of sums, masses, losses and slopes: float32 or float64
+};
+
+// ---------------------------------------------------------------- masks
+
+enum class MaskResize { kArea, kMax, kNearest };
+
+// The weights of one size. fdkernels._C takes them as lists of 64-bit words; see `mask_size_fields`.
+struct MaskSize {
+  void* fg;        // [N, P] contiguous, v·y
+  void* bg;        // [N, P] contiguous, v·(1-y), or null without an ignored value
+  int64_t size[3]; // d0, d1, d2; missing spatial dimensions have size 1 and come first
+  DType dtype;     // of fg and bg: uint8 where every weight is 0 or 1, else the accumulation dtype
+};
+static_assert(sizeof(MaskSize) == 6 * 8, "MaskSize is 6 words of 64 bits");
+
+struct Masks {
+  const void* mask; // [N, d0, d1, d2]
+  DType dtype;
+  int64_t batch;               // N
+  int64_t size[3];             // d0, d1, d2, none of them 0
+  int64_t stride_n, stride[3]; // in elements; may be 0
+  MaskResize resize;
+  // Pixels of this value are ignored, if `has_ignore`.
+  bool has_ignore;
+  double ignore_value;   // for floating-point masks, rounded to their dtype
+  int64_t ignore_number; // for integer masks
+  DType accumulate;      // float32 or float64
+  const MaskSize* sizes; // [num_sizes], host memory
+  int64_t num_sizes;
+};
+
+// ---------------------------------------------------------------- losses
+
+enum class RegionWeight { kValid, kNone, kRegion, kPixels };
+enum class Norm { kVector, kChannelSum, kRelative, kBatch };
+enum class Exchange { kNone, kShuffle, kPooled };
+enum class Reduction { kMean, kSum };
+
+// How region sums become a loss; see `Options` in fdkernels/conventions.py.
+struct Options {
+  RegionWeight region_weight; // the divisor of the sums (L1)
+  bool masked_background;     // M_fg - S_fg replaces the background sum
+  Norm norm;                  // the distance of a pair (L2) or over the batch (L6)
+  double log_scale;           // s in (L3)
+  double eps;                 // added to the distance before the logarithm
+  Exchange exchange;          // the cross-sample term (L4), (L5)
+  Reduction reduction;        // of the entries of a layer to its loss
+};
+
+// The losses of a call: how to compute them, and where to write them.
+struct Losses {
+  Options options;
+  // shuffle: [N], the sample whose foreground is paired with background n; pooled: [K, 2]; else null
+  const int64_t* pairing;
+  int64_t num_pairs; // N or K; pooled pairs with a negative entry do not count
+  void* losses;      // [L]
+  void* slopes;      // [2, N, total_channels], gradient of each layer's loss with respect to its sums; or null
+};
+
+} // namespace fdk
+
+// Sums and slopes are [2, N, total_channels], foreground first, the layers side by side; masses are [2, N, L].
+
+namespace fdk::cpu {
+
+// Resizes a mask to the weights (M3) to (M5) of every size.
+void masks(const Masks& args, int num_threads);
+// Whether every pixel that is not ignored is in [0, 1], of integers 0 or 1. `sizes` is not read.
+bool mask_is_valid(const Masks& args, int num_threads);
+// Sums and masses (R2) and, unless `losses` is null, the losses of these.
+void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses, int num_threads);
+// Losses (L1) to (L6) and slopes (F1) of given sums. Of the layers only channels and sizes are read.
+void losses(const Pyramid& pyramid, const void* sums, const void* masses, const Losses& losses);
+// Gradients of the features (R3), for grad_sums [2, N, total_channels] times factor[l * factor_stride] of layer l, or
+// as they are where `factor` is null.
+void gradient(const Pyramid& pyramid, const void* grad_sums, const void* factor, int64_t factor_stride,
+              int num_threads);
+// Gradients of the weights (R4).
+void mask_gradient(const Pyramid& pyramid, const void* grad_sums, int num_threads);
+
+const char* instruction_set();
+
+} // namespace fdk::cpu
+
+namespace fdk::cuda {
+
+// As in fdk::cpu. All data and the pairing are in device memory; layers and sizes are in host memory.
+void masks(const Masks& args, int device, void* stream);
+void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses, void* workspace, int device,
+          void* stream);
+void losses(const Pyramid& pyramid, const void* sums, const void* masses, const Losses& losses, void* workspace,
+            int device, void* stream);
+void gradient(const Pyramid& pyramid, const void* grad_sums, const void* factor, int64_t factor_stride, int device,
+              void* stream);
+void mask_gradient(const Pyramid& pyramid, const void* grad_sums, int device, void* stream);
+
+// Bytes of scratch memory that `sums`, with or without losses, and `losses` need.
+int64_t sums_workspace(const Pyramid& pyramid, bool with_losses);
+int64_t losses_workspace(const Pyramid& pyramid);
+
+} // namespace fdk::cuda

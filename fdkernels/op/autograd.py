@@ -1,0 +1,399 @@
+"""The op under autograd: one pass over the features forward, one write of their gradient backward.
+
+- `Pass` maps features to losses, and under `tap` also to themselves.
+- `Tap` and `FromTaps` do the same in two nodes, for taps set before the mask is known. A `Tap` also returns a
+  placeholder for the region sums of its features, whose values are never read; to autograd the losses are a
+  function of the placeholders. The gradient of a placeholder is g of (R3). Once it and the upstream
+  gradient of the features have arrived, the backward of the `Tap` writes their sum in one pass.
+
+Backward is one product: forward keeps how the losses change with the sums, the slopes (F1), and the kernel
+multiplies them by the gradient of the losses (F2). What slopes cannot say (entries without reduction, masks
+that require a gradient) is computed from the sums by `reference.losses_of`; second derivatives are as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fdkernels.conventions import Options
+from fdkernels.exchange import gather_batch, reduce_batch
+from fdkernels.op import reference, registered
+from fdkernels.op.pyramid import Pyramid, Sums, Weights, accumulate_dtype, describe, select_layers, unpack
+
+__all__ = ["Call", "FromTaps", "Pass", "Tap", "TapSlot", "run_pass"]
+
+
+class Call(NamedTuple):
+    """What a call asks for, whole from the public function to the kernels.
+
+    Attributes:
+        backend: the name of an available backend.
+        pyramid: the layers.
+        options: how sums become losses, with a reduction; None for sums and masses alone.
+        group: the ranks whose samples are one batch, or None.
+        tap: whether the features are returned, too, and take the gradient of what uses them.
+    """
+
+    backend: str
+    pyramid: Pyramid
+    options: Options | None = None
+    group: dist.ProcessGroup | None = None
+    tap: bool = False
+
+
+class Pass(torch.autograd.Function):
+    """Features and weights to losses, sums and masses."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, weights: Weights | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Run the kernels.
+
+        Args:
+            ctx: autograd's.
+            call: what to compute.
+            weights: [N, P_l] of each layer, where they need no gradient; None where they are among `tensors`.
+            tensors: the pairing or None; the features [N, C_l, *S_l]; unless given, all `fg`, then all `bg`.
+                (The pairing is among them because torch.compile drops `ctx` from a forward without gradients
+                that has as many arguments as parameters.)
+
+        Returns:
+            losses [L] and sums [2, N, ΣC] or, without `call.options`, sums and masses [2, N, L]; under
+            `call.tap` followed by the features. A compiled graph has no sums beside losses: it would hand
+            zeros to the backward of an unused output.
+        """
+        pairing, *rest = tensors
+        num_layers = len(call.pyramid.layers)
+        features: list[Tensor] = rest[:num_layers]  # type: ignore[assignment]
+        if weights is None:
+            weights = Weights(rest[num_layers : 2 * num_layers], rest[2 * num_layers :])  # type: ignore[arg-type]
+        needs = ctx.needs_input_grad[_FIRST_FEATURE:]
+        ctx.mask_gradient = any(needs[num_layers:])
+        out = _run(call, features, weights, pairing, with_slopes=any(needs[:num_layers]))
+        ctx.keeps_sums = not torch.compiler.is_compiling()
+        derivable = ctx.keeps_sums and call.options is not None  # a second time, from the sums
+        kept = (out.sums, out.masses, pairing) if derivable else (None, None, None)
+        ctx.save_for_backward(
+            out.slopes, *kept, *weights.fg, *weights.bg, *(features if ctx.mask_gradient else ())
+        )
+        ctx.call, ctx.has_bg, ctx.num_weights = call, bool(weights.bg), len(rest) - num_layers
+        ctx.set_materialize_grads(False)
+        aliases = [layer.view_as(layer) for layer in features] if call.tap else []
+        if out.losses is None:
+            if not ctx.mask_gradient:
+                ctx.mark_non_differentiable(out.masses)
+            return out.sums, out.masses, *aliases
+        return (out.losses, out.sums, *aliases) if ctx.keeps_sums else (out.losses, *aliases)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Write the gradients of the features, and of weights that require one.
+
+        Args:
+            ctx: autograd's.
+            grad_outputs: of losses [L] and sums [2, N, ΣC], or of sums and masses [2, N, L]; then of the
+                tapped features.
+        """
+        call: Call = ctx.call
+        pyramid, num_layers = call.pyramid, len(call.pyramid.layers)
+        grad_losses = grad_sums = grad_masses = None
+        if call.options is None:
+            grad_sums, grad_masses, *upstream = grad_outputs
+        elif ctx.keeps_sums:
+            grad_losses, grad_sums, *upstream = grad_outputs
+        else:
+            grad_losses, *upstream = grad_outputs
+        slopes, sums, masses, pairing, *rest = ctx.saved_tensors
+        ends = num_layers, num_layers * (2 if ctx.has_bg else 1)
+        weights, features = Weights(rest[: ends[0]], rest[ends[0] : ends[1]]), rest[ends[1] :]
+        kept = Sums(sums, masses, None, slopes)
+        g, factor = _gradient_of_sums(ctx, kept, pairing, grad_losses, grad_sums)
+        needs = ctx.needs_input_grad[_FIRST_FEATURE:]
+        grads: list[Tensor | None] = [None] * num_layers
+        wanted = [index for index in range(num_layers) if needs[index]]
+        if g is None:
+            grads = upstream or grads
+        elif wanted:
+            written = registered.gradient(
+                select_layers(g, pyramid, wanted),
+                factor[wanted] if factor is not None and len(wanted) < num_layers else factor,
+                weights.select(wanted),
+                [upstream[index] for index in wanted] if upstream else [],
+                pyramid.select(wanted),
+                call.backend,
+            )
+            for index, grad in zip(wanted, written, strict=True):
+                grads[index] = grad
+        of_weights: Sequence[Tensor | None] = [None] * ctx.num_weights
+        if ctx.mask_gradient:
+            of_weights = _gradient_of_weights(ctx, g, grad_masses, weights, features)
+        return (*[None] * _FIRST_FEATURE, *grads, *of_weights)
+
+
+# Where the features begin among the arguments of `Pass.forward`.
+_FIRST_FEATURE = 3
+
+
+def run_pass(
+    call: Call, features: Sequence[Tensor], weights: Weights, pairing: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Apply `Pass` to features [N, C_l, *S_l] and weights [N, P_l], and return what it returns."""
+    # A compiler has to see every tensor, autograd those that need a gradient; elsewhere each costs time.
+    outputs: tuple[Tensor, ...]
+    if torch.compiler.is_compiling() or weights.fg[0].requires_grad:
+        outputs = Pass.apply(call, None, pairing, *features, *weights.fg, *weights.bg)
+    else:
+        outputs = Pass.apply(call, weights, pairing, *features)
+    return outputs
+
+
+def _run(
+    call: Call, features: Sequence[Tensor], weights: Weights, pairing: Tensor | None, with_slopes: bool
+) -> Sums:
+    """The forward of a call. Over a group, losses and slopes [2, R·N, ΣC] are those of all ranks' samples."""
+    if call.options is None or call.group is None:
+        return registered.sums(
+            features, weights, call.pyramid, call.options, pairing, with_slopes, call.backend
+        )
+    own = registered.sums(features, weights, call.pyramid, None, None, False, call.backend)
+    gathered = gather_batch(own.sums, call.group), gather_batch(own.masses, call.group)
+    losses, slopes = registered.losses(*gathered, call.pyramid, call.options, pairing, call.backend)
+    return Sums(own.sums, own.masses, losses, slopes)
+
+
+def _gradient_of_sums(
+    ctx: Any, kept: Sums, pairing: Tensor | None, grad_losses: Tensor | None, grad_sums: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """G of (R3) as `gradient` takes it: [2, N, ΣC], and the factor [L] of each layer or None for 1."""
+    call: Call = ctx.call
+    if grad_losses is None or call.options is None:
+        return grad_sums, None
+    if torch.is_grad_enabled() and ctx.keeps_sums:
+        g = _differentiable_slopes(ctx, call.options, kept, pairing, grad_losses)
+    elif call.group is None and grad_sums is None:
+        return kept.slopes, grad_losses
+    else:
+        assert kept.slopes is not None
+        g = kept.slopes * registered.expand_factor(grad_losses, call.pyramid)
+        if call.group is not None:
+            g = reduce_batch(g, call.group)
+    return g if grad_sums is None else g + grad_sums, None
+
+
+def _differentiable_slopes(
+    ctx: Any, options: Options, kept: Sums, pairing: Tensor | None, grad_losses: Tensor
+) -> Tensor:
+    """∂(Σ_l G_l·L_l)/∂S [2, N, ΣC] as a function of the sums and of G = grad_losses, in float64."""
+    call: Call = ctx.call
+    with torch.enable_grad():
+        # An alias, so that the inner derivative ends at it and not at what made the sums.
+        S = kept.sums.view_as(kept.sums) if kept.sums.requires_grad else kept.sums.detach().requires_grad_()
+        sums, masses = reference.wide(S), reference.wide(kept.masses)
+        if call.group is not None:
+            sums, masses = gather_batch(sums, call.group), gather_batch(masses, call.group)
+        losses = reference.losses_of(sums, masses, call.pyramid, options, pairing)
+        (g,) = torch.autograd.grad(losses, S, grad_losses.to(losses.dtype), create_graph=True)
+    slopes: Tensor = g
+    return slopes
+
+
+def _gradient_of_weights(
+    ctx: Any, g: Tensor | None, grad_masses: Tensor | None, weights: Weights, features: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """(R4) for weights that require a gradient: all `fg`, then all `bg`, [N, P_l] each."""
+    grads: list[list[Tensor | None]] = [[None] * len(weights.fg), [None] * len(weights.bg)]
+    if g is not None:
+        grads = [list(of_all) for of_all in registered.mask_gradient(g, weights, features, ctx.call.backend)]
+    if grad_masses is not None:
+        of_fg, of_bg = grad_masses  # [N, L] each
+        if not weights.bg:
+            of_fg = of_fg - of_bg  # M_bg is the sum of 1 - fg
+        for of_all, of_masses in zip(grads, (of_fg, of_bg), strict=True):
+            for index, grad in enumerate(of_all):
+                column = of_masses[:, index, None]  # [N, 1]
+                of_all[index] = column.expand(weights.fg[index].shape) if grad is None else grad + column
+    return grads[0] + grads[1]
+
+
+class TapSlot:
+    """What the backward of `FromTaps` leaves for the backward of one `Tap`.
+
+    Attributes:
+        weights: those of the layer.
+        factor: [1], by which g is multiplied, or None.
+        backend: the name of the backend.
+    """
+
+    weights: Weights
+    factor: Tensor | None
+    backend: str
+
+
+class Tap(torch.autograd.Function):
+    """Features to themselves and a placeholder for their region sums."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, slot: TapSlot) -> tuple[Tensor, Tensor]:
+        """Return the features [N, C, *S] and an unwritten placeholder [2, N, C]."""
+        ctx.slot, ctx.pyramid = slot, describe([features])
+        ctx.set_materialize_grads(False)
+        placeholder = features.new_empty((2, *features.shape[:2]), dtype=accumulate_dtype([features]))
+        return features.view_as(features), placeholder
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, None]:
+        """Write the gradient (R3) for g [2, N, C], plus the upstream one [N, C, *S], in one pass."""
+        if g is None:
+            return upstream, None
+        slot: TapSlot = ctx.slot
+        factor = None if slot.factor is None else slot.factor.to(g.dtype)
+        added = [] if upstream is None else [upstream]
+        (grad,) = registered.gradient(g, factor, slot.weights, added, ctx.pyramid, slot.backend)
+        return grad, None
+
+
+class FromTaps(torch.autograd.Function):
+    """Placeholders of tapped layers to losses, sums and masses; the features are read, unseen by autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        features: Sequence[Tensor],
+        weights: Weights,
+        pairing: Tensor | None,
+        slots: Sequence[TapSlot | None],
+        *placeholders: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the kernels.
+
+        Args:
+            ctx: autograd's.
+            call: what to compute.
+            features: [N, C_l, *S_l], as each `Tap` returned them.
+            weights: [N, P_l] of each layer; they get no gradient.
+            pairing: as for `Kernels.sums`.
+            slots: that of each `Tap`; None for a layer that needs no gradient.
+            placeholders: [2, N, C_l] from each `Tap`, likewise.
+
+        Returns:
+            losses [L] and sums [2, N, ΣC] or, without `call.options`, sums and masses [2, N, L].
+        """
+        out = _run(call, features, weights, pairing, with_slopes=True)
+        # Saved and not only referred to, so that autograd notices a mask that was modified in place.
+        ctx.save_for_backward(out.slopes, out.sums, out.masses, pairing, *weights.fg, *weights.bg)
+        ctx.call, ctx.slots, ctx.keeps_sums = call, slots, True
+        ctx.set_materialize_grads(False)
+        if out.losses is None:
+            ctx.mark_non_differentiable(out.masses)
+            return out.sums, out.masses
+        return out.losses, out.sums
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Hand g of (R3) to each tap: through its placeholder, and its factor and weights through its slot.
+
+        Args:
+            ctx: autograd's.
+            first, second: of losses [L] and sums [2, N, ΣC], or of sums and masses [2, N, L].
+        """
+        call: Call = ctx.call
+        grad_losses, grad_sums = (None, first) if call.options is None else (first, second)
+        slopes, sums, masses, pairing, *rest = ctx.saved_tensors
+        weights = Weights(rest[: len(ctx.slots)], rest[len(ctx.slots) :])
+        kept = Sums(sums, masses, None, slopes)
+        g, factor = _gradient_of_sums(ctx, kept, pairing, grad_losses, grad_sums)
+        for index, slot in enumerate(ctx.slots):
+            if slot is not None:
+                slot.weights, slot.backend = weights.select([index]), call.backend
+                slot.factor = None if factor is None else factor[index : index + 1]
+        parts: Sequence[Tensor | None] = [None] * len(ctx.slots)
+        if g is not None:
+            parts = g.split(call.pyramid.channels, dim=-1)
+        chosen = (None if slot is None else part for slot, part in zip(ctx.slots, parts, strict=True))
+        return (None, None, None, None, None, *chosen)
+
+
+def _sum_again(features: Sequence[Tensor], weights: Weights, backend: str) -> Tensor:
+    """(R2) of cotangents, [2, N, ΣC]; differentiable with respect to both."""
+    call = Call(backend, describe(features))
+    sums: Tensor = Pass.apply(call, None, None, *features, *weights.fg, *weights.bg)[0]
+    return sums
+
+
+def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_sums, factor, fg, bg, _, upstream_layers, pyramid, backend = inputs
+    ctx.save_for_backward(grad_sums, factor, *fg, *bg)
+    ctx.pyramid, ctx.backend = unpack(pyramid), backend
+    ctx.upstream_layers = list(upstream_layers)
+    # torch takes an empty list of integers for one of tensors, whose gradient is a list.
+    ctx.grad_of_integers = None if ctx.upstream_layers else []
+
+
+def _gradient_backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """(R5) of `gradient`, which is linear in g = grad_sums·factor, in the weights and in `upstream`."""
+    grad_sums, factor, *rest = ctx.saved_tensors
+    pyramid: Pyramid = ctx.pyramid
+    num_layers = len(pyramid.layers)
+    weights = Weights(rest[:num_layers], rest[num_layers:])
+    u = [
+        torch.zeros(layer.shape, dtype=layer.dtype, device=grad_sums.device) if given is None else given
+        for given, layer in zip(cotangents, pyramid.layers, strict=True)
+    ]
+    of_g = _sum_again(u, weights, ctx.backend)  # [2, N, ΣC]
+    g, of_factor = grad_sums, None
+    if factor is not None:
+        parts = (of_g * grad_sums).split(pyramid.channels, dim=-1)
+        of_factor = torch.stack([part.sum() for part in parts])
+        g = grad_sums * registered.expand_factor(factor, pyramid)
+        of_g = of_g * registered.expand_factor(factor, pyramid)
+    of_weights = Weights([None] * len(weights.fg), [None] * len(weights.bg))  # type: ignore[list-item]
+    if any(weight.requires_grad for weight in rest):
+        of_weights = registered.mask_gradient(g, weights, u, ctx.backend)
+    of_upstream = [cotangents[layer] for layer in ctx.upstream_layers]
+    return of_g, of_factor, *map(list, of_weights), of_upstream, ctx.grad_of_integers, None, None
+
+
+def _mask_gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_sums, fg, bg, features, backend = inputs
+    ctx.save_for_backward(grad_sums, *fg, *bg, *features)
+    ctx.num_layers, ctx.has_bg, ctx.backend = len(fg), bool(bg), backend
+
+
+def _mask_gradient_backward(
+    ctx: Any, of_fg: Sequence[Tensor | None], of_bg: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """(R5) of `mask_gradient`, which is linear in g and in the features; the weights only select pixels."""
+    grad_sums, *rest = ctx.saved_tensors
+    num_layers = ctx.num_layers
+    fg, features = rest[:num_layers], rest[-num_layers:]
+    bg = rest[num_layers:-num_layers]
+    r_fg = _materialized(of_fg, fg, grad_sums.dtype)
+    if bg:
+        r_bg = _materialized(of_bg, fg, grad_sums.dtype)
+        valid = [(w_fg != 0) | (w_bg != 0) for w_fg, w_bg in zip(fg, bg, strict=True)]
+        r_fg = [torch.where(v, r, 0) for v, r in zip(valid, r_fg, strict=True)]
+        r_bg = [torch.where(v, r, 0) for v, r in zip(valid, r_bg, strict=True)]
+    else:
+        r_bg = [-r for r in r_fg]  # with the background implied, fg stands for both: ∂/∂fg is a difference
+    r = Weights([each.contiguous() for each in r_fg], [each.contiguous() for each in r_bg])
+    of_g = _sum_again(features, r, ctx.backend)
+    of_features = registered.gradient(grad_sums, None, r, [], describe(features), ctx.backend)
+    return of_g, [None] * len(fg), [None] * len(bg), of_features, None
+
+
+def _materialized(grads: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [
+        torch.zeros_like(weight, dtype=dtype) if grad is None else grad
+        for grad, weight in zip(grads or [None] * len(like), like, strict=True)
+    ]
+
+
+torch.library.register_autograd("fdkernels::gradient", _gradient_backward, setup_context=_gradient_setup)
+torch.library.register_autograd(
+    "fdkernels::mask_gradient", _mask_gradient_backward, setup_context=_mask_gradient_setup
+)

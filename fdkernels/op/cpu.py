@@ -1,0 +1,132 @@
+"""Backend `cpu`: the C++ kernels of csrc/cpu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fdkernels import _C
+from fdkernels.conventions import Options
+from fdkernels.op import packing
+from fdkernels.op.pyramid import Pyramid, Sums, Weights, describe
+
+__all__ = ["gradient", "losses", "mask_gradient", "mask_is_valid", "masks", "sums"]
+
+
+def masks(
+    mask: Tensor,
+    sizes: Sequence[torch.Size],
+    dtype: torch.dtype,
+    mask_resize: str,
+    ignore_index: float | None,
+) -> Weights:
+    """Resize a mask [N, 1, *S0] to the weights (M3) to (M5) [N, P] of each size."""
+    mask = packing.readable(mask, dtype)
+    weights, words = packing.empty_weights(mask, sizes, dtype, mask_resize, ignore_index)
+    _C.cpu_masks(
+        *packing.mask_arguments(mask, ignore_index),
+        packing.MASK_RESIZES_BY_NAME[mask_resize],
+        packing.DTYPES[dtype],
+        words,
+        torch.get_num_threads(),
+    )
+    return weights
+
+
+def mask_is_valid(mask: Tensor, ignore_index: float | None) -> bool:
+    """Return whether a mask [N, 1, *S0] holds values in [0, 1] (integers: 0 and 1) besides `ignore_index`."""
+    mask = packing.readable(mask, torch.float32)
+    return _C.cpu_mask_is_valid(*packing.mask_arguments(mask, ignore_index), torch.get_num_threads())
+
+
+def sums(
+    features: Sequence[Tensor],
+    weights: Weights,
+    pyramid: Pyramid,
+    options: Options | None,
+    pairing: Tensor | None,
+    with_slopes: bool,
+) -> Sums:
+    """Sum the layers [N, C_l, *S_l] of a pyramid by (R2), and make losses (L1) to (L6) of the sums."""
+    out = packing.empty_sums(features, pyramid, options, with_slopes)
+    pairing, pairing_pointer, num_pairs = packing.contiguous(pairing)
+    # By position, in the order of the stub: keywords would take 2 % of a small call.
+    _C.cpu_sums(
+        packing.sums_words(features, weights, pyramid),
+        out.sums.shape[1],
+        packing.DTYPES[pyramid.dtype],
+        out.sums.data_ptr(),
+        out.masses.data_ptr(),
+        None if options is None else packing.options_of(options),
+        pairing_pointer,
+        num_pairs,
+        packing.pointer(out.losses),
+        packing.pointer(out.slopes),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def losses(
+    sums: Tensor, masses: Tensor, pyramid: Pyramid, options: Options, pairing: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Make losses [L] and slopes [2, N, ΣC], (L1) to (F1), of given sums [2, N, ΣC] and masses [2, N, L]."""
+    sums, masses = sums.contiguous(), masses.contiguous()
+    losses = torch.empty(len(pyramid.layers), dtype=sums.dtype, device=sums.device)
+    slopes = torch.empty_like(sums)
+    pairing, pairing_pointer, num_pairs = packing.contiguous(pairing)
+    _C.cpu_losses(
+        layers=packing.gradients_words(pyramid),
+        batch=sums.shape[1],
+        accumulate=packing.DTYPES[sums.dtype],
+        sums=sums.data_ptr(),
+        masses=masses.data_ptr(),
+        options=packing.options_of(options),
+        pairing=pairing_pointer,
+        num_pairs=num_pairs,
+        losses=losses.data_ptr(),
+        slopes=slopes.data_ptr(),
+    )
+    return losses, slopes
+
+
+def gradient(
+    grad_sums: Tensor,
+    factor: Tensor | None,
+    weights: Weights,
+    upstream: Sequence[Tensor | None],
+    pyramid: Pyramid,
+) -> list[Tensor]:
+    """Write the gradient (R3) of each layer for g = grad_sums [2, N, ΣC] times its factor of [L].
+
+    A factor expanded from one number is read as it is.
+    """
+    grad_sums, device = grad_sums.contiguous(), grad_sums.device
+    grads = packing.empty_gradients(pyramid.layers, device)
+    upstream = packing.same_dtype(upstream, pyramid.layers)
+    _C.cpu_gradient(  # by position, as `sums`
+        packing.gradient_words(grads, weights, upstream, pyramid),
+        grad_sums.shape[1],
+        packing.DTYPES[grad_sums.dtype],
+        grad_sums.data_ptr(),
+        packing.pointer(factor),
+        0 if factor is None else factor.stride(0),
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor]) -> Weights:
+    """Write the gradients (R4) of the weights, [N, P_l] in the dtype of `grad_sums` [2, N, ΣC]."""
+    grad_sums = grad_sums.contiguous()
+    grads = packing.empty_weight_gradients(weights, grad_sums.dtype)
+    _C.cpu_mask_gradient(
+        layers=packing.mask_gradient_words(features, weights, grads, describe(features)),
+        batch=grad_sums.shape[1],
+        accumulate=packing.DTYPES[grad_sums.dtype],
+        grad_sums=grad_sums.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return grads

@@ -1,0 +1,115 @@
+"""The five functions that a backend consists of, and the modules that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fdkernels.conventions import Options
+from fdkernels.op.pyramid import Pyramid, Sums, Weights
+
+__all__ = ["Kernels", "kernels_of"]
+
+
+class Kernels(Protocol):
+    """A backend of the op. README.md beside this file derives what each function computes.
+
+    No function differentiates or checks its arguments; `fdkernels.op.registered` and `fdkernels.checks` do.
+    """
+
+    def masks(
+        self,
+        mask: Tensor,
+        sizes: Sequence[torch.Size],
+        dtype: torch.dtype,
+        mask_resize: str,
+        ignore_index: float | None,
+    ) -> Weights:
+        """Resize a mask [N, 1, *S0] to the weights (M3) to (M5) [N, P] of each size, in one launch.
+
+        `dtype` is the accumulation dtype. The weights have no `bg` without `ignore_index`.
+        """
+
+    def sums(
+        self,
+        features: Sequence[Tensor],
+        weights: Weights,
+        pyramid: Pyramid,
+        options: Options | None,
+        pairing: Tensor | None,
+        with_slopes: bool,
+    ) -> Sums:
+        """Sum the layers [N, C_l, *S_l] of a pyramid by (R2), and make losses (L1) to (L6) of the sums.
+
+        Without `options` there are sums and masses alone. `options.reduction` is `"mean"` or `"sum"`. The
+        pairing is int64, [N] for shuffle, [K, 2] for pooled (rows with a negative entry do not count), or
+        None.
+        """
+
+    def losses(
+        self, sums: Tensor, masses: Tensor, pyramid: Pyramid, options: Options, pairing: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Make losses [L] and slopes (F1) [2, N, ΣC] of given sums [2, N, ΣC] and masses [2, N, L].
+
+        For sums gathered from several ranks, whose batch is not that of the pyramid.
+        """
+
+    def gradient(
+        self,
+        grad_sums: Tensor,
+        factor: Tensor | None,
+        weights: Weights,
+        upstream: Sequence[Tensor | None],
+        pyramid: Pyramid,
+    ) -> list[Tensor]:
+        """Write the gradient (R3) of each layer for g = grad_sums [2, N, ΣC] times its factor of [L].
+
+        The gradient in `upstream`, where a layer has one, is added; it may have any strides. An empty list
+        means that no layer has one.
+        """
+
+    def mask_gradient(self, grad_sums: Tensor, weights: Weights, features: Sequence[Tensor]) -> Weights:
+        """Write the gradients (R4) of the weights, [N, P] in the dtype of `grad_sums` [2, N, ΣC]."""
+
+
+def kernels_of(backend: str) -> Kernels:
+    """The module of a backend, imported at its first use: Triton decides then whether it interprets."""
+    if backend not in _kernels:
+        _kernels[backend] = _IMPORTS[backend]()
+    return _kernels[backend]
+
+
+def _import_reference() -> Kernels:
+    from fdkernels.op import reference
+
+    return reference
+
+
+def _import_cpu() -> Kernels:
+    from fdkernels.op import cpu
+
+    return cpu
+
+
+def _import_cuda() -> Kernels:
+    from fdkernels.op import cuda
+
+    return cuda
+
+
+def _import_triton() -> Kernels:
+    from fdkernels.op import triton
+
+    return triton
+
+
+_IMPORTS = {
+    "reference": _import_reference,
+    "cpu": _import_cpu,
+    "cuda": _import_cuda,
+    "triton": _import_triton,
+}
+_kernels: dict[str, Kernels] = {}

@@ -1,0 +1,290 @@
+"""Packs pointers, sizes and strides into the integers that fdkernels._C takes.
+
+Every code and every offset is read from `_C`, so that it stands once, in csrc/op.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkernels import _C
+from fdkernels.conventions import EXCHANGES, MASK_RESIZES, NORMS, REDUCTIONS, REGION_WEIGHTS, Options
+from fdkernels.op.pyramid import Layer, Pyramid, Sums, Weights, weight_dtype
+
+__all__ = [
+    "DTYPES",
+    "MASK_RESIZES_BY_NAME",
+    "contiguous",
+    "empty_gradients",
+    "empty_sums",
+    "empty_weight_gradients",
+    "empty_weights",
+    "gradient_words",
+    "gradients_words",
+    "mask_arguments",
+    "mask_gradient_words",
+    "options_of",
+    "pointer",
+    "readable",
+    "same_dtype",
+    "sums_words",
+]
+
+
+def _check_names() -> None:
+    for enum, names in (
+        ("RegionWeight", REGION_WEIGHTS),
+        ("Norm", NORMS),
+        ("Exchange", EXCHANGES),
+        ("Reduction", [name for name in REDUCTIONS if name != "none"]),
+        ("MaskResize", MASK_RESIZES),
+    ):
+        compiled = getattr(getattr(_C, enum, None), "__members__", {})
+        if set(compiled) != set(names):
+            raise ImportError(
+                "the compiled module fdkernels._C is of another version than the Python files beside it "
+                f"({enum} has {', '.join(compiled) or 'no names'}, expected {', '.join(names)}); "
+                "reinstall fdkernels"
+            )
+
+
+_check_names()
+
+# Codes by torch's dtypes and by the names of fdkernels/conventions.py.
+DTYPES = {getattr(torch, name): code for name, code in _C.DType.__members__.items()}
+MASK_RESIZES_BY_NAME = dict(_C.MaskResize.__members__)
+_MASK_DTYPES = {**DTYPES, torch.bool: _C.DType.uint8}
+_WORD_OF_DTYPE = {dtype: int(code) for dtype, code in DTYPES.items()}
+
+# Offsets of the words of a `Layer` and of a `MaskSize`, and their number.
+_LAYER, _LAYER_WORDS = _C.layer_fields, _C.layer_words
+_FEATURES, _FG, _BG, _MASK_DTYPE = (_LAYER[field] for field in ("features", "fg", "bg", "mask_dtype"))
+_GRAD_FG, _GRAD_BG = _LAYER["grad_fg"], _LAYER["grad_bg"]
+_SIZE, _SIZE_WORDS = _C.mask_size_fields, _C.mask_size_words
+_SIZE_FG, _SIZE_BG = _SIZE["fg"], _SIZE["bg"]
+
+
+@lru_cache(maxsize=64)
+def options_of(options: Options) -> _C.Options:
+    """Translate options whose reduction is `"mean"` or `"sum"`."""
+    return _C.Options(
+        region_weight=_C.RegionWeight.__members__[options.region_weight],
+        masked_background=options.masked_background,
+        norm=_C.Norm.__members__[options.norm],
+        log_scale=options.log_scale,
+        eps=options.eps,
+        exchange=_C.Exchange.__members__[options.exchange],
+        reduction=_C.Reduction.__members__[options.reduction],
+    )
+
+
+@lru_cache(maxsize=64)
+def features_words(pyramid: Pyramid) -> list[int]:
+    """A `Layer` of csrc/op.h for each layer, concatenated, with 0 for what a call fills in; copy it first."""
+    return _layer_words(
+        [
+            (layer.shape, stride, layer.dtype)
+            for layer, stride in zip(pyramid.layers, pyramid.strides, strict=True)
+        ]
+    )
+
+
+@lru_cache(maxsize=64)
+def gradients_words(pyramid: Pyramid) -> list[int]:
+    """The same with the strides of the gradients."""
+    return _layer_words(pyramid.layers)
+
+
+def _layer_words(layers: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]) -> list[int]:
+    words = [0] * (_LAYER_WORDS * len(layers))
+    for index, (shape, stride, dtype) in enumerate(layers):
+        start = index * _LAYER_WORDS
+        words[start + _LAYER["dtype"]] = _WORD_OF_DTYPE[dtype]
+        words[start + _LAYER["channels"]] = shape[1]
+        _put_extents(words, start + _LAYER["size"], shape[2:], missing=1)
+        _put_strides(words, start, "", stride)
+    return words
+
+
+def _put_extents(words: list[int], start: int, values: Sequence[int], missing: int) -> None:
+    """Write d0, d1, d2; missing dimensions come first."""
+    words[start : start + 3] = [missing] * (3 - len(values)) + list(values)
+
+
+def _put_strides(words: list[int], start: int, prefix: str, stride: Sequence[int]) -> None:
+    words[start + _LAYER[f"{prefix}stride_n"]] = stride[0]
+    words[start + _LAYER[f"{prefix}stride_c"]] = stride[1]
+    _put_extents(words, start + _LAYER[f"{prefix}stride"], stride[2:], missing=0)
+
+
+def sums_words(features: Sequence[Tensor], weights: Weights, pyramid: Pyramid) -> list[int]:
+    """Pack layers that are read, [N, C_l, *S_l], with their weights [N, P_l]."""
+    return _with_pointers(features_words(pyramid), features, weights)
+
+
+def _with_pointers(words: list[int], features: Sequence[Tensor], weights: Weights) -> list[int]:
+    words = words.copy()
+    words[_FEATURES::_LAYER_WORDS] = [layer.data_ptr() for layer in features]
+    words[_FG::_LAYER_WORDS] = [weight.data_ptr() for weight in weights.fg]
+    if weights.bg:
+        words[_BG::_LAYER_WORDS] = [weight.data_ptr() for weight in weights.bg]
+    words[_MASK_DTYPE::_LAYER_WORDS] = [_WORD_OF_DTYPE[weight.dtype] for weight in weights.fg]
+    return words
+
+
+def gradient_words(
+    grads: Sequence[Tensor], weights: Weights, upstream: Sequence[Tensor | None], pyramid: Pyramid
+) -> list[int]:
+    """Pack gradients that are written, [N, C_l, *S_l], and the upstream ones, of the same dtypes."""
+    words = _with_pointers(gradients_words(pyramid), grads, weights)
+    for index, added in enumerate(upstream):
+        if added is not None:
+            start = index * _LAYER_WORDS
+            words[start + _LAYER["upstream"]] = added.data_ptr()
+            _put_strides(words, start, "upstream_", added.stride())
+    return words
+
+
+def mask_gradient_words(
+    features: Sequence[Tensor], weights: Weights, grads: Weights, pyramid: Pyramid
+) -> list[int]:
+    """Pack layers that are read, [N, C_l, *S_l], and gradients of weights that are written, [N, P_l]."""
+    words = sums_words(features, weights, pyramid)
+    words[_GRAD_FG::_LAYER_WORDS] = [grad.data_ptr() for grad in grads.fg]
+    if grads.bg:
+        words[_GRAD_BG::_LAYER_WORDS] = [grad.data_ptr() for grad in grads.bg]
+    return words
+
+
+def empty_sums(
+    features: Sequence[Tensor], pyramid: Pyramid, options: Options | None, with_slopes: bool
+) -> Sums:
+    """Allocate sums [2, N, ΣC] and masses [2, N, L], and with options losses [L] and slopes [2, N, ΣC]."""
+    batch, num_layers, dtype, device = len(features[0]), len(features), pyramid.dtype, features[0].device
+    sums = torch.empty((2, batch, pyramid.total_channels), dtype=dtype, device=device)
+    masses = torch.empty((2, batch, num_layers), dtype=dtype, device=device)
+    if options is None:
+        return Sums(sums, masses, None, None)
+    losses = torch.empty(num_layers, dtype=dtype, device=device)
+    return Sums(sums, masses, losses, torch.empty_like(sums) if with_slopes else None)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a tensor of any shape, or 0."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty_gradients(layers: Sequence[Layer], device: torch.device) -> list[Tensor]:
+    """Allocate the gradients [N, C_l, *S_l] of layers."""
+    return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in layers]
+
+
+def empty_weight_gradients(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Allocate gradients [N, P_l] of weights."""
+    fg, bg = ([torch.empty_like(weight, dtype=dtype) for weight in kind] for kind in (weights.fg, weights.bg))
+    return Weights(fg, bg)
+
+
+def same_dtype(upstream: Sequence[Tensor | None], layers: Sequence[Layer]) -> list[Tensor | None]:
+    """Cast each upstream gradient [N, C_l, *S_l] to its layer's dtype, as the kernels require."""
+    return [
+        None if added is None else added.to(layer.dtype)
+        for added, layer in zip(upstream, layers, strict=False)
+    ]
+
+
+def contiguous(pairing: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Return the pairing [N] or [K, 2] as kernels read it, its address and the number of its pairs.
+
+    The tensor must outlive the call.
+    """
+    if pairing is None:
+        return None, 0, 0
+    pairing = pairing.contiguous()
+    return pairing, pairing.data_ptr(), pairing.shape[0]
+
+
+def readable(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a mask [N, 1, *S0] of an 8-bit floating-point dtype, which no kernel reads, to `dtype`."""
+    return mask if mask.dtype in _MASK_DTYPES else mask.to(dtype)
+
+
+def mask_arguments(
+    mask: Tensor, ignore_index: float | None
+) -> tuple[int, _C.DType, int, list[int], int, list[int], bool, float, int]:
+    """The arguments from `mask` to `ignore_number` of the stub, for a mask [N, 1, *S0]."""
+    shape, stride = mask.shape, mask.stride()
+    missing = 5 - len(shape)
+    value, number = 0.0, 0
+    if ignore_index is not None and mask.dtype.is_floating_point:
+        value = _rounded(ignore_index, mask.dtype)
+    elif ignore_index is not None:
+        number = int(ignore_index)
+    return (
+        mask.data_ptr(),
+        _MASK_DTYPES[mask.dtype],
+        shape[0],
+        [*[1] * missing, *shape[2:]],
+        stride[0],
+        [*[0] * missing, *stride[2:]],
+        ignore_index is not None,
+        value,
+        number,
+    )
+
+
+@lru_cache(maxsize=32)
+def _rounded(ignore_index: float, dtype: torch.dtype) -> float:
+    """Round a value as torch does where it compares it with a mask of that dtype."""
+    return float(torch.tensor(ignore_index, dtype=dtype, device="cpu").item())
+
+
+def empty_weights(
+    mask: Tensor,
+    sizes: Sequence[torch.Size],
+    dtype: torch.dtype,
+    mask_resize: str,
+    ignore_index: float | None,
+) -> tuple[Weights, list[int]]:
+    """Allocate the weights of a mask [N, 1, *S0] at `sizes`, and pack them."""
+    batch, device = mask.shape[0], mask.device
+    table = _size_table(tuple(sizes), mask.shape[2:], mask.dtype, dtype, mask_resize)
+    words = table.words.copy()
+    fg = [torch.empty((batch, pixels), dtype=stored, device=device) for pixels, stored in table.weights]
+    words[_SIZE_FG::_SIZE_WORDS] = [weight.data_ptr() for weight in fg]
+    if ignore_index is None:
+        return Weights(fg, []), words
+    bg = [torch.empty((batch, pixels), dtype=stored, device=device) for pixels, stored in table.weights]
+    words[_SIZE_BG::_SIZE_WORDS] = [weight.data_ptr() for weight in bg]
+    return Weights(fg, bg), words
+
+
+class _SizeTable(NamedTuple):
+    """A `MaskSize` of csrc/op.h for each size with 0 for its pointers, and P and the dtype of its weights."""
+
+    words: list[int]
+    weights: list[tuple[int, torch.dtype]]
+
+
+@lru_cache(maxsize=64)
+def _size_table(
+    sizes: tuple[torch.Size, ...],
+    full: torch.Size,
+    mask_dtype: torch.dtype,
+    dtype: torch.dtype,
+    mask_resize: str,
+) -> _SizeTable:
+    words = [0] * (_SIZE_WORDS * len(sizes))
+    weights = []
+    for index, size in enumerate(sizes):
+        stored = weight_dtype(mask_dtype, size == full, dtype, mask_resize)
+        start = index * _SIZE_WORDS
+        _put_extents(words, start + _SIZE["size"], size, missing=1)
+        words[start + _SIZE["dtype"]] = _WORD_OF_DTYPE[stored]
+        weights.append((size.numel(), stored))
+    return _SizeTable(words, weights)

@@ -1,0 +1,109 @@
+"""The second pass over partial sums, in float64 and the order of the tiles, for backend `triton`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fdkernels.op.triton.launch import chunks, entry_of_layer, per_layer_table, power_of_2
+
+__all__ = ["Partials", "add_partials", "plan_second_pass", "second_pass_kernel"]
+
+# Partial sums that the second pass takes at once: so many tiles, and at most so many in all.
+_REDUCE_TILES = (8, 32, 128)
+_REDUCE_BLOCK = 8192
+
+Tables = tuple[tuple[int, ...], ...]
+
+
+@triton.jit
+def add_partials(
+    partial_ptr, sums_ptr, masses_ptr, row, N, L, total_channels, C, tiles,
+    BLOCK_T: tl.constexpr, BLOCK_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """The second pass for one region and sample (a row) of one layer, in float64 and the order of tiles.
+
+    The pointers point to the layer: its partial sums, its first channel, its column of masses.
+    """
+    step = 2 * N.to(tl.int64) * (C + 1)
+    row_ptr = partial_ptr + row * (C + 1)
+    for start in range(0, C, BLOCK_COLUMN):
+        column = start + tl.arange(0, BLOCK_COLUMN)
+        total = tl.zeros([BLOCK_T, BLOCK_COLUMN], tl.float64)
+        for first in range(0, tiles, BLOCK_T):
+            tile = first + tl.arange(0, BLOCK_T)
+            total += tl.load(
+                row_ptr + (tile.to(tl.int64) * step)[:, None] + column[None, :],
+                mask=(tile < tiles)[:, None] & (column < C)[None, :],
+                other=0,
+            ).to(tl.float64)
+        sums = tl.sum(total, axis=0).to(sums_ptr.dtype.element_ty)
+        tl.store(sums_ptr + row * total_channels + column, sums, mask=column < C)
+    mass = tl.zeros([BLOCK_T], tl.float64)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        mass_ptr = row_ptr + tile.to(tl.int64) * step + C
+        mass += tl.load(mass_ptr, mask=tile < tiles, other=0).to(tl.float64)
+    tl.store(masses_ptr + row * L, tl.sum(mass, axis=0).to(masses_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["N", "L", "first_layer", "total_channels"])
+def second_pass_kernel(
+    partial_ptr, sums_ptr, masses_ptr, N, L, first_layer, total_channels, tables, BLOCK_SHAPES: tl.constexpr
+):
+    layers: tl.constexpr = len(tables[0])
+    layer = tl.program_id(0) % layers
+    row = (tl.program_id(0) // layers).to(tl.int64)  # region and sample
+    C, tiles, partial_start, channel_start, block_shape = entry_of_layer(tables, layer)
+    for i in tl.static_range(len(BLOCK_SHAPES)):
+        if block_shape == i:
+            add_partials(
+                partial_ptr + partial_start, sums_ptr + channel_start, masses_ptr + first_layer + layer,
+                row, N, L, total_channels, C.to(tl.int32), tiles.to(tl.int32),
+                BLOCK_SHAPES[i][0], BLOCK_SHAPES[i][1],
+            )  # fmt: skip
+
+
+class SecondPass(NamedTuple):
+    """The layout of the partial sums of all layers, and the launches that add them up."""
+
+    starts: list[int]  # of the partial sums of each layer
+    size: int
+    total_channels: int
+    launches: list[tuple[list[int], Tables, tuple[tuple[int, int], ...]]]  # layers, tables, blocks
+
+
+class Partials(NamedTuple):
+    """The partial sums of all tiles, and the outputs of the second pass."""
+
+    partial: Tensor  # for each layer [tiles, 2, N, C + 1], the mass in the last column
+    counters: Tensor  # [L] int32, zero
+    sums: Tensor  # [2, N, ΣC], to be written
+    masses: Tensor  # [2, N, L], to be written
+    second_pass: SecondPass
+
+
+@functools.lru_cache(maxsize=256)
+def plan_second_pass(channels: tuple[int, ...], tiles: tuple[int, ...], N: int) -> SecondPass:
+    """Plan the second pass over layers with these channels and tiles."""
+    sizes = [2 * N * t * (C + 1) for t, C in zip(tiles, channels, strict=True)]
+    *starts, size = itertools.accumulate(sizes, initial=0)
+    *channel_starts, total_channels = itertools.accumulate(channels, initial=0)
+    launches = []
+    for layers in chunks(range(len(channels))):
+        blocks = [_reduce_block(tiles[i], channels[i]) for i in layers]
+        block_shapes = sorted(set(blocks))
+        columns = [[column[i] for i in layers] for column in (channels, tiles, starts, channel_starts)]
+        columns.append([block_shapes.index(block) for block in blocks])
+        launches.append((layers, tuple(per_layer_table(column) for column in columns), tuple(block_shapes)))
+    return SecondPass(starts, size, total_channels, launches)
+
+
+def _reduce_block(tiles: int, channels: int) -> tuple[int, int]:
+    of_tiles = next(most for most in _REDUCE_TILES if tiles <= most or most == _REDUCE_TILES[-1])
+    return of_tiles, min(power_of_2(channels), _REDUCE_BLOCK // of_tiles)

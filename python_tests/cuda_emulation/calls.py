@@ -1,0 +1,150 @@
+"""Calls of the emulated kernels. Whatever they write was NaN before and has NaN around it, which stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cuda_emulation.build import Emulation
+from cuda_emulation.pyramids import Inputs, Outside, unwritten
+from fdkernels.conventions import Options
+from fdkernels.op.pyramid import Layer, Pyramid, Sums, Weights, describe
+
+HERE = {"device": 0, "stream": 0}
+
+
+def run_sums(
+    emulated: Emulation,
+    inputs: Inputs,
+    options: Options | None = None,
+    pairing: Tensor | None = None,
+    with_slopes: bool = True,
+) -> Sums:
+    """Sums and masses and, with options, losses and slopes."""
+    packing, dtype = emulated.packing, inputs.accumulate
+    pyramid = describe(inputs.features)
+    sums, slopes = (unwritten((2, inputs.batch, pyramid.total_channels), dtype) for _ in range(2))
+    masses = unwritten((2, inputs.batch, len(inputs.features)), dtype)
+    losses = unwritten((len(inputs.features),), dtype)
+    with_slopes = with_slopes and options is not None
+    pairing, pairing_pointer, num_pairs = packing.contiguous(pairing)
+    workspace: list[Outside] = []
+    emulated.module.cuda_sums(
+        layers=packing.sums_words(inputs.features, inputs.weights, pyramid),
+        batch=inputs.batch,
+        accumulate=packing.DTYPES[dtype],
+        sums=sums.tensor.data_ptr(),
+        masses=masses.tensor.data_ptr(),
+        options=packing.options_of(options) if options else None,
+        pairing=pairing_pointer,
+        num_pairs=num_pairs,
+        losses=losses.tensor.data_ptr(),
+        slopes=slopes.tensor.data_ptr() if with_slopes else 0,
+        allocate=_allocate_in(workspace),
+        **HERE,
+    )
+    for output in (sums, masses, losses, slopes, *workspace):
+        output.assert_untouched()
+    assert options or losses.tensor.isnan().all()
+    assert with_slopes or slopes.tensor.isnan().all()
+    return Sums(sums.tensor, masses.tensor, losses.tensor, slopes.tensor)
+
+
+def run_losses(
+    emulated: Emulation,
+    sums: Tensor,
+    masses: Tensor,
+    pyramid: Pyramid,
+    options: Options,
+    pairing: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Losses and slopes of given sums."""
+    packing = emulated.packing
+    losses, slopes = unwritten((len(pyramid.layers),), sums.dtype), unwritten(sums.shape, sums.dtype)
+    pairing, pairing_pointer, num_pairs = packing.contiguous(pairing)
+    workspace: list[Outside] = []
+    emulated.module.cuda_losses(
+        layers=packing.gradients_words(pyramid),
+        batch=sums.shape[1],
+        accumulate=packing.DTYPES[sums.dtype],
+        sums=sums.data_ptr(),
+        masses=masses.data_ptr(),
+        options=packing.options_of(options),
+        pairing=pairing_pointer,
+        num_pairs=num_pairs,
+        losses=losses.tensor.data_ptr(),
+        slopes=slopes.tensor.data_ptr(),
+        allocate=_allocate_in(workspace),
+        **HERE,
+    )
+    for output in (losses, slopes, *workspace):
+        output.assert_untouched()
+    return losses.tensor, slopes.tensor
+
+
+def run_gradient(
+    emulated: Emulation,
+    grad_sums: Tensor,
+    factor: Tensor | None,
+    inputs: Inputs,
+    upstream: Sequence[Tensor | None] = (),
+    layouts: Sequence[str] = (),
+) -> list[Tensor]:
+    """The gradients of the features, in these layouts; contiguous without any."""
+    packing = emulated.packing
+    outputs = [
+        unwritten(layer.shape, layer.dtype, layout)
+        for layer, layout in zip(
+            inputs.features, layouts or ["contiguous"] * len(inputs.features), strict=True
+        )
+    ]
+    grads = [output.tensor for output in outputs]
+    emulated.module.cuda_gradient(
+        layers=packing.gradient_words(grads, inputs.weights, upstream, _as_they_are(grads)),
+        batch=inputs.batch,
+        accumulate=packing.DTYPES[grad_sums.dtype],
+        grad_sums=grad_sums.data_ptr(),
+        factor=0 if factor is None else factor.data_ptr(),
+        factor_stride=0 if factor is None else factor.stride(0),
+        **HERE,
+    )
+    for output in outputs:
+        output.assert_untouched()
+    return grads
+
+
+def _as_they_are(grads: Sequence[Tensor]) -> Pyramid:
+    """The pyramid of gradients with any strides, which the op itself would never allocate."""
+    pyramid = describe(grads)
+    layers = tuple(Layer(tuple(grad.shape), grad.stride(), grad.dtype) for grad in grads)
+    return replace(pyramid, layers=layers)
+
+
+def run_mask_gradient(emulated: Emulation, grad_sums: Tensor, inputs: Inputs) -> Weights:
+    """The gradients of the weights."""
+    packing = emulated.packing
+    fg, bg = ([unwritten(w.shape, grad_sums.dtype) for w in kind] for kind in inputs.weights)
+    grads = Weights([output.tensor for output in fg], [output.tensor for output in bg])
+    pyramid = describe(inputs.features)
+    emulated.module.cuda_mask_gradient(
+        layers=packing.mask_gradient_words(inputs.features, inputs.weights, grads, pyramid),
+        batch=inputs.batch,
+        accumulate=packing.DTYPES[grad_sums.dtype],
+        grad_sums=grad_sums.data_ptr(),
+        **HERE,
+    )
+    for output in (*fg, *bg):
+        output.assert_untouched()
+    return grads
+
+
+def _allocate_in(workspace: list[Outside]) -> Callable[[int], int]:
+    def allocate(size: int) -> int:
+        assert size % 4 == 0
+        workspace.append(unwritten((size // 4,), torch.float32))
+        return workspace[-1].tensor.data_ptr()
+
+    return allocate
