@@ -35,8 +35,8 @@ def backends() -> dict[str, str | None]:
 class use_backend:
     """Make `backend="auto"` mean the named backend: `with fdkernels.use_backend("reference"): ...`.
 
-    The choice holds for the whole process, all threads, until the block ends; a backend that a call names
-    itself goes before it.
+    The choice holds for all threads of the process until the block ends. A call that names a backend
+    overrides it.
 
     Args:
         name: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.

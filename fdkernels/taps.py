@@ -28,22 +28,21 @@ class FeatureTaps:
             loss = segmentation_loss(logits, mask) + crit(taps.features, mask)
 
     The features are the outputs themselves, not copies, and part of the graph. The network is not changed:
-    leaving the block (or `close()`) takes the hooks away. Networks in DistributedDataParallel or
-    torch.compile are tapped by the names that they had before.
+    leaving the block (or `close()`) removes the hooks. Use the network's own submodule names, also for one
+    wrapped by DistributedDataParallel or torch.compile.
 
-    With `fused=True` and `crit(taps, mask)` (the taps themselves, not their features; likewise
-    `feature_discrepancy_loss(taps, mask)`) the numbers are the same, and backward saves two transfers of
-    every map: where the gradient of the network arrives at a tapped output, one pass reads it and writes its
-    sum with the gradient of the loss, as `fdkernels.tap` does. The first such call on a forward pass is
-    served so; further ones, calls inside torch.compile, and those with a mask that asks for a gradient take
-    the features as they are. The layer after a tapped one must not change its input in place
-    (`nn.ReLU(inplace=True)`): torch refuses it. Under torch.utils.checkpoint use `use_reentrant=False`; what
-    is recomputed in backward is not tapped anew.
+    With `fused=True` pass the taps themselves, `crit(taps, mask)` or `feature_discrepancy_loss(taps, mask)`,
+    not their features. The numbers are the same, and backward saves two transfers of each map: one pass reads
+    the upstream gradient of a tapped output and writes its sum with the loss's gradient, as `fdkernels.tap`
+    does. This serves the first such call of a forward pass; later calls, calls inside torch.compile, and calls
+    with a mask that requires a gradient use the features instead. The layer after a tapped one must not modify
+    its input in place (`nn.ReLU(inplace=True)`): torch refuses it. Under torch.utils.checkpoint set
+    `use_reentrant=False`; modules that are recomputed in backward are not recorded again.
 
     Args:
         model: any network.
-        names: submodule names as `model.named_modules()` has them, in the order that `features` keeps.
-        fused: write the gradient of the loss where that of the network arrives.
+        names: submodule names as in `model.named_modules()`; `features` keeps their order.
+        fused: add the upstream gradient in the backward pass of the loss.
 
     Attributes:
         names: the names, as a tuple.
@@ -94,7 +93,7 @@ class FeatureTaps:
             themselves.
 
         Raises:
-            RuntimeError: features were computed without the gradients that others have.
+            RuntimeError: some features were computed without gradients, others with.
         """
         outputs = [output for output in self._outputs if output is not None]
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -105,7 +104,7 @@ class FeatureTaps:
             if output.without_grad:
                 raise RuntimeError(
                     f"the features of {name!r} were computed without gradients, those of other taps with; "
-                    "under torch.utils.checkpoint use use_reentrant=False"
+                    "under torch.utils.checkpoint set use_reentrant=False"
                 )
             if output.placeholder is None and output.features.requires_grad:
                 return None
