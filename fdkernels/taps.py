@@ -31,13 +31,14 @@ class FeatureTaps:
     leaving the block (or `close()`) removes the hooks. Use the network's own submodule names, also for one
     wrapped by DistributedDataParallel or torch.compile.
 
-    With `fused=True` pass the taps themselves, `crit(taps, mask)` or `feature_discrepancy_loss(taps, mask)`,
-    not their features. The numbers are the same, and backward saves two transfers of each map: one pass reads
-    the upstream gradient of a tapped output and writes its sum with the loss's gradient, as `fdkernels.tap`
-    does. This serves the first such call of a forward pass; later calls, calls inside torch.compile, and calls
-    with a mask that requires a gradient use the features instead. The layer after a tapped one must not modify
-    its input in place (`nn.ReLU(inplace=True)`): torch refuses it. Under torch.utils.checkpoint set
-    `use_reentrant=False`; modules that are recomputed in backward are not recorded again.
+    With `fused=True` pass the taps themselves, `crit(taps, mask)` or `feature_discrepancy_loss(taps,
+    mask)`, not their features. The numbers are the same, and backward saves two transfers of each map: one
+    pass reads the upstream gradient of a tapped output and writes its sum with the loss's gradient, as
+    `fdkernels.tap` does. This serves the first such call of a forward pass; later calls, calls inside
+    torch.compile, and calls with a mask that requires a gradient use the features instead. The layer after
+    a tapped one must not modify its input in place (`nn.ReLU(inplace=True)`): torch refuses it. Under
+    torch.utils.checkpoint set `use_reentrant=False`; modules that are recomputed in backward are not
+    recorded again.
 
     Args:
         model: any network.
