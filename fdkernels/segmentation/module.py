@@ -158,6 +158,7 @@ class SegmentationModule(LightningModule):
         self._layer_losses.clear()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Compute the loss, a scalar, of a batch with "image" [N, 3, H, W] and "mask" [N, 1, H, W]."""
         if self.criterion is None:
             segmentation_loss: Tensor = self.objective(self(batch["image"]), batch["mask"], group=self._group)
             loss = segmentation_loss
