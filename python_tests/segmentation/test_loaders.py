@@ -2,22 +2,15 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import torch
 
+from fdkernels.segmentation.batches import evaluation_loader
 from fdkernels.segmentation.data import (
     DATASETS,
     default_workers,
     derive_seed,
-    evaluation_loader,
 )
-from fdkernels.segmentation.data.tnbc import find
-from tiny_data import make_tiny, write_tiny_tnbc
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    return find(write_tiny_tnbc(tmp_path_factory.mktemp("tnbc"))).samples
+from tiny_data import make_tiny
 
 
 def test_derived_seeds_differ_and_are_seeds_of_torch():
@@ -41,9 +34,3 @@ def test_workers_read_polygons_as_this_process_does(tmp_path):
     for here, there in zip(*batches, strict=True):
         assert torch.equal(here["mask"], there["mask"])
         assert 0 < here["mask"].mean() < 1
-
-
-def test_evaluation_reads_in_order_and_does_not_augment(samples):
-    loader = evaluation_loader(samples, size=None, batch_size=2, workers=0)
-    images = torch.cat([batch["image"] for batch in loader])
-    assert torch.equal(images, torch.stack([loader.dataset[i]["image"] for i in range(9)]))

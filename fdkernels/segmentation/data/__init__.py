@@ -16,7 +16,6 @@ from fdkernels.segmentation.data.dataset import SegmentationDataset
 from fdkernels.segmentation.data.loaders import (
     default_workers,
     derive_seed,
-    evaluation_loader,
 )
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 from fdkernels.segmentation.data.splits import Split, split_folds, split_samples
@@ -88,7 +87,6 @@ __all__ = [
     "Split",
     "default_workers",
     "derive_seed",
-    "evaluation_loader",
     "random_symmetry",
     "split_folds",
     "split_samples",

@@ -1,16 +1,10 @@
-"""Evaluation loader, and the seeds and worker counts of all loaders."""
+"""Seeds and worker counts of data loaders."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
-from torch.utils.data import DataLoader
-
-from fdkernels.segmentation.data.dataset import SegmentationDataset
-from fdkernels.segmentation.data.samples import SegmentationSample
 
 # For runs with fewer images, starting worker processes costs more than it saves.
 _TINY = 32
@@ -30,25 +24,4 @@ def default_workers(images: int) -> int:
     return min(cores or 1, _MOST_WORKERS)
 
 
-def evaluation_loader(
-    samples: Sequence[SegmentationSample], *, size: int | None, batch_size: int, workers: int
-) -> DataLoader[dict[str, Tensor]]:
-    """Return a loader of the samples in order, without augmentation.
-
-    Its batches are {"image": float32 [N, 3, H, W] in [0, 1], "mask": float32 [N, 1, H, W] of 0 and 1}
-    on the CPU.
-
-    Args:
-        samples: the samples to read, at least one.
-        size: side in pixels of the square that images are resized to; None keeps the size of the file.
-        batch_size: N, except that the last batch may be smaller.
-        workers: number of worker processes.
-
-    Raises:
-        ValueError: `samples` is empty or `size` is below 1; while iterating, a file cannot be read.
-    """
-    dataset = SegmentationDataset(samples, size)
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-
-
-__all__ = ["default_workers", "derive_seed", "evaluation_loader"]
+__all__ = ["default_workers", "derive_seed"]
