@@ -73,8 +73,8 @@ class Pyramid:
         """The pyramid of the layers at these indices; `dtype` stays that of the call."""
         if len(indices) == len(self.layers):
             return self
-        layers, strides = self.layers, self.strides
-        return _pyramid([layers[i] for i in indices], [strides[i] for i in indices], self.dtype)
+        select = _select if torch.compiler.is_compiling() else _selected
+        return select(self, tuple(indices))
 
 
 class Weights(NamedTuple):
@@ -139,6 +139,15 @@ def _pyramid(layers: Sequence[Layer], strides: Sequence[tuple[int, ...]], dtype:
     channels = tuple([layer.channels for layer in layers])
     pixels = tuple([layer.pixels for layer in layers])
     return Pyramid(tuple(layers), tuple(strides), channels, pixels, dtype)
+
+
+def _select(pyramid: Pyramid, indices: tuple[int, ...]) -> Pyramid:
+    layers, strides = pyramid.layers, pyramid.strides
+    return _pyramid([layers[i] for i in indices], [strides[i] for i in indices], pyramid.dtype)
+
+
+# torch.compile would trace the function and warn of its cache.
+_selected = lru_cache(maxsize=64)(_select)
 
 
 def layer_of(features: Tensor) -> Layer:

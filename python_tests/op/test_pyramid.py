@@ -109,3 +109,10 @@ ANY_OPTIONS = st.builds(
 @given(ANY_OPTIONS)
 def test_options_are_read_back_from_their_text(options: Options):
     assert Options.from_text(options.as_text()) == options
+
+
+def test_the_layers_that_train_are_described_once_for_all_steps():
+    pyramid = describe([torch.empty(2, C, 4, 4) for C in (3, 5, 7)])
+    assert pyramid.select([0, 2]) is pyramid.select([0, 2])
+    assert pyramid.select([0, 2]).channels == (3, 7)
+    assert pyramid.select([0, 1, 2]) is pyramid
