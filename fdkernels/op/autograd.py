@@ -46,6 +46,15 @@ class Call(NamedTuple):
     tap: bool = False
 
 
+class _Kept(NamedTuple):
+    """What forward saves first, for the gradient of the sums; a compiled graph keeps the slopes alone."""
+
+    slopes: Tensor  # (F1) [2, N, ΣC]
+    sums: Tensor  # [2, N, ΣC]
+    masses: Tensor  # [2, N, L]
+    pairing: Tensor | None
+
+
 class Pass(torch.autograd.Function):
     """Features and weights to losses, sums and masses."""
 
@@ -54,7 +63,6 @@ class Pass(torch.autograd.Function):
         """Run the kernels.
 
         Args:
-            ctx: autograd's.
             call: what to compute.
             weights: [N, P_l] of each layer, where they need no gradient; None where they are among `tensors`.
             tensors: the pairing or None; the features [N, C_l, *S_l]; unless given, all `fg`, then all `bg`.
@@ -94,7 +102,6 @@ class Pass(torch.autograd.Function):
         """Write the gradients of the features, and of weights that require one.
 
         Args:
-            ctx: autograd's.
             grad_outputs: of losses [L] and sums [2, N, ΣC], or of sums and masses [2, N, L]; then of the
                 tapped features.
         """
@@ -108,10 +115,10 @@ class Pass(torch.autograd.Function):
         else:
             grad_losses, *upstream = grad_outputs
         slopes, sums, masses, pairing, *rest = ctx.saved_tensors
+        kept = _Kept(slopes, sums, masses, pairing)
         ends = num_layers, num_layers * (2 if ctx.has_bg else 1)
         weights, features = Weights(rest[: ends[0]], rest[ends[0] : ends[1]]), rest[ends[1] :]
-        kept = Sums(sums, masses, None, slopes)
-        g, factor = _gradient_of_sums(ctx, kept, pairing, grad_losses, grad_sums)
+        g, factor = _gradient_of_sums(ctx, kept, grad_losses, grad_sums)
         needs = ctx.needs_input_grad[_FIRST_FEATURE:]
         grads: list[Tensor | None] = [None] * num_layers
         wanted = [index for index in range(num_layers) if needs[index]]
@@ -143,11 +150,9 @@ def run_pass(
 ) -> tuple[Tensor, ...]:
     """Apply `Pass` to features [N, C_l, *S_l] and weights [N, P_l], and return what it returns."""
     # A compiler has to see every tensor, autograd those that need a gradient; elsewhere each costs time.
-    outputs: tuple[Tensor, ...]
-    if torch.compiler.is_compiling() or weights.fg[0].requires_grad:
-        outputs = Pass.apply(call, None, pairing, *features, *weights.fg, *weights.bg)
-    else:
-        outputs = Pass.apply(call, weights, pairing, *features)
+    seen = torch.compiler.is_compiling() or weights.fg[0].requires_grad
+    given = (None, pairing, *features, *weights.fg, *weights.bg) if seen else (weights, pairing, *features)
+    outputs: tuple[Tensor, ...] = Pass.apply(call, *given)
     return outputs
 
 
@@ -166,27 +171,24 @@ def _run(
 
 
 def _gradient_of_sums(
-    ctx: Any, kept: Sums, pairing: Tensor | None, grad_losses: Tensor | None, grad_sums: Tensor | None
+    ctx: Any, kept: _Kept, grad_losses: Tensor | None, grad_sums: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """G of (R3) as `gradient` takes it: [2, N, ΣC], and the factor [L] of each layer or None for 1."""
+    """Return g of (R3) as `gradient` takes it: [2, N, ΣC], and the factor [L] of each layer or None for 1."""
     call: Call = ctx.call
     if grad_losses is None or call.options is None:
         return grad_sums, None
     if torch.is_grad_enabled() and ctx.keeps_sums:
-        g = _differentiable_slopes(ctx, call.options, kept, pairing, grad_losses)
+        g = _differentiable_slopes(ctx, call.options, kept, grad_losses)
     elif call.group is None and grad_sums is None:
         return kept.slopes, grad_losses
     else:
-        assert kept.slopes is not None
         g = kept.slopes * registered.expand_factor(grad_losses, call.pyramid)
         if call.group is not None:
             g = reduce_batch(g, call.group)
     return g if grad_sums is None else g + grad_sums, None
 
 
-def _differentiable_slopes(
-    ctx: Any, options: Options, kept: Sums, pairing: Tensor | None, grad_losses: Tensor
-) -> Tensor:
+def _differentiable_slopes(ctx: Any, options: Options, kept: _Kept, grad_losses: Tensor) -> Tensor:
     """∂(Σ_l G_l·L_l)/∂S [2, N, ΣC] as a function of the sums and of G = grad_losses, in float64."""
     call: Call = ctx.call
     with torch.enable_grad():
@@ -195,10 +197,8 @@ def _differentiable_slopes(
         sums, masses = reference.wide(S), reference.wide(kept.masses)
         if call.group is not None:
             sums, masses = gather_batch(sums, call.group), gather_batch(masses, call.group)
-        losses = reference.losses_of(sums, masses, call.pyramid, options, pairing)
-        (g,) = torch.autograd.grad(losses, S, grad_losses.to(losses.dtype), create_graph=True)
-    slopes: Tensor = g
-    return slopes
+        losses = reference.losses_of(sums, masses, call.pyramid, options, kept.pairing)
+        return torch.autograd.grad(losses, S, grad_losses.to(losses.dtype), create_graph=True)[0]
 
 
 def _gradient_of_weights(
@@ -272,7 +272,6 @@ class FromTaps(torch.autograd.Function):
         """Run the kernels.
 
         Args:
-            ctx: autograd's.
             call: what to compute.
             features: [N, C_l, *S_l], as each `Tap` returned them.
             weights: [N, P_l] of each layer; they get no gradient.
@@ -298,15 +297,14 @@ class FromTaps(torch.autograd.Function):
         """Hand g of (R3) to each tap: through its placeholder, and its factor and weights through its slot.
 
         Args:
-            ctx: autograd's.
             first, second: of losses [L] and sums [2, N, ΣC], or of sums and masses [2, N, L].
         """
         call: Call = ctx.call
         grad_losses, grad_sums = (None, first) if call.options is None else (first, second)
         slopes, sums, masses, pairing, *rest = ctx.saved_tensors
         weights = Weights(rest[: len(ctx.slots)], rest[len(ctx.slots) :])
-        kept = Sums(sums, masses, None, slopes)
-        g, factor = _gradient_of_sums(ctx, kept, pairing, grad_losses, grad_sums)
+        kept = _Kept(slopes, sums, masses, pairing)
+        g, factor = _gradient_of_sums(ctx, kept, grad_losses, grad_sums)
         for index, slot in enumerate(ctx.slots):
             if slot is not None:
                 slot.weights, slot.backend = weights.select([index]), call.backend
