@@ -29,7 +29,7 @@ from torch import Tensor
 import fdkernels
 from fdkernels.segmentation.config import PHASES
 from fdkernels.segmentation.data import DATASETS
-from fdkernels.segmentation.data.image_io import load_pair
+from fdkernels.segmentation.data.reading import load_pair
 from fdkernels.segmentation.metrics import SCORES
 from fdkernels.segmentation.prediction_masks import png_names, predicted_mask, write_errors, write_mask
 from fdkernels.segmentation.runfiles import replacing_folder, write_json

@@ -6,7 +6,7 @@ import pytest
 
 from fdkernels.segmentation.data import DATASETS, split_samples
 from fdkernels.segmentation.data.ad import find
-from fdkernels.segmentation.data.image_io import read_mask
+from fdkernels.segmentation.data.reading import read_mask
 from tiny_data import make_tiny
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from fdkernels.segmentation.data import SegmentationDataset
 from fdkernels.segmentation.data.busi import CLASSES, find
-from fdkernels.segmentation.data.image_io import load_pair, read_mask
+from fdkernels.segmentation.data.reading import load_pair, read_mask
 from real_data import FOLDER, needs
 from tiny_data import make_tiny
 

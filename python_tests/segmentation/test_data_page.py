@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import fdkernels as fdk
-from fdkernels.segmentation.data import DATASETS, image_io
+from fdkernels.segmentation.data import DATASETS, reading
 from tiny_data import make_tiny
 
-PAGE = Path(image_io.__file__).with_name("README.md")
+PAGE = Path(reading.__file__).with_name("README.md")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,6 @@ def test_the_example_runs(text, tmp_path, capsys, monkeypatch):
 def test_the_named_limits_are_those_of_the_code(text):
     from fdkernels.segmentation.data import polygons
 
-    assert f"`{image_io.LIMIT_VARIABLE}`" in text
+    assert f"`{reading.LIMIT_VARIABLE}`" in text
     assert polygons._MOST_BYTES == 64 * 2**20
-    assert image_io._GREY == 1 / 5
+    assert reading._GREY == 1 / 5

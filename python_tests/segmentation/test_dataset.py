@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
-from fdkernels.segmentation.data.image_io import load_pair
+from fdkernels.segmentation.data.reading import load_pair
 
 
 def _save(path, values):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdkernels.segmentation.data.image_io import load_pair
+from fdkernels.segmentation.data.reading import load_pair
 
 pytest.importorskip("skimage", reason="the extra demo is not installed")
 from skimage import data, draw

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from fdkernels.segmentation.data.dsb2018 import find
-from fdkernels.segmentation.data.image_io import load_pair
+from fdkernels.segmentation.data.reading import load_pair
 from real_data import FOLDER, needs
 from tiny_data import make_tiny
 

@@ -16,7 +16,7 @@ from fdkernels import __main__ as program
 from fdkernels import models
 from fdkernels.cli import app
 from fdkernels.segmentation.data import DATASETS, SegmentationDataset
-from fdkernels.segmentation.data.image_io import load_pair
+from fdkernels.segmentation.data.reading import load_pair
 from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate, evaluate_weights
 from fdkernels.segmentation.runfiles import read_json, write_json, write_weights
 from fdkernels.segmentation.saved_runs import read_run

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from fdkernels.segmentation.data import SegmentationDataset
-from fdkernels.segmentation.data.image_io import load_pair, read_mask
 from fdkernels.segmentation.data.monuseg import find, patient_of
 from fdkernels.segmentation.data.polygons import fill_polygons, read_polygons
+from fdkernels.segmentation.data.reading import load_pair, read_mask
 from real_data import FOLDER, needs
 from tiny_data import imagescope, make_tiny
 

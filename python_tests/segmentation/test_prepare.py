@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from fdkernels import __main__ as program
 from fdkernels.cli import app
 from fdkernels.segmentation.data import us_tnbc
-from fdkernels.segmentation.data.image_io import load_pair
 from fdkernels.segmentation.data.prepare import PrepareOptions, parse_crop, prepare
+from fdkernels.segmentation.data.reading import load_pair
 from fdkernels.segmentation.data.scan import natural
 from made_dicom import LESION, REGION, drawn_mask, region, screen, write_dicom
 

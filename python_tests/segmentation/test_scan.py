@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fdkernels.segmentation.data import DATASETS, SegmentationDataset
-from fdkernels.segmentation.data.image_io import read_image
+from fdkernels.segmentation.data.reading import read_image
 from fdkernels.segmentation.data.scan import natural
 from tiny_data import make_tiny
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdkernels.segmentation.data.augment import random_symmetry
-from fdkernels.segmentation.data.image_io import load_pair, read_image, read_mask
+from fdkernels.segmentation.data.reading import load_pair, read_image, read_mask
 from fdkernels.segmentation.data.samples import SegmentationSample
 
 

@@ -16,8 +16,8 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing
 from pydicom.pixels.utils import iter_pixels
 
-from fdkernels.segmentation.data.image_io import LIMIT_VARIABLE, apply_pixel_limit
 from fdkernels.segmentation.data.prepare.options import Box
+from fdkernels.segmentation.data.reading import LIMIT_VARIABLE, apply_pixel_limit
 
 # Region Spatial Format (0018,6012) and Region Data Type (0018,6014) of a B-mode image.
 _TWO_DIMENSIONAL = 1

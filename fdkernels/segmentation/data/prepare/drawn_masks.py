@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fdkernels.segmentation.data.image_io import opened
 from fdkernels.segmentation.data.prepare.options import MaskPolarity
+from fdkernels.segmentation.data.reading import opened
 
 # Fraction of a mask's border pixels that must agree for "auto" to take their value as background.
 _MAJORITY = 2 / 3

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fdkernels.segmentation.data.prepare.burned_in_text import annotation, content_box
 from fdkernels.segmentation.data.prepare.dicom import DicomFile
 from fdkernels.segmentation.data.prepare.drawn_masks import read_drawn_mask
 from fdkernels.segmentation.data.prepare.names import PairNames
 from fdkernels.segmentation.data.prepare.options import Box, PrepareOptions
 from fdkernels.segmentation.data.prepare.output import MappingRow, OutputFolder
 from fdkernels.segmentation.data.prepare.pairing import Recording, frame_name, pair
+from fdkernels.segmentation.data.prepare.screen import annotation, content_box
 
 # Maximum fraction of a lesion outside the crop: hand-drawn masks cross the image border by a few pixels.
 _LOST_LESION = 0.01

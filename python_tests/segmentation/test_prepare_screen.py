@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from fdkernels.segmentation.data.prepare.burned_in_text import annotation, content_box
+from fdkernels.segmentation.data.prepare.screen import annotation, content_box
 from made_dicom import REGION, screen, tissue
 
 CHECKOUT = Path(__file__).resolve().parents[2]

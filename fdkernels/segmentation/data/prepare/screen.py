@@ -1,4 +1,4 @@
-"""Detect the ultrasound region on a screen, and text and marks burned into it."""
+"""Find the ultrasound region on a screen, and text and marks burned into it."""
 
 from __future__ import annotations
 

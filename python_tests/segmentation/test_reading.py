@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fdkernels.segmentation.data import SegmentationSample, image_io
-from fdkernels.segmentation.data.image_io import load_pair, read_image, read_mask
+from fdkernels.segmentation.data import SegmentationSample, reading
+from fdkernels.segmentation.data.reading import load_pair, read_image, read_mask
 from tiny_data import imagescope
 
 LEFT = np.array([[True, False, False], [True, False, False]])  # the foreground of most masks here
@@ -176,17 +176,17 @@ def test_the_environment_raises_the_limit_and_lowers_it(tmp_path, monkeypatch):
     file = tmp_path / "file.png"
     Image.new("L", (30, 20)).save(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
-    monkeypatch.setenv(image_io.LIMIT_VARIABLE, "600")
-    image_io.apply_pixel_limit.cache_clear()
+    monkeypatch.setenv(reading.LIMIT_VARIABLE, "600")
+    reading.apply_pixel_limit.cache_clear()
     try:
         assert read_image(file).size == (30, 20)
-        monkeypatch.setenv(image_io.LIMIT_VARIABLE, "many")
-        image_io.apply_pixel_limit.cache_clear()
+        monkeypatch.setenv(reading.LIMIT_VARIABLE, "many")
+        reading.apply_pixel_limit.cache_clear()
         with pytest.raises(ValueError, match="must be a number of pixels, 1 or more, got 'many'"):
             read_image(file)
     finally:
         monkeypatch.undo()
-        image_io.apply_pixel_limit.cache_clear()
+        reading.apply_pixel_limit.cache_clear()
 
 
 def test_a_png_with_a_text_bomb_is_rejected(file):
