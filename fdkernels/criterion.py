@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdkernels import checks
+from fdkernels.alpha import ALPHA_RULES, AlphaWatch, Rule, bounds_of
 from fdkernels.conventions import Convention, get_convention
 from fdkernels.loss import Partners, Settings, check_features_and_mask, losses_per_layer
 from fdkernels.taps import FeatureTaps
 
-__all__ = ["ALPHA_RULES", "FeatureDiscrepancyLoss"]
+__all__ = ["FeatureDiscrepancyLoss"]
 
-ALPHA_RULES = ("ascent", "descent", "clipped", "ramp")
+# `target=None` looks at so many training passes.
+TARGET_PASSES = 10
+# A warm start of so many training passes is worth a reminder, unless `freeze()` began it.
+LONG_WARM_START = 1000
 
 
 class FeatureDiscrepancyLoss(nn.Module):
@@ -29,30 +33,39 @@ class FeatureDiscrepancyLoss(nn.Module):
 
     - `"ascent"`: dual ascent, α ← α + lr·(L - target) within [0, alpha_max]; the layer's weight grows while
       its loss is above the target. The sign is turned inside the module, so that any optimizer that
-      descends does the right thing. A network with batch norm soon has L < 0: give it a target below the
-      `layer_losses` that it starts with.
+      descends does the right thing, line searches such as LBFGS's aside: those need `"descent"` or `"ramp"`.
     - `"descent"`: α ← α - lr·L, to the letter and without bounds.
     - `"clipped"`: descent clipped to [0, 1], as the authors' code has it.
     - `"ramp"`: α rises linearly from 0 to alpha_max over `ramp_steps` training passes; it is not trained.
 
-    Give α to the optimizer: `optimizer = Adam([*model.parameters(), *crit.parameters()])`. Every `patience`
-    training passes the module checks whether every α is stuck at a bound, and warns once.
+    Give α to the optimizer, in a group of its own: `Adam([{"params": model.parameters()},
+    *crit.parameter_groups(lr=1e-3)])`. To clip gradients by norm, clip those of the network alone: α's
+    gradient is L, of the order of 10, and would shrink the network's step. Counted as training passes are
+    calls in training mode with gradients enabled. Every `patience` of them the module looks whether an α
+    does nothing (never stepped, held at 0, another on every rank), and warns once of each.
+
+    Save and load the module's `state_dict` beside the network's: α, its phase, its target and the number of
+    steps are tensors in it.
 
     Args:
         num_layers: L, the number of layers.
         alpha_rule: one of the rules above.
         alpha_init: α of every layer at the start of its training.
         alpha_max: the upper bound of `"ascent"` and the end of `"ramp"`.
-        target: the loss of a layer at which `"ascent"` stops raising its α.
+        target: the loss of a layer at which `"ascent"` stops raising its α. None is 1 below the lowest loss
+            of any layer in the first 10 training passes with α active, since L depends on the network: with
+            batch norm it soon is below 0.
         ramp_steps: how many training passes `"ramp"` takes.
         active: False starts in the paper's first phase (warm start): α = 0 and frozen until `activate()`.
-        patience: how many training passes α may stay at a bound before the warning.
+        patience: how many training passes an α may do nothing before the warning.
         convention, exchange, group, mask_resize, ignore_index, eps, backend: as for
             `fdkernels.feature_discrepancy_loss`.
         reduction: `"mean"` or `"sum"` over the samples of a layer.
 
     Attributes:
-        alpha: [L], a parameter, or a buffer under `"ramp"`.
+        alpha: [L], a parameter, or a buffer under `"ramp"`; within its bounds whenever it is read.
+        target: the loss at which `"ascent"` stops raising an α; None until the first training pass has set
+            it. May be assigned.
         layer_losses: [L], L of every layer in the last call, detached; None before the first.
         exchange: the cross-sample term that calls add unless they name another.
 
@@ -60,7 +73,8 @@ class FeatureDiscrepancyLoss(nn.Module):
         ValueError: num_layers below 1, an unknown name, a bound out of order.
     """
 
-    alpha: Tensor
+    alpha_target: Tensor
+    active: Tensor
     steps: Tensor
 
     def __init__(
@@ -70,7 +84,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         *,
         alpha_init: float = 0.0,
         alpha_max: float = 1.0,
-        target: float = 0.0,
+        target: float | None = None,
         ramp_steps: int = 1000,
         active: bool = True,
         patience: int = 25,
@@ -95,18 +109,15 @@ class FeatureDiscrepancyLoss(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         checks.one_of("alpha_rule", alpha_rule, ALPHA_RULES)
         checks.one_of("reduction", reduction, ("mean", "sum"))
-        self.bounds = _bounds(alpha_rule, alpha_max)
-        if not self.bounds[0] <= alpha_init <= self.bounds[1]:
+        self.rule = Rule(alpha_rule, bounds_of(alpha_rule, alpha_max), patience)
+        low, high = self.rule.bounds
+        if not low <= alpha_init <= high:
             raise ValueError(
-                f"alpha_init must be within {list(self.bounds)} for alpha_rule={alpha_rule!r}, "
-                f"got {alpha_init}"
+                f"alpha_init must be within {[low, high]} for alpha_rule={alpha_rule!r}, got {alpha_init}"
             )
-        self.alpha_rule = alpha_rule
         self.alpha_init = float(alpha_init)
         self.alpha_max = float(alpha_max)
-        self.target = float(target)
         self.ramp_steps = ramp_steps
-        self.patience = patience
         self.settings = Settings(
             get_convention(convention),
             exchange,
@@ -118,20 +129,55 @@ class FeatureDiscrepancyLoss(nn.Module):
             backend,
         )
         self.settings.check()
-        if not math.isfinite(target):
-            raise ValueError(f"target must be a finite number, got {target}")
         start = torch.full((num_layers,), 0.0 if alpha_rule == "ramp" else self.alpha_init)
         if alpha_rule == "ramp":
             self.register_buffer("alpha", start)
         else:
-            self.alpha = nn.Parameter(start)
-        self.layer_losses: Tensor | None = None
-        # Training passes since alpha became active; a buffer, so that a compiled pass counts as well.
+            self.register_parameter("alpha", nn.Parameter(start))
+        # Buffers, so that a compiled pass sets them as well and every form of checkpoint keeps them.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._active = True
-        self._watch = _StuckWatch()
+        self.register_buffer("active", torch.ones((), dtype=torch.bool))
+        self.register_buffer("alpha_target", torch.full((), float("nan")))
+        self.layer_losses: Tensor | None = None
+        self._active = True  # `active` on the host
+        self._watch = AlphaWatch()
+        self._warm_passes = 0
+        self.target = target
         if not active:
             self.freeze()
+            self._warm_passes = 0
+
+    @property
+    def alpha(self) -> Tensor:
+        """The weight of each layer, [L], within the bounds of its rule."""
+        alpha = self._parameters.get("alpha", self._buffers.get("alpha"))
+        if alpha is None:
+            raise AttributeError(f"{type(self).__name__} has no alpha yet")
+        # The step of the optimizer came after the last pass, so that α may lie beyond its bounds.
+        if isinstance(alpha, nn.Parameter) and not torch.compiler.is_compiling():
+            self.project_()
+        return alpha
+
+    @property
+    def alpha_rule(self) -> str:
+        """How α moves."""
+        return self.rule.name
+
+    @property
+    def target(self) -> float | None:
+        """The loss of a layer at which `"ascent"` stops raising its α; None until the first passes set it."""
+        target = float(self.alpha_target)
+        return None if math.isnan(target) else target
+
+    @target.setter
+    def target(self, target: float | None) -> None:
+        if target is not None and not math.isfinite(target):
+            raise ValueError(f"target must be a finite number or None, got {target}")
+        self._finds_target = target is None
+        self._target_passes = 0
+        self._has_target = target is not None
+        with torch.no_grad():
+            self.alpha_target.fill_(float("nan") if target is None else target)
 
     @property
     def is_active(self) -> bool:
@@ -143,29 +189,57 @@ class FeatureDiscrepancyLoss(nn.Module):
         """The cross-sample term that calls add unless they name another."""
         return self.settings.exchange
 
+    def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
+        """Give α to an optimizer in a group of its own, without weight decay, which would pull it to 0.
+
+        ::
+
+            optimizer = AdamW([{"params": model.parameters()}, *crit.parameter_groups(lr=1e-3)])
+
+        Args:
+            lr: α's learning rate; None is the optimizer's own.
+
+        Returns:
+            One group, or none under `"ramp"`, which does not train α.
+        """
+        alpha = self._parameters.get("alpha")
+        if alpha is None:
+            return []
+        group: dict[str, Any] = {"params": [alpha], "weight_decay": 0.0}
+        return [group if lr is None else {**group, "lr": lr}]
+
     def freeze(self) -> None:
         """Begin the warm start: α = 0 and not trained; calls return 0 and still record `layer_losses`."""
-        self._active = False
+        self._set_active(False)
+        self._warm_passes = -1  # no reminder: this warm start was asked for
         with torch.no_grad():
             self.alpha.zero_()
-        self.alpha.requires_grad_(False)
 
     def activate(self) -> None:
         """End the warm start: α goes to `alpha_init` and is trained from here on (or ramped)."""
         if self._active:
             return
-        self._active = True
+        self._set_active(True)
         self.steps.zero_()
-        self._watch = _StuckWatch()
+        self._watch = AlphaWatch()
+        if self._finds_target:
+            self.target = None
         if self.alpha_rule != "ramp":
             with torch.no_grad():
                 self.alpha.fill_(self.alpha_init)
-            self.alpha.requires_grad_(True)
 
     def project_(self) -> None:
-        """Bring α back into its bounds, as every training pass does first; call it to read α after a step."""
+        """Bring α back into its bounds, as every training pass and every reading of `alpha` does."""
+        alpha = self._parameters.get("alpha")
+        if alpha is None:
+            return
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._watch.see_version(alpha, after_projection=False)
         with torch.no_grad():
-            self.alpha.clamp_(*self.bounds)
+            alpha.clamp_(*self.rule.bounds)
+        if not compiling:
+            self._watch.see_version(alpha, after_projection=True)
 
     def forward(
         self,
@@ -190,9 +264,10 @@ class FeatureDiscrepancyLoss(nn.Module):
                 single sample, or of a single domain under `"pooled"`.
             group: the ranks over whose R·N samples this call makes its pairs and means; None is the module's
                 own. A process group exists only once it is initialised, often after the module was made.
-            count_step: False computes the same loss, but α is not projected or ramped and the pass does not
-                count towards `steps` and `patience`. Give True for one part of an accumulated step and False
-                for the others, so that a step of the optimizer counts once. Evaluation never counts.
+            count_step: False computes the same loss, but α is not ramped and the pass does not count towards
+                `steps` and `patience`. Give True for one part of an accumulated step and False for the
+                others, so that a step of the optimizer counts once. Evaluation never counts, nor does a
+                pass without gradients.
 
         Returns:
             A scalar in the dtype of the layers' losses, float32, or float64 if any layer is; 0 while frozen.
@@ -206,119 +281,117 @@ class FeatureDiscrepancyLoss(nn.Module):
         if group is not None:
             settings = settings._replace(group=group)
         layers, mask = check_features_and_mask(features, mask, settings)
-        if len(layers) != self.alpha.shape[0]:
+        alpha = self.alpha
+        if len(layers) != alpha.shape[0]:
             raise ValueError(
-                f"features must have {self.alpha.shape[0]} layers, one for each alpha, got {len(layers)}"
+                f"features must have {alpha.shape[0]} layers, one for each alpha, got {len(layers)}"
             )
-        if self.alpha.device != layers[0].device:
+        if alpha.device != layers[0].device:
             raise ValueError(
-                f"features must be on the device of alpha, {self.alpha.device}, got {layers[0].device}; "
+                f"features must be on the device of alpha, {alpha.device}, got {layers[0].device}; "
                 "move the module with crit.to(device)"
             )
         partners = Partners(pairing, domains, generator)
+        trains = self.training and torch.is_grad_enabled()
         if not self._active:
+            if trains and count_step:
+                self._count_warm_pass()
             with torch.no_grad():
                 losses, _ = losses_per_layer(layers, mask, settings, partners)
             self.layer_losses = losses
             return losses.new_zeros(())
-        if self.training and count_step:
-            self._begin_step()
+        if trains and count_step:
+            self._begin_step(alpha, grouped=settings.group is not None)
         taps = features if isinstance(features, FeatureTaps) else None
         losses, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
         self.layer_losses = losses.detach()
-        return self._weigh(losses)
+        if trains and self._finds_target and self.alpha_rule == "ascent":
+            self._find_target(self.layer_losses)
+        return self._weigh(alpha, losses)
 
     def extra_repr(self) -> str:
         """The settings that `print(crit)` shows."""
         state = "active" if self._active else "frozen"
         return (
             f"num_layers={self.alpha.shape[0]}, alpha_rule={self.alpha_rule!r}, {state}, "
-            f"convention={self.settings.convention.name!r}, exchange={self.settings.exchange!r}"
+            f"convention={self.settings.convention.name!r}, exchange={self.settings.exchange!r}, "
+            f"target={self.target}"
         )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The phase, so that a resumed run goes on where it stopped."""
-        return {"active": self._active}
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.project_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up the phase; α and the number of steps are in the state dict themselves."""
-        self._active = bool(state["active"])
-        if self.alpha_rule != "ramp":
-            self.alpha.requires_grad_(self._active)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **more: Any
+    ) -> None:
+        """Take up α, the phase and the target, also as earlier versions saved them."""
+        earlier = state_dict.pop(prefix + "_extra_state", None)
+        if isinstance(earlier, Mapping):
+            phase = torch.tensor(bool(earlier["active"]), device=self.active.device)
+            state_dict.setdefault(prefix + "active", phase)
+            state_dict.setdefault(prefix + "alpha_target", self.alpha_target.detach().clone())
+        fixed = None if self._finds_target else self.target
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **more)
+        if self.active.is_meta:
+            return
+        self._set_active(bool(self.active))
+        if fixed is None:
+            self._has_target = self.target is not None
+        else:
+            self.target = fixed
 
-    def _weigh(self, losses: Tensor) -> Tensor:
+    def _set_active(self, active: bool) -> None:
+        self._active = active
+        self.active.fill_(active)
+        alpha = self._parameters.get("alpha")
+        if alpha is not None:
+            alpha.requires_grad_(active)
+
+    def _weigh(self, alpha: Tensor, losses: Tensor) -> Tensor:
+        # A clone, because the next pass may clamp α in place before this one's backward has run.
+        alpha = alpha.clone().to(losses.dtype)
         if self.alpha_rule != "ascent":
-            # A clone, because the next pass may clamp α in place before this one's backward has run.
-            return (self.alpha.clone().to(losses.dtype) * losses).sum()
-        alpha = self.alpha.to(losses.dtype)
-        fixed = alpha.detach().clone()
+            return (alpha * losses).sum()
+        fixed = alpha.detach()
+        value = (fixed * losses).sum()
+        if not self._has_target:
+            return value
         # (α - fixed) is zero: the second term only carries the gradient -(L - target) to α.
-        return (fixed * losses).sum() - ((alpha - fixed) * (losses.detach() - self.target)).sum()
+        return value - ((alpha - fixed) * (losses.detach() - self.alpha_target)).sum()
 
-    def _begin_step(self) -> None:
+    def _find_target(self, losses: Tensor) -> None:
+        """Lower the target to 1 below the lowest loss of a layer, in the first training passes."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            if self._target_passes == TARGET_PASSES:
+                return
+            self._target_passes += 1
+        with torch.no_grad():
+            lowest = losses.min().to(self.alpha_target.dtype) - 1
+            first = (self.steps <= TARGET_PASSES) | self.alpha_target.isnan()
+            found = torch.fmin(self.alpha_target, lowest)
+            self.alpha_target.copy_(torch.where(first & lowest.isfinite(), found, self.alpha_target))
+        self._has_target = True
+
+    def _begin_step(self, alpha: Tensor, grouped: bool) -> None:
         if self.alpha_rule == "ramp":
             risen = (self.steps / self.ramp_steps).clamp(max=1)
-            self.alpha.copy_(self.alpha_max * risen.expand_as(self.alpha))
-        else:
+            alpha.copy_(self.alpha_max * risen.expand_as(alpha))
+        elif torch.compiler.is_compiling():
             self.project_()
-            if not torch.compiler.is_compiling():
-                self._watch.pass_by(self.alpha, self.bounds, self.alpha_rule, self.patience)
+        else:
+            self._watch.pass_by(alpha, self.layer_losses, self.alpha_target, self.rule, grouped)
         self.steps += 1
 
-
-def _bounds(alpha_rule: str, alpha_max: float) -> tuple[float, float]:
-    if alpha_rule == "descent":
-        return -float("inf"), float("inf")
-    if alpha_rule == "clipped":
-        return 0.0, 1.0
-    if not alpha_max > 0:
-        raise ValueError(f"alpha_max must be positive, got {alpha_max}")
-    return 0.0, float(alpha_max)
-
-
-class _StuckWatch:
-    """Notice that no α has moved from a bound between two looks.
-
-    On a GPU a look leaves its verdict in pinned memory and the next look reads it, so that nothing waits
-    for the device.
-    """
-
-    def __init__(self) -> None:
-        self._passes = 0
-        self._last: Tensor | None = None
-        self._verdict: Tensor | None = None
-        self._warned = False
-
-    def pass_by(self, alpha: Tensor, bounds: tuple[float, float], rule: str, patience: int) -> None:
-        """Count a training pass; every `patience` of them, look."""
-        if self._passes % patience == 0:
-            self._look(alpha, bounds, rule, patience)
-        self._passes += 1
-
-    def _look(self, alpha: Tensor, bounds: tuple[float, float], rule: str, patience: int) -> None:
-        if self._warned or (alpha.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def _count_warm_pass(self) -> None:
+        if self._warm_passes < 0 or torch.compiler.is_compiling():
             return
-        alpha = alpha.detach()
-        if self._verdict is not None and alpha.is_cuda:
-            self._warn_if(bool(self._verdict), bounds, rule, patience)
-        if self._last is not None:
-            at_bound = (alpha <= bounds[0]) | (alpha >= bounds[1]) | (alpha == 0)
-            stuck = (at_bound & (alpha == self._last)).all()
-            if alpha.is_cuda:
-                self._verdict = torch.zeros((), dtype=torch.bool, pin_memory=True)
-                self._verdict.copy_(stuck, non_blocking=True)
-            else:
-                self._warn_if(bool(stuck), bounds, rule, patience)
-        self._last = alpha.clone()
-
-    def _warn_if(self, stuck: bool, bounds: tuple[float, float], rule: str, patience: int) -> None:
-        if not stuck:
-            return
-        self._warned = True
-        warnings.warn(
-            f"every alpha has stayed at a bound of {list(bounds)} or at 0 for {patience} training passes "
-            f"under alpha_rule={rule!r}, so the weights of the feature discrepancy loss do not train. Is "
-            "crit.alpha in the optimizer? 'clipped' never leaves 0 where a layer's loss is positive; "
-            "'ascent' raises alpha only where it is above `target` (see crit.layer_losses).",
-            stacklevel=6,
-        )
+        self._warm_passes += 1
+        if self._warm_passes == LONG_WARM_START:
+            warnings.warn(
+                f"the feature discrepancy loss has been frozen (active=False) for {LONG_WARM_START} training "
+                "passes and adds 0 to the loss; call crit.activate() to end the warm start, or crit.freeze() "
+                "if it is meant to last.",
+                stacklevel=5,
+            )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fdkernels as fdk
-from fdkernels.criterion import ALPHA_RULES
+from fdkernels.alpha import ALPHA_RULES
 
 MASK = torch.tensor([[1, 0]])
 TRAINED = ("ascent", "descent", "clipped")
@@ -22,15 +22,17 @@ def layer(loss: float) -> Tensor:
     return torch.tensor([[[2 * math.exp(-loss / 2), 0.0]]])
 
 
-def steps(crit: fdk.FeatureDiscrepancyLoss, losses: list[float], lr: float = 0.1) -> list[float]:
-    """α of the first layer after each step of plain gradient descent on the given losses."""
+def steps(
+    crit: fdk.FeatureDiscrepancyLoss, losses: list[float] | list[list[float]], lr: float = 0.1
+) -> list[float]:
+    """α of the first layer after each step of plain gradient descent on the losses, one or one a layer."""
     optimizer = torch.optim.SGD(crit.parameters(), lr=lr)
     path = []
     for loss in losses:
         optimizer.zero_grad()
-        crit([layer(loss)] * crit.alpha.shape[0], MASK).backward()
+        of_layers = loss if isinstance(loss, list) else [loss] * crit.alpha.shape[0]
+        crit([layer(loss) for loss in of_layers], MASK).backward()
         optimizer.step()
-        crit.project_()
         path.append(crit.alpha[0].item())
     return path
 
@@ -55,7 +57,7 @@ def test_the_gradient_of_the_features_is_that_of_the_weighted_op():
 
 def test_ascent_by_hand():
     # α ← α + 0.1·L within [0, 1]
-    crit = fdk.FeatureDiscrepancyLoss(1)
+    crit = fdk.FeatureDiscrepancyLoss(1, target=0)
     path = steps(crit, [2.0, 3.0, -1.0, 4.0, 6.0, -12.0])
     assert path == pytest.approx([0.2, 0.5, 0.4, 0.8, 1.0, 0.0], abs=1e-6)
 
@@ -89,7 +91,7 @@ def test_ramp_by_hand():
 
 @pytest.mark.parametrize("rule", TRAINED)
 def test_each_layer_has_its_own_alpha(rule):
-    crit = fdk.FeatureDiscrepancyLoss(2, rule, alpha_init=0.5)
+    crit = fdk.FeatureDiscrepancyLoss(2, rule, alpha_init=0.5, target=0)
     crit([layer(1.0), layer(-2.0)], MASK).backward()
     sign = -1 if rule == "ascent" else 1
     assert crit.alpha.grad.tolist() == pytest.approx([sign * 1.0, sign * -2.0])
@@ -155,7 +157,7 @@ def test_warm_start(rule):
 
 
 def test_an_optimizer_made_in_the_warm_start_trains_alpha_after_it():
-    crit = fdk.FeatureDiscrepancyLoss(1, active=False)
+    crit = fdk.FeatureDiscrepancyLoss(1, active=False, target=0)
     optimizer = torch.optim.SGD(crit.parameters(), lr=0.1)
     crit([layer(2.0)], MASK)
     optimizer.step()
@@ -166,7 +168,7 @@ def test_an_optimizer_made_in_the_warm_start_trains_alpha_after_it():
 
 
 def test_activating_twice_does_not_set_alpha_back():
-    crit = fdk.FeatureDiscrepancyLoss(1)
+    crit = fdk.FeatureDiscrepancyLoss(1, target=0)
     steps(crit, [2.0])
     crit.activate()
     assert crit.alpha.item() == pytest.approx(0.2)
@@ -215,7 +217,7 @@ def test_a_copy_goes_its_own_way(rule):
 
 @pytest.mark.parametrize("rule", ALPHA_RULES)
 def test_gradients_accumulate_over_two_passes_before_one_backward(rule):
-    crit = fdk.FeatureDiscrepancyLoss(1, rule, ramp_steps=2)
+    crit = fdk.FeatureDiscrepancyLoss(1, rule, ramp_steps=2, target=0)
     with torch.no_grad():
         crit.alpha.fill_(1.5)  # so that the first pass changes α in place
     features = torch.randn(2, 3, 4, requires_grad=True)
@@ -235,14 +237,39 @@ def test_gradients_accumulate_over_two_passes_before_one_backward(rule):
         assert crit.alpha.grad.item() == pytest.approx(sign * 2 * plain.item())
 
 
-def test_a_stuck_alpha_is_noticed_once():
-    crit = fdk.FeatureDiscrepancyLoss(2, patience=3)  # α is in no optimizer
+def test_an_alpha_that_is_in_no_optimizer_is_noticed_once():
+    crit = fdk.FeatureDiscrepancyLoss(2, alpha_init=0.5, patience=3)
     for _ in range(3):
         crit([layer(1.0)] * 2, MASK)
-    with pytest.warns(UserWarning, match="every alpha has stayed at a bound .* for 3 training passes"):
+    with pytest.warns(UserWarning, match="alpha has not been stepped in 3 training passes"):
         crit([layer(1.0)] * 2, MASK)
     for _ in range(10):
+        crit.alpha.max()  # reading α is no step
         crit([layer(1.0)] * 2, MASK)  # a second warning would be an error here
+
+
+def test_a_layer_that_the_rule_holds_at_0_is_named_with_its_loss_and_the_target():
+    crit = fdk.FeatureDiscrepancyLoss(3, target=0.5, patience=2)
+    expected = (
+        r"alpha has stayed at 0 for 2 training passes in 2 of 3 layers.*alpha\[1\], whose loss -1 is not "
+        r"above target=0.5.*alpha\[2\], whose loss 0.25 is not"
+    )
+    with pytest.warns(UserWarning, match=expected) as said:
+        steps(crit, [[1.0, -1.0, 0.25]] * 9, lr=0.01)
+    assert len(said) == 1
+
+
+def test_an_alpha_that_comes_back_to_0_under_ascent_has_done_its_work():
+    crit = fdk.FeatureDiscrepancyLoss(1, target=0, patience=2)
+    steps(crit, [1.0] * 5 + [-9.0] * 9)  # a warning would be an error here
+    assert crit.alpha.item() == 0
+
+
+def test_alphas_that_all_reach_their_bound_are_noticed_once():
+    crit = fdk.FeatureDiscrepancyLoss(2, alpha_max=0.5, patience=2)
+    with pytest.warns(UserWarning, match="every alpha has stayed at a bound of .* raise alpha_max") as said:
+        steps(crit, [9.0] * 12)
+    assert len(said) == 1
 
 
 def test_clipped_where_the_loss_is_positive_is_noticed():
@@ -273,16 +300,6 @@ def test_there_is_no_warning_where_alpha_moves_or_is_frozen(crit):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-
-
-def test_one_moving_alpha_is_enough():
-    crit = fdk.FeatureDiscrepancyLoss(2, patience=2)
-    optimizer = torch.optim.SGD(crit.parameters(), lr=0.1)
-    for _ in range(6):
-        optimizer.zero_grad()
-        crit([layer(1.0), layer(-1.0)], MASK).backward()  # the second stays at 0, which is right
-        optimizer.step()
-    assert crit.alpha[0] > 0.1
 
 
 def test_exchange_arguments_go_through():

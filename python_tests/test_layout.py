@@ -21,18 +21,19 @@ SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 # top level.
 COMMON = {"checks", "conventions", "_C", "_version"}
 THE_OP = {*COMMON, "op", "exchange"}
-THE_LOSS = {*THE_OP, "backend", "taps", "loss", "criterion"}
+THE_LOSS = {*THE_OP, "backend", "taps", "loss", "alpha", "criterion"}
 ALLOWED = {
     "_version": set(),
     "_C": set(),
     "checks": set(),
+    "alpha": set(),
     "conventions": {"checks"},
     "exchange": {"checks"},
     "op": {*COMMON, "exchange"},
     "backend": {*COMMON, "op"},
     "taps": {*COMMON, "op"},
     "loss": {*THE_OP, "backend", "taps"},
-    "criterion": {*THE_OP, "backend", "taps", "loss"},
+    "criterion": {*THE_OP, "backend", "taps", "loss", "alpha"},
     "models": {"checks"},
     "build_info": {"_C", "_version"},
     "info": {"_C", "_version", "backend", "build_info"},

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdkernels import models
+from fdkernels.alpha import ALPHA_RULES
 from fdkernels.backend import BACKENDS
 from fdkernels.conventions import CONVENTIONS, EXCHANGES
-from fdkernels.criterion import ALPHA_RULES
 from fdkernels.segmentation.data import DATASETS
 
 PHASES = ("warm", "active")
@@ -65,7 +65,7 @@ class TrainingConfig:
     lr: float | None = _option("Adam's learning rate for the network.", None, shown="that of the data set")
     alpha_lr: float = _option("Adam's learning rate for alpha.", 1e-3)
     alpha_target: float | None = _option(
-        "Layer loss at which ascent stops raising alpha.", None, shown="set by phase one"
+        "Layer loss at which ascent stops raising alpha.", None, shown="set by the first steps of phase two"
     )
     alpha_rule: str = _option(f"How alpha moves: {one_of(ALPHA_RULES)}.", "ascent")
     convention: str = _option(f"Reading of the paper: {one_of(CONVENTIONS)}.", "paper")
@@ -108,11 +108,6 @@ class TrainingConfig:
         self._check_numbers()
         if self.epochs_warm + self.epochs_active == 0:
             raise ValueError("epochs_warm and epochs_active must not both be 0")
-        if self._needs_target and self.alpha_target is None and self.epochs_warm == 0:
-            raise ValueError(
-                "alpha_target must be given where epochs_warm is 0, since it is otherwise set by "
-                "the first phase"
-            )
         if self.model not in models.names():
             raise ValueError(f"model must be one of {', '.join(models.names())}, got {self.model}")
         if self.fold not in (None, "all", *range(1, FOLDS + 1)):
@@ -167,10 +162,6 @@ class TrainingConfig:
     def exchanges(self) -> bool:
         """Whether the loss pairs the samples of a batch."""
         return self.fd_loss and self.exchange != "none"
-
-    @property
-    def _needs_target(self) -> bool:
-        return self.fd_loss and self.alpha_rule == "ascent"
 
     def epochs(self, phase: str) -> int:
         """Give the epochs of a phase, "warm" or "active"."""

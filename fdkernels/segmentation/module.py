@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 import fdkernels as fdk
 from fdkernels import models
@@ -129,9 +129,8 @@ class SegmentationModule(LightningModule):
         groups: list[dict[str, Any]] = [
             {"name": "network", "params": list(self.model.parameters()), "lr": self.lr}
         ]
-        criterion = self.criterion
-        if criterion is not None and criterion.is_active and isinstance(criterion.alpha, nn.Parameter):
-            groups.append({"name": "alpha", "params": [criterion.alpha], "lr": self.alpha_lr})
+        if self.criterion is not None and self.criterion.is_active:
+            groups += [{"name": "alpha", **group} for group in self.criterion.parameter_groups(self.alpha_lr)]
         return torch.optim.Adam(groups)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -203,10 +202,6 @@ class SegmentationModule(LightningModule):
         together = self.trainer.accumulate_grad_batches
         batches = int(self.trainer.num_training_batches)
         return together / min(together, batches - batch_idx // together * together)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.criterion is not None:
-            self.criterion.project_()
 
     def on_train_epoch_end(self) -> None:
         loss = self.trainer.callback_metrics["train/loss"]

@@ -145,9 +145,7 @@ def train_run(
             shown: list[Callback] = []
             if progress and first:
                 shown = [header, PhaseProgress(phase_title(phase, config.fd_loss))]
-            phases[phase] = _train_phase(
-                module, config, data, phase, [*callbacks, *shown], resume, phases.get("warm")
-            )
+            phases[phase] = _train_phase(module, config, data, phase, [*callbacks, *shown], resume)
     metrics = {"phases": phases}
     if first:
         write_json(Path(config.output) / "metrics.json", metrics)
@@ -161,14 +159,12 @@ def _train_phase(
     phase: str,
     callbacks: Sequence[Callback],
     resume: bool,
-    warm: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Train and test one phase, or take it as found; leave the module with its best weights.
 
     Args:
         module: with the weights to start from.
         phase: "warm" or "active".
-        warm: the result of the first phase, for the second.
 
     Returns:
         The result, which is also written as PHASE/result.json.
@@ -184,7 +180,7 @@ def _train_phase(
     if criterion is not None and phase == "warm":
         criterion.freeze()
     elif criterion is not None:
-        criterion.target = alpha_target(config, warm)
+        criterion.target = config.alpha_target
         criterion.activate()
 
     loaders = RunLoaders(config, data, seed=derive_seed(config.seed, PHASES.index(phase)))
@@ -230,30 +226,6 @@ def _train_phase(
     if trainer.is_global_zero:
         write_json(written, result)
     return result
-
-
-def alpha_target(config: TrainingConfig, warm: Mapping[str, Any] | None) -> float:
-    """The layer loss at which alpha stops growing, for the whole of the second phase.
-
-    Where the configuration gives none, it is 1 below the lowest mean loss that a layer had in the
-    last epoch of the first phase: every layer is to be told apart better than the best of them
-    was, by a factor e in the discrepancy. A fixed number would not do, since L falls with the
-    number of channels and depends on the convention; networks with batch norm have L < 0 in every
-    layer as soon as they are trained, and under a target of 0 alpha would stay at 0.
-
-    Args:
-        config: its `alpha_target` goes first.
-        warm: the result of the first phase.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if config.alpha_target is not None:
-        return config.alpha_target
-    if warm is None:
-        raise ValueError("alpha_target must be given where there is no first phase, got None")
-    lowest: float = min(warm["final_layer_losses"].values())
-    return lowest - 1.0
 
 
 def make_trainer(config: TrainingConfig, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
@@ -359,7 +331,6 @@ def _scores(phase: Mapping[str, Any]) -> dict[str, float]:
 
 __all__ = [
     "InterruptibleTensorBoard",
-    "alpha_target",
     "make_trainer",
     "summarize_folds",
     "train",
