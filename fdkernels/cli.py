@@ -35,9 +35,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for patches, runs, picture and table.")] = Path(
         "demo_output"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")] = 0,
-    epochs_warm: Annotated[int, typer.Option(min=1, help="Epochs of phase one.")] = 20,
-    epochs_active: Annotated[int, typer.Option(min=1, help="Epochs of phase two.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="How many seeds, each in both arms.")] = 3,
+    epochs_warm: Annotated[int, typer.Option(min=1, help="Epochs of phase one.")] = 12,
+    epochs_active: Annotated[int, typer.Option(min=1, help="Epochs of phase two.")] = 12,
     base_channels: Annotated[int, typer.Option(min=1, help="Width of the first level.")] = 16,
     accelerator: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
@@ -46,7 +46,7 @@ def demo(
 
     run_demo(
         output,
-        seed=seed,
+        seeds=range(seeds),
         epochs_warm=epochs_warm,
         epochs_active=epochs_active,
         base_channels=base_channels,

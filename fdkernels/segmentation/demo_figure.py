@@ -1,4 +1,4 @@
-"""Figure of the demo: patches, ground truth, predictions with their errors, and alpha over time."""
+"""Figure of the demo: patches, truth, predictions with their errors, and alpha and L over time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ from fdkernels.segmentation.saved_runs import read_run
 _COLUMNS = 6
 
 
-def alpha_history(run: Path) -> dict[str, dict[str, list[float]]]:
-    """Read alpha at the end of each epoch from a run's logs, by phase and layer.
+def layer_history(run: Path, kind: str) -> dict[str, dict[str, list[float]]]:
+    """Read a number of each layer at the end of each epoch from a run's logs, by phase and layer.
 
     For an epoch that was repeated after an interruption, the last value counts.
+
+    Args:
+        run: folder of the run.
+        kind: what is logged, "alpha" or "discrepancy_loss".
     """
     history: dict[str, dict[str, list[float]]] = {}
     for phase in PHASES:
@@ -36,16 +40,16 @@ def alpha_history(run: Path) -> dict[str, dict[str, list[float]]]:
         for log in sorted(logs, key=lambda log: int(log.parent.name.partition("_")[2])):
             with log.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    alphas = {
-                        name.removeprefix("alpha/"): float(value)
+                    values = {
+                        name.removeprefix(f"{kind}/"): float(value)
                         for name, value in row.items()
-                        if name.startswith("alpha/") and value
+                        if name.startswith(f"{kind}/") and value
                     }
-                    if alphas:
-                        epochs[int(row["epoch"])] = alphas
+                    if values:
+                        epochs[int(row["epoch"])] = values
         layers: dict[str, list[float]] = {}
-        for _, alphas in sorted(epochs.items()):
-            for name, value in alphas.items():
+        for _, values in sorted(epochs.items()):
+            for name, value in values.items():
                 layers.setdefault(name, []).append(value)
         history[phase] = layers
     return history
@@ -59,10 +63,10 @@ def _spread(scores: Sequence[float], count: int) -> list[int]:
 
 
 def draw_comparison(path: Path, samples: Sequence[SegmentationSample], runs: Mapping[str, Path]) -> None:
-    """Write a PNG that shows test samples, their ground truth, each run's predictions, and alpha over time.
+    """Write a PNG that shows test samples, their truth, each run's predictions, and alpha and L over time.
 
     The columns are test patches at evenly spaced ranks of the first run's Dice, from worst to best.
-    The rows are image, truth and one per run; alpha is that of the last run.
+    The rows are image, truth and one per run; alpha and L are those of the last run.
 
     Args:
         path: the PNG file.
@@ -85,7 +89,7 @@ def draw_comparison(path: Path, samples: Sequence[SegmentationSample], runs: Map
         figure = Figure(figsize=(2 * len(chosen) + 0.6, 2.1 * (2 + len(runs)) + 3.2))
         parts: Any = figure.subfigures(2, 1, height_ratios=[2.1 * (2 + len(runs)), 3.2])
         _draw_patches(parts[0], images, truths[:, 0].bool().numpy(), predictions, scores, chosen)
-        _draw_alpha(parts[1], alpha_history(runs[list(runs)[-1]]))
+        _draw_layers(parts[1], runs[list(runs)[-1]])
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -100,7 +104,7 @@ def _draw_patches(
 ) -> None:
     """Draw images [N, 3, H, W], truths and predictions, both bool [N, H, W], of the `chosen` indices."""
     pixels = images.permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
-    rows = ["image", "truth", *predictions]
+    rows = ["image", "truth (stain)", *predictions]
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)
     for column, index in enumerate(chosen):
         axes[0, column].imshow(pixels[index])
@@ -115,7 +119,7 @@ def _draw_patches(
         axis.set_yticks([])
     figure.legend(
         handles=[
-            Patch(color=CORRECT, label="stain"),
+            Patch(color=CORRECT, label="stained, by a threshold"),
             Patch(color=FALSE_POSITIVE, label="false positive"),
             Patch(color=FALSE_NEGATIVE, label="false negative"),
         ],
@@ -126,8 +130,16 @@ def _draw_patches(
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.03, top=0.95, wspace=0.05, hspace=0.16)
 
 
-def _draw_alpha(figure: Any, history: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    axis = figure.subplots()
+def _draw_layers(figure: Any, run: Path) -> None:
+    """Draw alpha and the loss L of each layer over the epochs of both phases, side by side."""
+    left, right = figure.subplots(1, 2)
+    _draw_history(left, layer_history(run, "alpha"), "alpha")
+    _draw_history(right, layer_history(run, "discrepancy_loss"), "L, the layer's loss")
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.subplots_adjust(left=0.07, right=0.87, bottom=0.18, top=0.94, wspace=0.22)
+
+
+def _draw_history(axis: Any, history: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
     warm, active = (history[phase] for phase in PHASES)
     begin = max((len(values) for values in warm.values()), default=0)
     colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, max(len(active), 1)))
@@ -135,25 +147,24 @@ def _draw_alpha(figure: Any, history: Mapping[str, Mapping[str, Sequence[float]]
         values = [*warm.get(name, []), *active[name]]
         axis.plot(range(1, len(values) + 1), values, color=colour, label=name, linewidth=1.8)
     axis.axvline(begin + 0.5, color="0.6", linestyle="--", linewidth=1)
-    for place, title in (
-        (begin + 0.5, "phase 1: alpha = 0  "),
-        (begin + 0.5, "  phase 2: alpha active"),
+    for place, text, side in (
+        (begin + 0.5, "phase 1: alpha = 0  ", "right"),
+        (begin + 0.5, "  phase 2: alpha active", "left"),
     ):
         axis.text(
             place,
             1.0,
-            title,
+            text,
             transform=axis.get_xaxis_transform(),
-            horizontalalignment="left" if title.startswith(" ") else "right",
+            horizontalalignment=side,
             verticalalignment="top",
             color="0.35",
+            fontsize=8,
         )
     axis.set_xlabel("epoch")
-    axis.set_ylabel("alpha")
+    axis.set_ylabel(title)
     axis.set_xlim(0, None)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
-    figure.subplots_adjust(left=0.07, right=0.87, bottom=0.18, top=0.94)
 
 
 def _depth(name: str) -> int:
@@ -161,4 +172,4 @@ def _depth(name: str) -> int:
     return TAP_NAMES.index(name)
 
 
-__all__ = ["alpha_history", "draw_comparison"]
+__all__ = ["draw_comparison", "layer_history"]

@@ -12,9 +12,9 @@ pytest.importorskip("skimage", reason="the extra demo is not installed")
 
 from fdkernels.segmentation import demo as demo_module
 from fdkernels.segmentation.config import TrainingConfig
-from fdkernels.segmentation.demo import results_table, run_demo
+from fdkernels.segmentation.demo import results_table, run_demo, summary
 from fdkernels.segmentation.demo_data import write_patches
-from fdkernels.segmentation.demo_figure import alpha_history
+from fdkernels.segmentation.demo_figure import layer_history
 from fdkernels.segmentation.profiling import StepClock, peak_memory, train_measured
 from fdkernels.segmentation.runfiles import read_json
 
@@ -25,7 +25,9 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_module, "_in_own_process", train_measured)
-        results = run_demo(folder, epochs_warm=1, epochs_active=2, base_channels=2, accelerator="cpu")
+        results = run_demo(
+            folder, seeds=(0, 1), epochs_warm=1, epochs_active=2, base_channels=2, accelerator="cpu"
+        )
     return folder, results
 
 
@@ -33,7 +35,8 @@ def test_both_runs_are_measured_and_written(demo):
     folder, results = demo
     assert json.loads((folder / "results.json").read_text()) == results
     assert list(results) == ["without_loss", "with_loss"]
-    for result in results.values():
+    assert [len(of_seeds) for of_seeds in results.values()] == [2, 2]
+    for result in (result for of_seeds in results.values() for result in of_seeds):
         assert result["steps_per_phase"] == [5, 10]
         assert result["seconds_per_step"]["median"] > 0
         assert result["peak_memory"] >= result["peak_memory_before_training"]
@@ -64,13 +67,14 @@ def test_training_is_measured_in_its_own_process(tmp_path, monkeypatch):
 
 def test_phase_one_is_the_same_in_both_runs(demo):
     _, results = demo
-    scores = [result["phases"]["warm"]["test"] for result in results.values()]
-    assert scores[0] == scores[1]
+    for pair in zip(*results.values(), strict=True):
+        scores = [result["phases"]["warm"]["test"] for result in pair]
+        assert scores[0] == scores[1]
 
 
 def test_alpha_moves_in_phase_two(demo):
     folder, _ = demo
-    history = alpha_history(folder / "runs" / "with_loss")
+    history = layer_history(folder / "runs" / "with_loss" / "seed_0", "alpha")
     assert all(values == [0] for values in history["warm"].values())
     assert all(len(values) == 2 and values[-1] > 0 for values in history["active"].values())
 
@@ -80,7 +84,7 @@ def test_a_repeated_epoch_keeps_its_last_values(tmp_path):
         folder = tmp_path / "active" / "logs" / f"version_{version}"
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text(f"epoch,alpha/enc1\n{rows}2,\n")
-    assert alpha_history(tmp_path) == {"warm": {}, "active": {"enc1": [0.1, 0.3, 0.4]}}
+    assert layer_history(tmp_path, "alpha") == {"warm": {}, "active": {"enc1": [0.1, 0.3, 0.4]}}
 
 
 def test_the_figure_shows_image_errors_and_alpha(demo):
@@ -92,16 +96,34 @@ def test_the_figure_shows_image_errors_and_alpha(demo):
     assert np.unique(picture.reshape(-1, 3), axis=0).shape[0] > 1000
 
 
-def test_the_table_shows_the_results(demo):
-    _, results = demo
+def made_result(dice: float) -> dict:
+    test = {"dice": dice, "iou": dice / 2}
+    return {
+        "phases": {"active": {"test": test}},
+        "seconds_per_step": {"median": 0.25},
+        "peak_memory": 3 * 2**20,
+        "peak_gpu_memory": None,
+    }
+
+
+def test_the_table_shows_mean_and_spread_of_the_seeds():
+    results = {
+        "without_loss": [made_result(dice) for dice in (0.9, 0.94)],
+        "with_loss": [made_result(dice) for dice in (0.91, 0.924)],
+    }
     console = Console(file=io.StringIO(), width=120)
     console.print(results_table(results))
     shown = console.file.getvalue()
-    for result in results.values():
-        assert f"{result['phases']['active']['test']['dice']:.4f}" in shown
-        assert f"{result['seconds_per_step']['median']:.4f}" in shown
-    for text in ("without the loss", "with the loss", "difference", "MiB"):
+    for text in (
+        "92.0 (90.0 to 94.0)",
+        "91.7 (91.0 to 92.4)",
+        "-0.3 (+1.0, -1.6)",
+        "45.9 (45.5 to 46.2)",
+        "0.250",
+        "3 MiB",
+    ):
         assert text in shown
+    assert "higher for 1 of 2 seeds; the seeds without it alone differ by 4.0 points" in summary(results)
 
 
 def test_a_second_demo_replaces_the_first(demo, monkeypatch):
@@ -110,12 +132,13 @@ def test_a_second_demo_replaces_the_first(demo, monkeypatch):
     monkeypatch.setattr(
         demo_module,
         "_in_own_process",
-        lambda config, split: begun.append(config.output) or results[config.output.split("/")[-1]],
+        lambda config, split: begun.append(config.output) or results[config.output.split("/")[-2]][0],
     )
     monkeypatch.setattr(demo_module, "draw_comparison", lambda *arguments: None)
-    run_demo(folder, base_channels=2)
-    assert begun == [str(folder / "runs" / name) for name in results]
-    assert not list((folder / "runs").glob("*/config.json"))
+    run_demo(folder, seeds=(1,), base_channels=2)
+    assert begun == [str(folder / "runs" / name / "seed_1") for name in results]
+    assert not list((folder / "runs").glob("*/seed_1"))
+    assert len(list((folder / "runs").glob("*/seed_0"))) == 2
 
 
 def test_peak_memory_includes_freed_memory():
