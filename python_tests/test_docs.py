@@ -38,10 +38,10 @@ def what_a_reader_has() -> dict[str, Any]:
     images, masks = torch.rand(2, 3, 32, 32), (torch.rand(2, 1, 32, 32) > 0.5).float()
     return {
         "model": model,
+        "device": torch.device("cpu"),
         "images": images,
         "masks": masks,
         "segmentation_loss": torch.nn.BCEWithLogitsLoss(),
-        "optimizer": torch.optim.Adam(model.parameters()),
         "features": torch.randn(2, 8, 16, 16, requires_grad=True),
         "mask": masks,
     }
