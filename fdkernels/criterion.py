@@ -136,7 +136,7 @@ class FeatureDiscrepancyLoss(nn.Module):
             self.register_parameter("alpha", nn.Parameter(start))
         # Buffers, so that a compiled pass sets them as well and every form of checkpoint keeps them.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("active", torch.ones((), dtype=torch.bool))
+        self.register_buffer("active", torch.ones((), dtype=torch.int64))
         self.register_buffer("alpha_target", torch.full((), float("nan")))
         self.layer_losses: Tensor | None = None
         self._active = True  # `active` on the host
@@ -328,7 +328,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         """Take up α, the phase and the target, also as earlier versions saved them."""
         earlier = state_dict.pop(prefix + "_extra_state", None)
         if isinstance(earlier, Mapping):
-            phase = torch.tensor(bool(earlier["active"]), device=self.active.device)
+            phase = torch.full_like(self.active, bool(earlier["active"]))
             state_dict.setdefault(prefix + "active", phase)
             state_dict.setdefault(prefix + "alpha_target", self.alpha_target.detach().clone())
         fixed = None if self._finds_target else self.target
@@ -349,11 +349,11 @@ class FeatureDiscrepancyLoss(nn.Module):
             alpha.requires_grad_(active)
 
     def _weigh(self, alpha: Tensor, losses: Tensor) -> Tensor:
-        # A clone, because the next pass may clamp α in place before this one's backward has run.
-        alpha = alpha.clone().to(losses.dtype)
+        # Clones, because the next pass may clamp α in place before this one's backward has run.
         if self.alpha_rule != "ascent":
-            return (alpha * losses).sum()
-        fixed = alpha.detach()
+            return (alpha.clone().to(losses.dtype) * losses).sum()
+        alpha = alpha.to(losses.dtype)
+        fixed = alpha.detach().clone()
         value = (fixed * losses).sum()
         if not self._has_target:
             return value

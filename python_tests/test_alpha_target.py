@@ -239,3 +239,16 @@ def test_ranks_that_would_train_their_own_alpha_are_warned_of(monkeypatch, keepe
         with pytest.warns(UserWarning, match="2 ranks, and nothing keeps alpha the same on every rank"):
             crit([layer(1.0)], MASK)
         crit([layer(1.0)], MASK)
+
+
+def test_an_averaged_copy_keeps_alpha_and_phase():
+    crit = fdk.FeatureDiscrepancyLoss(1, alpha_init=0.5)
+    average = torch.optim.swa_utils.AveragedModel(crit, use_buffers=True)
+    for alpha in (0.2, 0.4):
+        with torch.no_grad():
+            crit.alpha.fill_(alpha)
+        crit([layer(2.0)], MASK)
+        average.update_parameters(crit)
+    assert average.module.alpha.item() == pytest.approx(0.3)
+    assert average.module.is_active
+    assert crit.target == pytest.approx(1)
