@@ -18,26 +18,26 @@ References:
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from fdkernels.segmentation.data.layout import child, layout_error, level
+from fdkernels.segmentation.data.names import composed
+from fdkernels.segmentation.data.pairs import listed, paired
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
-from fdkernels.segmentation.data.scan import (
-    by_name,
-    checked,
-    data_folder,
-    files,
-    folders,
-    inner_folder,
-    layout_error,
-    paired,
-)
+from fdkernels.segmentation.data.scan import checked, data_folder, folders
 
 COLOURS = ("macenko", "patches", "vahadane")
 _MASKS = "masks"
+_SIDE = re.compile(r"(\d+)x\1")
 
 
 def _slides(root: Path) -> list[Path]:
-    return [folder for folder in folders(root) if (folder / _MASKS).is_dir()]
+    return [folder for folder in folders(root) if child(folder, _MASKS) is not None]
+
+
+def _named(folder: Path | None, problems: list[str], prefix: str) -> dict[str, Path]:
+    return {} if folder is None else listed(folder, problems, prefix=prefix)
 
 
 def find(
@@ -46,7 +46,7 @@ def find(
     """Find the patches of one size with their masks, slide by slide, and read each pair once.
 
     Args:
-        root: the folder that contains the slides, or its parent.
+        root: the folder that contains the slides, or one around it.
         on_problem: "refuse" or "skip", see `Find`.
         side: side of a patch in pixels, 256 or 128.
         colours: the folder to take images from: "macenko" (used by the data's authors for training),
@@ -60,27 +60,34 @@ def find(
     if colours not in COLOURS:
         raise ValueError(f"colours must be one of {', '.join(COLOURS)}, got {colours!r}")
     outer = f"{side}x{side}"
-    inner = inner_folder(root, outer, lambda folder: bool(_slides(folder)))
+    inner = level(root, lambda folder: bool(_slides(folder)), outer)
+    missing = "no slide with masks"
+    if inner is not None and inner != root and inner.name != outer and _SIDE.fullmatch(inner.name):
+        # The only folder holds patches of the other size.
+        missing = f"{inner.name}, the data set ad-{inner.name.split('x')[0]}, and no folder {outer}"
+        inner = None
     if inner is None:
+        layout = f"{outer}/SLIDE/{colours}/patch_0000.png, {outer}/SLIDE/masks/mask_0000.png"
         raise layout_error(
             root,
             "AD plaques",
-            f"{outer}/SLIDE/{colours}/patch_0000.png, {outer}/SLIDE/masks/mask_0000.png",
-            "no slide with masks",
+            layout,
+            missing,
+            lambda folder: folder.name == outer and bool(_slides(folder)),
         )
     samples: list[SegmentationSample] = []
     problems: list[str] = []
     for slide in _slides(inner):
-        images = by_name(files(slide / colours), problems, prefix="patch_")
-        masks = by_name(files(slide / _MASKS), problems, prefix="mask_")
+        images = _named(child(slide, colours), problems, "patch_")
+        masks = _named(child(slide, _MASKS), problems, "mask_")
         if not images:
-            there = [name for name in COLOURS if files(slide / name)]
+            there = [name for name in COLOURS if _named(child(slide, name), [], "")]
             problems.append(
                 f"{slide} contains no patches in the folder {colours}; "
                 f"available colours: {' or '.join(there) if there else 'none'}"
             )
             continue
-        samples += paired(images, masks, slide.name, problems)
+        samples += paired(images, masks, composed(slide.name), problems)
     return checked(inner, samples, problems, on_problem, may_be_empty=lambda sample: True, size=(side, side))
 
 

@@ -6,8 +6,10 @@
     MoNuSegTestData/
         NAME.tif  NAME.xml          the same, in one folder
 
-The given folder contains both folders, one of them, or the content of either. NAME is a TCGA barcode; its
-first three fields are the patient: TCGA-A7-A13E-01Z-00-DX1 belongs to TCGA-A7-A13E.
+The given folder contains both folders, one of them, or the content of either, or is one around these. NAME
+is a TCGA barcode; its first three fields are the patient: TCGA-A7-A13E-01Z-00-DX1 belongs to TCGA-A7-A13E.
+Copies with masks as images in a folder masks or GT are read as well; where there are both, the polygons are
+taken.
 
 References:
     Kumar et al.: "A Dataset and a Technique for Generalized Nuclear Segmentation for
@@ -19,36 +21,65 @@ References:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from fdkernels.segmentation.data.layout import IMAGES, MASKS, child, layout_error, level
+from fdkernels.segmentation.data.names import folder_key
+from fdkernels.segmentation.data.pairs import by_name, listed, paired
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
-from fdkernels.segmentation.data.scan import by_name, checked, data_folder, files, layout_error, paired
+from fdkernels.segmentation.data.scan import checked, data_folder, files, folders
 
-_TRAINING, _TEST = "MoNuSeg 2018 Training Data", "MoNuSegTestData"
-_IMAGES, _MASKS = "Tissue Images", "Annotations"
-_BARCODE = re.compile(r"TCGA-[^-]+-[^-]+(?=-|$)")
+_TISSUE, _OUTLINES = "Tissue Images", "Annotations"
+_IMAGES = (_TISSUE, *IMAGES)
+_PART = re.compile("train|test|val")
+_LAYOUT = "Tissue Images/NAME.tif and Annotations/NAME.xml, or NAME.tif and NAME.xml in one folder"
+_BARCODE = re.compile(r"(?<![A-Z0-9])TCGA[-_]([A-Z0-9]+)[-_]([A-Z0-9]+)(?![A-Z0-9])", re.IGNORECASE)
 
 
 def patient_of(name: str) -> str:
-    """Return the patient, the first three fields of a TCGA barcode, or the name itself if it is not one."""
-    barcode = _BARCODE.match(name)
-    return name if barcode is None else barcode[0]
+    """Return the patient, the first three fields of the TCGA barcode in a name, or the name itself."""
+    barcode = _BARCODE.search(name)
+    return name if barcode is None else f"TCGA-{barcode[1]}-{barcode[2]}".upper()
 
 
-def _pairs_of_folders(root: Path) -> list[tuple[Path, Path]]:
-    """List the existing pairs of a folder of images and a folder of polygons."""
-    apart = [(base / _IMAGES, base / _MASKS) for base in (root, root / _TRAINING)]
-    together = [(base, base) for base in (root, root / _TEST)]
-    return [pair for pair in apart if pair[0].is_dir() or pair[1].is_dir()] + [
-        pair for pair in together if files(pair[1], [".xml"])
-    ]
+def _is_part(folder: Path, images: Sequence[str] = _IMAGES) -> bool:
+    """Return whether the folder holds images, in a folder of one of the names, or annotations."""
+    return child(folder, *images, _OUTLINES) is not None or bool(files(folder, [".xml"]))
+
+
+def _parts(root: Path) -> list[Path]:
+    """List the folders that are pooled: `root`, or in it the training and the test folder, or both.
+
+    Folders that only resemble the download count where nothing of the download itself is there: people put
+    what they derive beside it.
+    """
+    inside = {folder_key(each.name): part for each in folders(root) if (part := level(each, _is_part))}
+    named = [part for name, part in inside.items() if name.startswith("monuseg")]
+    official = [root, *named] if _is_part(root, [_TISSUE]) else named
+    alike = [root] if _is_part(root) else [part for name, part in inside.items() if _PART.search(name)]
+    return official or alike
+
+
+def _apart(folder: Path, problems: list[str]) -> list[SegmentationSample]:
+    """Pair a folder of images with a folder of polygons or, without those, of masks."""
+    tissue, outlines, masks = (child(folder, *names) for names in (_IMAGES, (_OUTLINES,), MASKS))
+    if tissue is None or (outlines is None and masks is None):
+        missing = "no folder Tissue Images" if tissue is None else "no folder Annotations and no folder masks"
+        raise layout_error(folder, "MoNuSeg", _LAYOUT, missing)
+    truth: dict[str, Path] = {}
+    if outlines is not None:
+        truth = listed(outlines, problems, [".xml"]) or listed(outlines, problems)
+    if masks is not None and not truth:
+        truth = listed(masks, problems)
+    return paired(listed(tissue, problems), truth, patient_of, problems)
 
 
 def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
     """Find the images with their polygons, training before test, and read each pair once.
 
     Args:
-        root: the folder that contains the two of the download, or one of these two.
+        root: the folder that contains the two of the download, one of these two, or one around them.
         on_problem: "refuse" or "skip", see `Find`.
 
     Raises:
@@ -56,21 +87,24 @@ def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
             are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
-    pairs = _pairs_of_folders(root)
-    if not pairs:
+    inner = level(root, lambda folder: bool(_parts(folder)))
+    if inner is None:
         raise layout_error(
             root,
             "MoNuSeg",
-            "Tissue Images/NAME.tif and Annotations/NAME.xml, or NAME.tif and NAME.xml in one folder",
-            "neither of them",
+            _LAYOUT,
+            "no folder Tissue Images, no folder Annotations and no XML file",
+            lambda folder: bool(_parts(folder)),
         )
     samples: list[SegmentationSample] = []
     problems: list[str] = []
-    for images, masks in pairs:
-        tissue = by_name(files(images), problems)
-        outlines = by_name(files(masks, [".xml"]), problems)
-        samples += paired(tissue, outlines, patient_of, problems)
-    return checked(root, samples, problems, on_problem)
+    for part in _parts(inner):
+        together = by_name(files(part, [".xml"]), problems)
+        if together:
+            samples += paired(by_name(files(part), problems), together, patient_of, problems)
+        if child(part, *_IMAGES, _OUTLINES) is not None:
+            samples += _apart(part, problems)
+    return checked(inner, samples, problems, on_problem)
 
 
 __all__ = ["find", "patient_of"]

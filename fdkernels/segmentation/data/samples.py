@@ -29,12 +29,14 @@ class FoundSamples:
 
     Attributes:
         samples: every usable image, in natural order of the names.
-        skipped: one sentence per problem that led to skipped files; empty unless `on_problem` is
-            "skip".
+        skipped: one sentence per problem that led to skipped files, if `on_problem` is "skip", and
+            per part of the data set that is not there, such as a class.
+        notes: one sentence on each thing that leaves nothing out but that a user should know.
     """
 
     samples: tuple[SegmentationSample, ...]
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 __all__ = ["FoundSamples", "SegmentationSample"]

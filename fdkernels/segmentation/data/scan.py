@@ -1,58 +1,62 @@
-"""Scan data folders: list and pair files, validate every sample found."""
+"""Scan data folders: list files, validate every sample found."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from fdkernels.segmentation.data.names import is_utf8, natural, patient_key, printable
 from fdkernels.segmentation.data.reading import load_pair
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 
-_PICTURES = frozenset({".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg"})
+PICTURES = frozenset({".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg"})
 ON_PROBLEM = ("refuse", "skip")
-
-
-def natural(text: str) -> list[tuple[int, str]]:
-    """Return a natural sort key: 01_2 comes before 01_10."""
-    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
-    return [*parts, (-2, text)]  # breaks the tie between 1 and 01
+_FOREIGN = frozenset({"__MACOSX", "@eaDir"})  # folders with copies or thumbnails of the files beside them
+_TO_SKIP = "Fix them, or skip them with --on-problem skip."
 
 
 def data_folder(root: str | Path, on_problem: str) -> Path:
     """Validate the arguments of a scan and return `root` as a path.
 
     Raises:
-        ValueError: `root` is not a folder, or `on_problem` is neither "refuse" nor "skip".
+        ValueError: `root` is not a folder, or has a name that UTF-8 cannot hold, or `on_problem` is
+            neither "refuse" nor "skip".
     """
     if on_problem not in ON_PROBLEM:
         raise ValueError(f'on_problem must be "refuse" or "skip", got {on_problem!r}')
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"data must be a folder, got {root}, which is not one")
+        raise ValueError(printable(f"data must be a folder, got {root}, which is not one"))
+    if not is_utf8(root):
+        raise ValueError(printable(f"data must be a folder whose name UTF-8 can hold, got {root}; rename it"))
     return root
 
 
-def inner_folder(root: Path, outer: str, holds: Callable[[Path], bool]) -> Path | None:
-    """Return the first of `root` and `root / outer` (the download's) that `holds` the data, or None."""
-    return next((folder for folder in (root, root / outer) if folder.is_dir() and holds(folder)), None)
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List what lies in a folder in natural order, without hidden entries and those of unpackers and servers.
 
-
-def layout_error(root: Path, title: str, layout: str, missing: str) -> ValueError:
-    """Return the error for a folder with another layout; `missing` names what was not found in it."""
-    return ValueError(
-        f"data must be a folder in the {title} layout ({layout}), got {root}, which contains {missing}"
-    )
+    Raises:
+        ValueError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as inside:
+            seen = [
+                entry for entry in inside if not entry.name.startswith(".") and entry.name not in _FOREIGN
+            ]
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
+    return sorted(seen, key=lambda entry: natural(entry.name))
 
 
 def folders(folder: Path) -> list[Path]:
     """List the subfolders of a folder in natural order, without hidden ones."""
-    inside = (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return sorted(inside, key=lambda entry: natural(entry.name))
+    return [folder / entry.name for entry in _entries(folder) if entry.is_dir()]
 
 
-def files(folder: Path, suffixes: Iterable[str] = _PICTURES) -> list[Path]:
+def files(folder: Path, suffixes: Iterable[str] = PICTURES) -> list[Path]:
     """List the files of a folder with one of the suffixes, in natural order.
 
     Skips hidden files, which some systems create. Returns no files for a missing folder.
@@ -60,49 +64,8 @@ def files(folder: Path, suffixes: Iterable[str] = _PICTURES) -> list[Path]:
     if not folder.is_dir():
         return []
     wanted = frozenset(suffixes)
-    inside = (
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in wanted and not entry.name.startswith(".") and entry.is_file()
-    )
-    return sorted(inside, key=lambda entry: natural(entry.name))
-
-
-def by_name(paths: Iterable[Path], problems: list[str], prefix: str = "") -> dict[str, Path]:
-    """Index the files by name without prefix and suffix; report duplicate names in `problems`."""
-    named: dict[str, Path] = {}
-    for path in paths:
-        name = path.stem.removeprefix(prefix)
-        if name in named:
-            problems.append(f"{path} has the same name as {named[name].name}")
-        else:
-            named[name] = path
-    return named
-
-
-def paired(
-    images: Mapping[str, Path],
-    masks: Mapping[str, Path],
-    patient: str | Callable[[str], str],
-    problems: list[str],
-) -> list[SegmentationSample]:
-    """Pair images and masks of the same name; report those without a partner.
-
-    Args:
-        images, masks: files by name.
-        patient: the patient of all of them, or a function from name to patient.
-        problems: list to which one sentence is appended per file without a partner.
-    """
-    samples = []
-    for name in sorted(images.keys() | masks.keys(), key=natural):
-        if name not in masks:
-            problems.append(f"{images[name]} has no mask")
-        elif name not in images:
-            problems.append(f"{masks[name]} has no image")
-        else:
-            owner = patient if isinstance(patient, str) else patient(name)
-            samples.append(SegmentationSample(images[name], (masks[name],), owner))
-    return samples
+    paths = (folder / entry.name for entry in _entries(folder) if entry.is_file())
+    return [path for path in paths if path.suffix.lower() in wanted]
 
 
 def _defects(
@@ -115,6 +78,10 @@ def _defects(
 
     Decodes the files completely: only this detects a truncated file before the first epoch.
     """
+    if unspeakable := [path for path in (sample.image, *sample.masks) if not is_utf8(path)]:
+        return [
+            f"{unspeakable[0]} has a name that UTF-8 cannot hold, so scores could not be written; rename it"
+        ]
     try:
         image, mask = load_pair(sample)
     except ValueError as error:
@@ -134,12 +101,21 @@ def _defects(
     return defects
 
 
-def raise_problems(root: Path, problems: Sequence[str]) -> None:
-    """Raise one ValueError that lists `problems`, if there are any."""
+def raise_problems(root: Path, problems: Sequence[str], way_out: str = "") -> None:
+    """Raise one ValueError that lists `problems`, if there are any, and ends with the way out."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{root} cannot be used, {count}:\n{listed}")
+        lines = [f"{root} cannot be used, {count}:", *(f"  {problem}" for problem in problems)]
+        raise ValueError(printable("\n".join([*lines, way_out] if way_out else lines)))
+
+
+def _one_spelling(samples: Sequence[SegmentationSample]) -> tuple[SegmentationSample, ...]:
+    """Give each patient one name, the first: a split would take 1 and 01 for two (`names.patient_key`)."""
+    first: dict[str, str] = {}
+    return tuple(
+        dataclasses.replace(sample, patient=first.setdefault(patient_key(sample.patient), sample.patient))
+        for sample in samples
+    )
 
 
 def checked(
@@ -150,12 +126,15 @@ def checked(
     *,
     may_be_empty: Callable[[SegmentationSample], bool] = lambda sample: False,
     size: tuple[int, int] | None = None,
+    absent: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> FoundSamples:
     """Read every sample once and return the usable ones; refuse or skip the others.
 
-    A sample is unusable if a file cannot be read, if a mask differs from the image in size, if the
-    mask is empty and `may_be_empty` does not allow that, or if an earlier image has the same pixels,
-    whatever its name and format: a split could put one into training and the other into the test.
+    A sample is unusable if a file cannot be read or has a name that UTF-8 cannot hold, if a mask differs
+    from the image in size, if the mask is empty and `may_be_empty` does not allow that, or if an earlier
+    image has the same pixels, whatever its name and format: a split could put one into training and the
+    other into the test. Patients whose names differ only in case, Unicode form and leading zeros are one.
 
     Args:
         root: the folder to name in messages.
@@ -164,6 +143,8 @@ def checked(
         on_problem: "refuse" raises on any problem, "skip" drops the affected samples.
         may_be_empty: whether a sample without foreground is valid.
         size: required width and height of every image in pixels; None for any.
+        absent, notes: what to say of parts of the data set that are not there, and besides; see
+            `FoundSamples`.
 
     Raises:
         ValueError: there are problems and `on_problem` is "refuse" (the message lists all of them),
@@ -177,21 +158,20 @@ def checked(
         if not defects:
             usable.append(sample)
     if on_problem == "refuse" or not usable:
-        raise_problems(root, problems)
+        raise_problems(root, problems, _TO_SKIP if usable else "")
     if not usable:
         raise ValueError(f"{root} contains no usable image")
-    return FoundSamples(tuple(usable), tuple(problems))
+    skipped = tuple(map(printable, (*absent, *problems)))
+    return FoundSamples(_one_spelling(usable), skipped, tuple(map(printable, notes)))
 
 
 __all__ = [
-    "by_name",
+    "ON_PROBLEM",
+    "PICTURES",
     "checked",
     "data_folder",
     "files",
     "folders",
-    "inner_folder",
-    "layout_error",
     "natural",
-    "paired",
     "raise_problems",
 ]

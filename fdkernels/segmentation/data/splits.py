@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from fdkernels.segmentation.data.names import is_utf8, printable
 from fdkernels.segmentation.data.samples import SegmentationSample
 
 FRACTIONS = (0.7, 0.2, 0.1)
@@ -54,7 +55,8 @@ class Split:
             root: the folder that its paths are relative to.
 
         Raises:
-            ValueError: a part or one of its fields is missing or has the wrong type.
+            ValueError: a part or one of its fields is missing or has the wrong type, or UTF-8 cannot hold
+                a name.
         """
 
         def sample(part: str, number: int, entry: Any) -> SegmentationSample:
@@ -63,6 +65,10 @@ class Split:
                 if isinstance(masks, list) and all(
                     isinstance(text, str) for text in (patient, image, *masks)
                 ):
+                    if not all(map(is_utf8, (patient, image, *masks))):
+                        raise ValueError(
+                            printable(f"{part} must have names that UTF-8 can hold, got {image}; rename it")
+                        )
                     return SegmentationSample(located(image), tuple(map(located, masks)), patient)
             except (KeyError, TypeError):
                 pass
