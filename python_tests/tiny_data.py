@@ -182,6 +182,7 @@ _WRITERS: dict[str, Callable[[Path, int, np.random.Generator], None]] = {
     "ad-256": _ad(256),
     "ad-128": _ad(128),
     "us-tnbc": _us_tnbc,
+    "folder": _us_tnbc,
     "busi": _busi,
     "dsb2018": _dsb2018,
 }

@@ -50,7 +50,7 @@ class TrainingConfig:
         ValueError: a number is out of its range, a name is unknown, or fields do not go together.
     """
 
-    dataset: str = _option(f"Data set: {one_of(DATASETS)}.")
+    dataset: str = _option(f"Data set: {one_of(DATASETS)}, which is your own images/ and masks/.")
     data: str = _option("Folder of the data set.")
     output: str = _option("Folder of the run, such as runs/first.")
     model: str = _option(f"Network: {one_of(models.names())}.", "unet")

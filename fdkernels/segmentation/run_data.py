@@ -29,12 +29,14 @@ class RunData:
     Attributes:
         split: what to train, validate and test on.
         novel: images of a second data set, added to the training set.
-        skipped: a sentence on each file that was left out.
+        skipped: a sentence on each file that was left out, and on each part of the data that is not there.
+        notes: a sentence on each thing besides that a user should know.
     """
 
     split: Split
     novel: tuple[SegmentationSample, ...] = ()
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def as_json(self, config: TrainingConfig) -> dict[str, Any]:
         """Give the content of split.json: seed, fold, the parts with relative paths, and skipped files."""
@@ -74,7 +76,8 @@ def split_data(
         splits = {fold: split for fold, split in folds if config.fold in (fold, "all")}
     added = () if novel is None else draw_novel(novel, config.novel_images, config.seed)
     skipped = (*base.skipped, *(() if novel is None else novel.skipped))
-    return {fold: RunData(split, added, skipped) for fold, split in splits.items()}
+    notes = (*base.notes, *(() if novel is None else novel.notes))
+    return {fold: RunData(split, added, skipped, notes) for fold, split in splits.items()}
 
 
 class RunLoaders(LightningDataModule):

@@ -81,8 +81,9 @@ def train(
     runs = split_data(config, *find_data(config))
     first = is_first_process()
     if progress and first:
-        for sentence in next(iter(runs.values())).skipped:
-            Console(stderr=True).print(f"Left out: {sentence}", highlight=False, markup=False)
+        found = next(iter(runs.values()))
+        for sentence in (*(f"Left out: {each}" for each in found.skipped), *found.notes):
+            Console(stderr=True).print(sentence, highlight=False, markup=False)
     if config.fold != "all":
         (data,) = runs.values()
         return train_run(config, data, callbacks=callbacks, resume=resume, progress=progress)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from fdkernels.segmentation.data import ad, busi, dsb2018, monuseg, tnbc, udiat, us_tnbc
+from fdkernels.segmentation.data import ad, busi, dsb2018, folder, monuseg, tnbc, udiat, us_tnbc
 from fdkernels.segmentation.data.augment import random_symmetry
 from fdkernels.segmentation.data.dataset import SegmentationDataset
 from fdkernels.segmentation.data.loaders import (
@@ -28,10 +28,12 @@ class Find(Protocol):
         """Find the samples and read each one once.
 
         Args:
-            root: the folder of the data set as its owners publish it.
+            root: the folder of the data set as its owners publish it, or one of the forms in which
+                copies of it go round; `README.md` names them.
             on_problem: handling of unusable files: "refuse" raises one ValueError that names them
                 all; "skip" drops the affected images and returns one sentence per problem in
-                `FoundSamples.skipped`, for the caller to show and to record.
+                `FoundSamples.skipped`, for the caller to show and to record. What a user should know
+                without it being a problem is in `FoundSamples.notes`.
 
         Raises:
             ValueError: the folder has another layout, no file in it is usable, or there are
@@ -62,7 +64,7 @@ class DatasetPreset:
     all_samples: int | None = None
 
 
-# The paper does not use busi and dsb2018; their size and learning rate are this package's choice.
+# The paper does not use busi, dsb2018 and folder; their size and learning rate are this package's choice.
 DATASETS: dict[str, DatasetPreset] = {
     "tnbc": DatasetPreset("TNBC", tnbc.find, size=512, lr=1e-4, worst_off=10, all_samples=50),
     "monuseg": DatasetPreset("MoNuSeg", monuseg.find, size=512, lr=1e-4, worst_off=25, all_samples=44),
@@ -76,6 +78,7 @@ DATASETS: dict[str, DatasetPreset] = {
     "us-tnbc": DatasetPreset("US-TNBC", us_tnbc.find, size=512, lr=1e-3, worst_off=10, all_samples=15),
     "busi": DatasetPreset("BUSI", busi.find, size=256, lr=1e-4),
     "dsb2018": DatasetPreset("DSB2018", dsb2018.find, size=256, lr=1e-4),
+    "folder": DatasetPreset("own images", folder.find, size=256, lr=1e-4),
 }
 
 __all__ = [
