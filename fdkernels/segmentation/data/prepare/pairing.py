@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fdkernels.segmentation.data.scan import natural
+from fdkernels.segmentation.data.names import composed, is_utf8, natural, printable
 
 _DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
 _MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
@@ -20,7 +20,7 @@ class Recording:
     """One DICOM file and the masks of its frames.
 
     Attributes:
-        stem: file name without DICOM suffix.
+        stem: file name without DICOM suffix, in Unicode's composed form.
         path: the file.
         masks: mask files by frame number, counted from 1; the key None is the only frame of a file.
     """
@@ -53,10 +53,14 @@ def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
     if dicom.resolve() == masks.resolve():
         dicom_files = [file for file in mask_files if file.suffix.lower() not in _MASK_SUFFIXES]
         mask_files = [file for file in mask_files if file.suffix.lower() in _MASK_SUFFIXES]
-    problems: list[str] = []
+    problems = [
+        printable(f"{file} has a name that UTF-8 cannot hold; rename it")
+        for file in (*dicom_files, *mask_files)
+        if not is_utf8(file)
+    ]
     recordings: dict[str, Recording] = {}
-    for file in dicom_files:
-        stem = file.stem if file.suffix.lower() in _DICOM_SUFFIXES else file.name
+    for file in filter(is_utf8, dicom_files):
+        stem = composed(file.stem if file.suffix.lower() in _DICOM_SUFFIXES else file.name)
         if not _is_dicom(file):
             problems.append(f"{file} is not a DICOM file")
         elif stem in recordings:
@@ -65,7 +69,7 @@ def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
             )
         else:
             recordings[stem] = Recording(stem, file)
-    for file in mask_files:
+    for file in filter(is_utf8, mask_files):
         problem = _assign(file, recordings)
         if problem:
             problems.append(problem)
@@ -76,7 +80,7 @@ def _assign(file: Path, recordings: dict[str, Recording]) -> str | None:
     """Assign the mask to its recording; return a sentence if there is none or it has a mask already."""
     if file.suffix.lower() not in _MASK_SUFFIXES:
         return f"{file} is not a PNG or TIFF file"
-    stem, frame = file.stem, None
+    stem, frame = composed(file.stem), None
     match = _FRAME.fullmatch(stem)
     if stem not in recordings and match:
         stem, frame = match["stem"], int(match["frame"])
