@@ -145,7 +145,7 @@ def test_patches_may_be_without_foreground(pristine, tmp_path, empties):
     assert sample in DATASETS[empties].find(root).samples
 
 
-@pytest.mark.parametrize("lesions", ["udiat", "us-tnbc", "busi", "dsb2018"])
+@pytest.mark.parametrize("lesions", ["udiat", "us-tnbc", "folder", "busi", "dsb2018"])
 def test_in_other_data_sets_an_empty_mask_is_a_problem(pristine, tmp_path, lesions):
     root = shutil.copytree(pristine[lesions], tmp_path / lesions)
     sample = DATASETS[lesions].find(root).samples[0]
@@ -202,6 +202,7 @@ def test_numbers_in_names_count_as_numbers():
         ("us-tnbc", 512, 1e-3, 10),
         ("busi", 256, 1e-4, None),
         ("dsb2018", 256, 1e-4, None),
+        ("folder", 256, 1e-4, None),
     ],
 )
 def test_presets_are_those_of_the_paper(name, size, lr, worst_off):
@@ -221,4 +222,7 @@ def test_made_up_images_differ_in_size_where_the_real_ones_do(pristine):
         name: {read_image(sample.image).size for sample in DATASETS[name].find(root).samples}
         for name, root in pristine.items()
     }
-    assert all((len(sizes[name]) > 1) == (name in {"udiat", "us-tnbc", "busi", "dsb2018"}) for name in NAMES)
+    assert all(
+        (len(sizes[name]) > 1) == (name in {"udiat", "us-tnbc", "folder", "busi", "dsb2018"})
+        for name in NAMES
+    )

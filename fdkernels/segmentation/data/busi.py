@@ -88,8 +88,9 @@ def find(root: str | Path, on_problem: str = "refuse", *, classes: Sequence[str]
 
     def told_by_name(folder: Path) -> bool:
         images, masks = roles(folder)
-        paths = files(folder) if images is None or masks is None else listed(images, []).values()
-        return any(_class_of(path.name) is not None for path in paths)
+        if images is None or masks is None:
+            return any(_class_of(path.stem) is not None for path in files(folder))
+        return any(_class_of(name) is not None for name in listed(images, []))
 
     inner = level(root, of_classes, _OUTER) or level(root, told_by_name)
     if inner is None:

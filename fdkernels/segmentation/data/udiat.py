@@ -49,7 +49,8 @@ def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
     root = data_folder(root, on_problem)
 
     def official(folder: Path) -> bool:
-        return None not in (child(folder, _IMAGES), child(folder, _MASKS))
+        named = child(folder, _IMAGES), child(folder, _MASKS)
+        return None not in named or any(part != folder for part in _parts(folder))
 
     inner = level(root, official, *_OUTER) or level(root, lambda folder: bool(_parts(folder)), *_OUTER)
     if inner is None:
