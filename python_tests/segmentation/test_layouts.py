@@ -129,6 +129,7 @@ READ = {
             "a/stage1_train/i/masks/2.png",
         ),
     ),
+    "DSB with folders in the singular": ("dsb2018", ("i/image/i.png", "i", "i/mask/1.png")),
     "DSB with one mask an image": ("dsb2018", ("images/i.png", "i", "masks/0/i.png")),
     "DSB by kind of image": (
         "dsb2018",
@@ -280,6 +281,18 @@ def test_what_was_made_of_the_download_beside_it_is_not_read(tmp_path):
         root = write(tmp_path / name, *paths, "images/benign_01_1.png", "masks/benign_01_1.png")
         (sample,) = DATASETS[name].find(root).samples
         assert sample.image == root / paths[0]
+
+
+def test_a_part_of_monuseg_that_is_not_read_is_said(tmp_path):
+    official = [
+        f"{TRAINING}/{part}/{BARCODE}{end}"
+        for part, end in (("Tissue Images", ".tif"), ("Annotations", ".xml"))
+    ]
+    write(tmp_path, *official, "Test/images/TCGA-AA-0009.png", "Test/masks/TCGA-AA-0009.png")
+    found = DATASETS["monuseg"].find(tmp_path)
+    assert [sample.image.name for sample in found.samples] == [f"{BARCODE}.tif"]
+    (sentence,) = found.skipped
+    assert sentence.startswith(f"{tmp_path / 'Test'} is not read")
 
 
 def test_the_list_of_problems_ends_with_the_option_that_skips(tmp_path):

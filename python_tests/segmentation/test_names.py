@@ -111,6 +111,13 @@ def test_the_folder_of_the_data_needs_a_name_that_utf8_can_hold(other_encoding):
         DATASETS["udiat"].find(other_encoding / "none")
 
 
+def test_a_message_on_the_layout_is_printable_too(tmp_path, other_encoding):
+    make_tiny("udiat", other_encoding / "data")
+    (tmp_path / "beside").mkdir()
+    with pytest.raises(ValueError, match=r"the layout lies 2 levels deeper: .*caf\\udce9/data$"):
+        DATASETS["udiat"].find(tmp_path)
+
+
 @pytest.mark.parametrize("field", ["patient", "image", "masks"])
 def test_a_split_with_names_that_utf8_cannot_hold_is_refused(field, tmp_path):
     entry = {"patient": "p", "image": "a.png", "masks": ["b.png"]}

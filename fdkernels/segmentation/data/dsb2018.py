@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdkernels.segmentation.data.layout import child, layout_error, level, roles
+from fdkernels.segmentation.data.layout import layout_error, level, roles
 from fdkernels.segmentation.data.names import composed
 from fdkernels.segmentation.data.pairs import listed, paired
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
@@ -27,7 +27,7 @@ _OUTER, _IMAGES, _MASKS = "stage1_train", "images", "masks"
 
 
 def _ids(root: Path) -> list[Path]:
-    return [folder for folder in folders(root) if child(folder, _IMAGES, _MASKS) is not None]
+    return [folder for folder in folders(root) if roles(folder) != (None, None)]
 
 
 def _kinds(folder: Path) -> list[Path]:
@@ -40,7 +40,8 @@ def _of_ids(ids: list[Path], problems: list[str]) -> list[SegmentationSample]:
     """Collect the images of the ID folders, each with all its masks."""
     samples = []
     for folder in ids:
-        images, masks = (child(folder, name) or folder / name for name in (_IMAGES, _MASKS))
+        there = zip(roles(folder), (_IMAGES, _MASKS), strict=True)
+        images, masks = (found or folder / name for found, name in there)
         found = files(images)
         drawn = files(masks)
         if len(found) != 1:

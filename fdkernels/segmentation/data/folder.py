@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fdkernels.segmentation.data.layout import layout_error, level, roles
-from fdkernels.segmentation.data.names import caseless, composed
+from fdkernels.segmentation.data.names import caseless, composed, printable
 from fdkernels.segmentation.data.pairs import listed, paired
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 from fdkernels.segmentation.data.scan import PICTURES, checked, data_folder, files
@@ -41,25 +41,28 @@ def read_patients(path: Path) -> dict[str, str]:
     Raises:
         ValueError: the file is not UTF-8, lacks a column or a value, or gives an image two patients.
     """
+    called = printable(str(path))
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be a CSV file in UTF-8: {error}") from error
+        raise ValueError(f"{called} must be a CSV file in UTF-8: {error}") from error
     delimiter = next((each for each in ";\t" if lines and each in lines[0]), ",")
     rows = csv.DictReader(lines, delimiter=delimiter, restval="")
     columns = {(name or "").strip().casefold(): name for name in rows.fieldnames or ()}
     if missing := [name for name in _COLUMNS if name not in columns]:
-        raise ValueError(f"{path} must have the columns image and patient, got no {' and no '.join(missing)}")
+        raise ValueError(
+            f"{called} must have the columns image and patient, got no {' and no '.join(missing)}"
+        )
     patients: dict[str, str] = {}
     for row in rows:
         image, patient = (composed(row[columns[name]] or "").strip() for name in _COLUMNS)
         if not image and not patient:
             continue
         if not image or not patient:
-            raise ValueError(f"{path} must give an image and its patient in line {rows.line_num}")
+            raise ValueError(f"{called} must give an image and its patient in line {rows.line_num}")
         if patients.setdefault(image_key(image), patient) != patient:
             raise ValueError(
-                f"{path} must give each image one patient, got {patients[image_key(image)]} and {patient} "
+                f"{called} must give each image one patient, got {patients[image_key(image)]} and {patient} "
                 f"for {image}"
             )
     return patients

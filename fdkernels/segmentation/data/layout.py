@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fdkernels.segmentation.data.names import folder_key
+from fdkernels.segmentation.data.names import folder_key, printable
 from fdkernels.segmentation.data.scan import folders
 
 # Names that folders of images and of masks have in copies of the data sets, the commonest first.
@@ -27,9 +27,8 @@ def child(folder: Path, *names: str) -> Path | None:
     for name in names:
         found = inside.get(folder_key(name), [])
         if len(found) > 1:
-            raise ValueError(
-                f"{folder} must have one folder {name}, got {' and '.join(each.name for each in found)}"
-            )
+            got = " and ".join(each.name for each in found)
+            raise ValueError(printable(f"{folder} must have one folder {name}, got {got}"))
         if found:
             return found[0]
     return None
@@ -76,10 +75,8 @@ def layout_error(
         holds: whether a folder has the layout.
     """
     elsewhere = "" if holds is None else _elsewhere(root, holds)
-    return ValueError(
-        f"data must be a folder in the {title} layout ({layout}), got {root}, which contains "
-        f"{missing}{elsewhere}"
-    )
+    got = f"got {root}, which contains {missing}{elsewhere}"
+    return ValueError(printable(f"data must be a folder in the {title} layout ({layout}), {got}"))
 
 
 def _elsewhere(root: Path, holds: Callable[[Path], bool]) -> str:

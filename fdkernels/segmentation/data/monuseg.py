@@ -48,17 +48,23 @@ def _is_part(folder: Path, images: Sequence[str] = _IMAGES) -> bool:
     return child(folder, *images, _OUTLINES) is not None or bool(files(folder, [".xml"]))
 
 
-def _parts(root: Path) -> list[Path]:
+def _parts(root: Path) -> tuple[list[Path], list[Path]]:
     """List the folders that are pooled: `root`, or in it the training and the test folder, or both.
 
-    Folders that only resemble the download count where nothing of the download itself is there: people put
-    what they derive beside it.
+    Folders that only resemble the download count where nothing of the download itself is there, since people
+    put what they derive beside it; otherwise they are the second list.
     """
-    inside = {folder_key(each.name): part for each in folders(root) if (part := level(each, _is_part))}
+    apart = {folder_key(name) for name in (*_IMAGES, _OUTLINES, *MASKS)}
+    inside = {
+        name: part
+        for each in folders(root)
+        if (name := folder_key(each.name)) not in apart and (part := level(each, _is_part))
+    }
     named = [part for name, part in inside.items() if name.startswith("monuseg")]
+    alike = [part for name, part in inside.items() if _PART.search(name)]
     official = [root, *named] if _is_part(root, [_TISSUE]) else named
-    alike = [root] if _is_part(root) else [part for name, part in inside.items() if _PART.search(name)]
-    return official or alike
+    parts = official or ([root] if _is_part(root) else alike)
+    return parts, [part for part in alike if part not in parts]
 
 
 def _apart(folder: Path, problems: list[str]) -> list[SegmentationSample]:
@@ -87,24 +93,27 @@ def find(root: str | Path, on_problem: str = "refuse") -> FoundSamples:
             are problems and `on_problem` is "refuse".
     """
     root = data_folder(root, on_problem)
-    inner = level(root, lambda folder: bool(_parts(folder)))
+
+    def holds(folder: Path) -> bool:
+        return bool(_parts(folder)[0])
+
+    inner = level(root, holds)
     if inner is None:
-        raise layout_error(
-            root,
-            "MoNuSeg",
-            _LAYOUT,
-            "no folder Tissue Images, no folder Annotations and no XML file",
-            lambda folder: bool(_parts(folder)),
-        )
+        missing = "no folder Tissue Images, no folder Annotations and no XML file"
+        raise layout_error(root, "MoNuSeg", _LAYOUT, missing, holds)
+    parts, others = _parts(inner)
     samples: list[SegmentationSample] = []
     problems: list[str] = []
-    for part in _parts(inner):
+    for part in parts:
         together = by_name(files(part, [".xml"]), problems)
         if together:
             samples += paired(by_name(files(part), problems), together, patient_of, problems)
         if child(part, *_IMAGES, _OUTLINES) is not None:
             samples += _apart(part, problems)
-    return checked(inner, samples, problems, on_problem)
+    absent = [
+        f"{part} is not read, since {inner} holds parts with the names of the download" for part in others
+    ]
+    return checked(inner, samples, problems, on_problem, absent=absent)
 
 
 __all__ = ["find", "patient_of"]

@@ -47,7 +47,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
                 entry for entry in inside if not entry.name.startswith(".") and entry.name not in _FOREIGN
             ]
     except OSError as error:
-        raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
+        raise ValueError(printable(f"{folder} cannot be read: {error.strerror}")) from error
     return sorted(seen, key=lambda entry: natural(entry.name))
 
 
@@ -160,7 +160,7 @@ def checked(
     if on_problem == "refuse" or not usable:
         raise_problems(root, problems, _TO_SKIP if usable else "")
     if not usable:
-        raise ValueError(f"{root} contains no usable image")
+        raise ValueError(printable(f"{root} contains no usable image"))
     skipped = tuple(map(printable, (*absent, *problems)))
     return FoundSamples(_one_spelling(usable), skipped, tuple(map(printable, notes)))
 
