@@ -242,7 +242,9 @@ class Tap(torch.autograd.Function):
         ctx.slot, ctx.pyramid = slot, describe([features])
         ctx.set_materialize_grads(False)
         placeholder = features.new_empty((2, *features.shape[:2]), dtype=accumulate_dtype([features]))
-        return features.view_as(features), placeholder
+        # Not a view to autograd, which would refuse a change in place by the next layer without naming it;
+        # it shares the count of such changes, by which the taps find it.
+        return features.detach(), placeholder
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, None]:

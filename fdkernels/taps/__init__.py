@@ -1,0 +1,190 @@
+"""Records the features of any network's submodules, by name."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fdkernels import checks
+from fdkernels.taps.names import find, in_place_around, own_name
+from fdkernels.taps.recording import Change, Enter, Keep, Leave, Recording
+
+__all__ = ["FeatureTaps"]
+
+CALLS = ("once", "last", "all")
+
+
+class FeatureTaps:
+    """Record the outputs of named submodules for the loss.
+
+    ::
+
+        with fdk.FeatureTaps(model, ["enc1", "enc2", "bottleneck"]) as taps:
+            logits = model(images)
+            loss = segmentation_loss(logits, mask) + crit(taps.features, mask)
+
+    The features are the outputs themselves, not copies, and part of the graph. The network is not changed:
+    leaving the block (or `close()`) removes the hooks, and so does deleting the taps. Use the network's own
+    submodule names, also for one wrapped by DistributedDataParallel, FSDP or torch.compile.
+
+    What is read is of one forward pass, or an error:
+
+    - A pass begins where the network, or a module that holds all tapped ones, is called. Features of the
+      pass before are dropped then, so that a module that the pass skips, or does not reach because of an
+      error, is named as missing.
+    - Where the parts of a network are called one by one, a pass goes on until the features are read or
+      `clear()` is called.
+    - A module that runs several times in a pass is refused, unless `calls` says what to keep. What
+      torch.utils.checkpoint computes again in backward does not count.
+    - The output of a tapped module must not be modified in place afterwards, as by the
+      `nn.ReLU(inplace=True)` behind a batch norm: tap that activation. Inside torch.compile a change is
+      seen only where a sibling of the tapped module (or of a module that holds it) makes it.
+    - torch.compile sees taps that are set before the first compiled call.
+    - A network with taps can be copied, averaged, pickled and saved at any time: the copy has no taps. A
+      copy of the taps themselves has no network, and says so when it is read.
+
+    With `fused=True` pass the taps themselves, `crit(taps, mask)` or `feature_discrepancy_loss(taps,
+    mask)`, not their features. The numbers are the same, and backward saves two transfers of each map: one
+    pass reads the upstream gradient of a tapped output and writes its sum with the loss's gradient, as
+    `fdkernels.tap` does. This serves the first such call of a forward pass; later calls, calls inside
+    torch.compile, and calls with a mask that requires a gradient use the features instead. A change in
+    place is then an error of the forward pass. Under torch.utils.checkpoint set `use_reentrant=False`.
+
+    Args:
+        model: any network.
+        names: submodule names as in `model.named_modules()`; `features` keeps their order.
+        fused: add the upstream gradient in the backward pass of the loss.
+        calls: what to keep of a module that runs several times in a forward pass: `"once"` refuses it,
+            `"last"` keeps the last call, `"all"` keeps each call as a layer of its own, in order.
+
+    Attributes:
+        names: the names, as a tuple.
+
+    Raises:
+        ValueError: no names, a name twice, or one that the network does not have; unknown `calls`.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], *, fused: bool = False, calls: str = "once"
+    ) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"names must be a sequence of submodule names, got the string {names!r}")
+        self.names = tuple(names)
+        if not self.names:
+            raise ValueError("names must hold at least one submodule name, got none")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names must differ from one another, got {list(self.names)}")
+        checks.one_of("calls", calls, CALLS)
+        modules, paths = find(model, self.names)
+        self._recording = Recording(self.names, calls, fused)
+        self._handles = _set_hooks(self._recording, modules, paths)
+        self._is_copy = False
+        weakref.finalize(self, _remove, self._handles).atexit = False
+
+    @property
+    def features(self) -> list[Tensor]:
+        """The features of the last forward pass, [N, C, *S] each, in the order of `names`.
+
+        With `calls="all"` the calls of one module follow each other.
+
+        Raises:
+            RuntimeError: a submodule did not run in that pass, or several times with `calls="once"`; or its
+                output has been modified in place since, as by the in-place activation that follows it.
+        """
+        if self._is_copy:
+            raise RuntimeError(
+                "these taps are a copy, which has no network; set taps on the copied network: "
+                f"FeatureTaps(network, {list(self.names)})"
+            )
+        self._recording.check()
+        self._recording.is_open = False
+        return [output.features for outputs in self._recording.outputs for output in outputs]
+
+    def take_placeholders(self) -> tuple[Any, ...] | None:
+        """The slots and the placeholders of the fused taps as `FromTaps` takes them, once a forward pass.
+
+        Returns:
+            A list of slots, followed by the placeholders [2, N, C_l]; None where the loss takes the features
+            themselves.
+
+        Raises:
+            RuntimeError: some features were computed without gradients, others with.
+        """
+        recorded = self._recording.outputs
+        outputs = [output for outputs in recorded for output in outputs]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        if all(output.placeholder is None for output in outputs):
+            return None
+        for name, of_module in zip(self.names, recorded, strict=True):
+            if any(output.without_grad for output in of_module):
+                raise RuntimeError(
+                    f"the features of {name!r} were computed without gradients, those of other taps with; "
+                    "under torch.utils.checkpoint set use_reentrant=False"
+                )
+        if any(output.placeholder is None and output.features.requires_grad for output in outputs):
+            return None
+        self._recording.outputs = [
+            [output._replace(placeholder=None, slot=None) for output in of_module] for of_module in recorded
+        ]
+        return [output.slot for output in outputs], *(output.placeholder for output in outputs)
+
+    def clear(self) -> None:
+        """Drop the recorded features; the next call begins a new pass."""
+        self._recording.clear()
+
+    def close(self) -> None:
+        """Remove the hooks; the recorded features stay readable."""
+        _remove(self._handles)
+
+    def __enter__(self) -> FeatureTaps:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> tuple[tuple[str, ...], str, bool]:
+        return self.names, self._recording.calls, self._recording.fused
+
+    def __setstate__(self, state: tuple[tuple[str, ...], str, bool]) -> None:
+        self.names = state[0]
+        self._recording = Recording(*state)
+        self._handles = []
+        self._is_copy = True
+
+
+def _set_hooks(
+    recording: Recording, modules: dict[str, nn.Module], paths: Sequence[str]
+) -> list[RemovableHandle]:
+    """Set hooks on the tapped modules, on those that hold them, and on those that may change their outputs."""
+    holders = [{path.rsplit(".", up)[0] for up in range(1, path.count(".") + 1)} | {""} for path in paths]
+    whole, watched = set.intersection(*holders), sorted(set.union(*holders, paths))
+    handles = []
+    for path in watched:
+        handles.append(modules[path].register_forward_pre_hook(Enter(recording, path in whole)))
+    for index, path in enumerate(paths):
+        handles.append(modules[path].register_forward_hook(Keep(recording, index)))
+        for changer in in_place_around(modules, path):
+            hook = Change(recording, index, own_name(changer))
+            handles.append(modules[changer].register_forward_pre_hook(hook))
+    for path in watched:
+        leave = Leave(recording, path in whole)
+        handles.append(modules[path].register_forward_hook(leave, always_call=True))
+    return handles
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -1,0 +1,268 @@
+"""What the hooks of taps record, and when a forward pass begins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fdkernels.op.autograd import Tap, TapSlot
+
+
+class Output(NamedTuple):
+    """One output of a tapped submodule, and under `fused` what belongs to it.
+
+    Attributes:
+        features: the output [N, C, *S], as the rest of the network has it.
+        placeholder, slot: as `fdkernels.op.autograd.Tap` returns and takes them.
+        version: how often it had been modified in place when it was recorded; None if unknown.
+        without_grad: whether it was computed in a block without gradients.
+    """
+
+    features: Tensor
+    placeholder: Tensor | None = None
+    slot: TapSlot | None = None
+    version: int | None = None
+    without_grad: bool = False
+
+
+class Recording:
+    """What was recorded in the running forward pass, or in the last one.
+
+    A pass begins where a module that holds all tapped ones is called, and not by another such module; the
+    network itself is one. Where the parts of a network are called one by one, their pass ends when the
+    features are read or cleared.
+
+    Attributes:
+        names: of the tapped submodules.
+        calls: `"once"`, `"last"` or `"all"`.
+        fused: whether outputs go through `Tap`.
+        outputs: of each submodule, of the calls that are kept.
+        counts: how often each submodule ran.
+        changed_by: the in-place module that took the output of each submodule, if one was seen.
+        depth: how many of the modules with hooks are running, one within the other.
+        is_open: whether a part that is called by itself goes on with the pass.
+        why_missing: why a submodule may not have run; None before the first pass.
+    """
+
+    def __init__(self, names: tuple[str, ...], calls: str, fused: bool) -> None:
+        self.names, self.calls, self.fused = names, calls, fused
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self.outputs: list[list[Output]] = [[] for _ in self.names]
+        self.counts = [0] * len(self.names)
+        self.changed_by: list[str | None] = [None] * len(self.names)
+        self.depth = 0
+        self.is_open = False
+        self.why_missing: str | None = None
+
+    def check(self) -> None:
+        """Refuse to hand out what is not of one pass, or not what the submodules returned.
+
+        Raises:
+            RuntimeError: as `FeatureTaps.features` says.
+        """
+        missing = [name for name, count in zip(self.names, self.counts, strict=True) if not count]
+        if missing:
+            raise RuntimeError(self._describe_missing(missing))
+        if self.calls == "once" and max(self.counts) > 1:
+            raise RuntimeError(self._describe_repeated())
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Refuse outputs that were written over."""
+        for index, (name, outputs) in enumerate(zip(self.names, self.outputs, strict=True)):
+            by = self.changed_by[index]
+            for output in outputs:
+                now = version_of(output.features)
+                if by is not None if output.version is None or now is None else output.version != now:
+                    raise RuntimeError(_describe_changed(name, by))
+
+    def _describe_missing(self, missing: Sequence[str]) -> str:
+        if self.why_missing is None:
+            reason = f"run the network before reading features; not run yet: {missing}"
+        else:
+            reason = (
+                "features must be of one forward pass, but the last one did not run all tapped modules: "
+                f"{'it is still running' if self.depth else self.why_missing}; not run yet: {missing}"
+            )
+        # torch.compile is known to be in use only by what it imports.
+        if "torch._dynamo" not in sys.modules:
+            return reason
+        return (
+            f"{reason}. If torch.compile had run the network before the taps were set, it does not see them: "
+            "set taps before the first compiled call, or tap inside the compiled function"
+        )
+
+    def _describe_repeated(self) -> str:
+        ran = [
+            f"{name!r} ran {count} times"
+            for name, count in zip(self.names, self.counts, strict=True)
+            if count > 1
+        ]
+        since = " since the features were last read (taps.clear() begins a new pass)" if self.is_open else ""
+        return (
+            f"tapped modules must run once in a forward pass, but {', '.join(ran)}{since}; with calls='last' "
+            "the taps keep the last call, with calls='all' each call as a layer of its own"
+        )
+
+
+def _describe_changed(name: str, by: str | None) -> str:
+    if by is not None:
+        instead = f"{by!r}, which modifies it, or give {by!r} inplace=False"
+    else:
+        block = name.rpartition(".")[0]
+        around = f" or the block {block!r}" if block else ""
+        instead = (
+            f"the module that modified it (such as an in-place activation){around}, or set inplace=False"
+        )
+    return f"the output of {name!r} was modified in place after it was recorded; tap {instead}"
+
+
+class _Hook:
+    """A hook of taps. Copies of the network, and files with it, have one without effect in its place."""
+
+    def __reduce__(self) -> tuple[type[_CopiedHook], tuple[()]]:
+        return _CopiedHook, ()
+
+
+class _CopiedHook:
+    """What stands for a hook of taps in the copy of a network: features belong to the original."""
+
+    def __call__(self, *_: object) -> None:
+        """Do nothing."""
+
+
+class Enter(_Hook):
+    """The forward pre-hook of a tapped module, or of one that holds tapped ones.
+
+    Args:
+        recording: of the taps.
+        whole: whether the module holds all tapped ones.
+    """
+
+    def __init__(self, recording: Recording, whole: bool) -> None:
+        self.recording, self.whole = recording, whole
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Begin a pass if none is running."""
+        if _in_backward():
+            return
+        recording = self.recording
+        if recording.depth == 0 and (self.whole or not recording.is_open):
+            recording.clear()
+            recording.is_open = True
+            recording.why_missing = (
+                "it skipped them"
+                if self.whole
+                else "a part of the network was called by itself, which begins a pass of its own"
+            )
+        recording.depth += 1
+
+
+class Leave(_Hook):
+    """The forward hook that goes with `Enter`; always called, also after an error."""
+
+    def __init__(self, recording: Recording, whole: bool) -> None:
+        self.recording, self.whole = recording, whole
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """End the pass if no other module is running."""
+        if _in_backward():
+            return
+        recording = self.recording
+        recording.depth = max(recording.depth - 1, 0)
+        if recording.depth:
+            return
+        failed = output is None
+        if failed:
+            recording.why_missing = "it ended with an error before them"
+        if failed or self.whole:
+            recording.is_open = False
+        if recording.fused and not failed and not torch.compiler.is_compiling():
+            recording.check_unchanged()
+
+
+class Keep(_Hook):
+    """The forward hook of a tapped module."""
+
+    def __init__(self, recording: Recording, index: int) -> None:
+        self.recording, self.index = recording, index
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        """Record the output [N, C, *S]; under `fused` return what the network goes on with."""
+        recording, index = self.recording, self.index
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                "a tapped submodule must return one tensor, got "
+                f"{type(output).__name__} from {recording.names[index]!r}"
+            )
+        if _in_backward():
+            return None
+        if not torch.compiler.is_compiling() and getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "taps must see the whole batch, but nn.DataParallel runs a replica of the network on each of "
+                "several devices; use DistributedDataParallel"
+            )
+        recording.counts[index] += 1
+        if recording.calls == "once" and recording.counts[index] > 1:
+            recording.outputs[index] = []  # nothing can read them
+            return None
+        tapped: Tensor | None = None
+        # In a compiled graph the compiler fuses, or not; there are no autograd nodes of ours.
+        if not recording.fused or not output.requires_grad or torch.compiler.is_compiling():
+            without_grad = not torch.is_grad_enabled()
+            recorded = Output(output, None, None, version_of(output), without_grad)
+        else:
+            slot = TapSlot()
+            tapped, placeholder = Tap.apply(output, slot)
+            recorded = Output(tapped, placeholder, slot, version_of(tapped))
+        if recording.calls == "all":
+            recording.outputs[index].append(recorded)
+        else:
+            recording.outputs[index], recording.changed_by[index] = [recorded], None
+        return tapped
+
+
+class Change(_Hook):
+    """The forward pre-hook of an in-place module that may change the output of a tapped one.
+
+    Args:
+        recording: of the taps.
+        index: of the tapped module.
+        name: of the in-place module.
+    """
+
+    def __init__(self, recording: Recording, index: int, name: str) -> None:
+        self.recording, self.index, self.name = recording, index, name
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Note the name if the module gets what was recorded."""
+        if _in_backward() or not inputs or not getattr(module, "inplace", False):
+            return
+        if isinstance(module, _DropoutNd) and not module.training:
+            return
+        for output in self.recording.outputs[self.index]:
+            if output.features is inputs[0]:
+                self.recording.changed_by[self.index] = self.name
+
+
+def version_of(output: Tensor) -> int | None:
+    """How often the tensor, of any shape, was modified in place; None where torch does not count that."""
+    if torch.compiler.is_compiling() or output.is_inference():
+        return None
+    return output._version  # noqa: SLF001 (public in the documentation of autograd, but for its name)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: a submodule then computes what torch.utils.checkpoint did not keep."""
+    if torch.compiler.is_compiling():
+        return False
+    running: int = torch._C._current_graph_task_id()  # noqa: SLF001 - torch's only name for it
+    return running != -1
