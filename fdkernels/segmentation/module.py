@@ -118,6 +118,10 @@ class SegmentationModule(LightningModule):
             compile_network=config.compile,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled runs this network, not that of a copy; `setup` makes both anew.
+        return super().__getstate__() | {"_compiled": None, "_group": None}
+
     def setup(self, stage: str) -> None:
         self._group = dist.group.WORLD if self.trainer.world_size > 1 else None
         if self.channels_last:

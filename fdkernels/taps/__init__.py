@@ -103,7 +103,6 @@ class FeatureTaps:
                 f"FeatureTaps(network, {list(self.names)})"
             )
         self._recording.check()
-        self._recording.is_open = False
         return [output.features for outputs in self._recording.outputs for output in outputs]
 
     def take_placeholders(self) -> tuple[Any, ...] | None:
@@ -167,20 +166,20 @@ class FeatureTaps:
 def _set_hooks(
     recording: Recording, modules: dict[str, nn.Module], paths: Sequence[str]
 ) -> list[RemovableHandle]:
-    """Set hooks on the tapped modules, on those that hold them, and on those that may change their outputs."""
+    """Set hooks on tapped modules, on those that hold them, and on those that may change their outputs."""
     holders = [{path.rsplit(".", up)[0] for up in range(1, path.count(".") + 1)} | {""} for path in paths]
     whole, watched = set.intersection(*holders), sorted(set.union(*holders, paths))
-    handles = []
-    for path in watched:
-        handles.append(modules[path].register_forward_pre_hook(Enter(recording, path in whole)))
+    handles = [
+        modules[path].register_forward_pre_hook(Enter(recording, path, path in whole)) for path in watched
+    ]
     for index, path in enumerate(paths):
         handles.append(modules[path].register_forward_hook(Keep(recording, index)))
         for changer in in_place_around(modules, path):
             hook = Change(recording, index, own_name(changer))
             handles.append(modules[changer].register_forward_pre_hook(hook))
-    for path in watched:
-        leave = Leave(recording, path in whole)
-        handles.append(modules[path].register_forward_hook(leave, always_call=True))
+    handles += [
+        modules[path].register_forward_hook(Leave(recording, path, path in whole)) for path in watched
+    ]
     return handles
 
 

@@ -34,23 +34,26 @@ class Recording:
     """What was recorded in the running forward pass, or in the last one.
 
     A pass begins where a module that holds all tapped ones is called, and not by another such module; the
-    network itself is one. Where the parts of a network are called one by one, their pass ends when the
-    features are read or cleared.
+    network itself is one. Where the parts of a network are called one by one, their pass goes on until the
+    features are read or cleared, or a part ends with an error.
 
     Attributes:
         names: of the tapped submodules.
         calls: `"once"`, `"last"` or `"all"`.
         fused: whether outputs go through `Tap`.
         outputs: of each submodule, of the calls that are kept.
-        counts: how often each submodule ran.
+        counts: how often each submodule ran; under `"last"` whether it did.
         changed_by: the in-place module that took the output of each submodule, if one was seen.
-        depth: how many of the modules with hooks are running, one within the other.
+        outermost: the path of the module whose call is the pass, or a part of it.
+        is_running: whether that call goes on, or ended with an error.
         is_open: whether a part that is called by itself goes on with the pass.
+        calls_itself: whether the outermost module called itself.
         why_missing: why a submodule may not have run; None before the first pass.
     """
 
     def __init__(self, names: tuple[str, ...], calls: str, fused: bool) -> None:
         self.names, self.calls, self.fused = names, calls, fused
+        self.outermost, self.is_running = "", False
         self.clear()
 
     def clear(self) -> None:
@@ -58,21 +61,26 @@ class Recording:
         self.outputs: list[list[Output]] = [[] for _ in self.names]
         self.counts = [0] * len(self.names)
         self.changed_by: list[str | None] = [None] * len(self.names)
-        self.depth = 0
-        self.is_open = False
+        self.is_open = self.calls_itself = False
         self.why_missing: str | None = None
 
     def check(self) -> None:
-        """Refuse to hand out what is not of one pass, or not what the submodules returned.
+        """Refuse to hand out what is not of one pass, or not what the submodules returned; end the pass.
 
         Raises:
             RuntimeError: as `FeatureTaps.features` says.
         """
+        in_parts, self.is_open = self.is_open, False
         missing = [name for name, count in zip(self.names, self.counts, strict=True) if not count]
         if missing:
             raise RuntimeError(self._describe_missing(missing))
+        if self.calls_itself and self.calls != "last":
+            raise RuntimeError(
+                "the tapped network called itself, and every call began a pass of its own; "
+                "with calls='last' the taps keep the last call"
+            )
         if self.calls == "once" and max(self.counts) > 1:
-            raise RuntimeError(self._describe_repeated())
+            raise RuntimeError(self._describe_repeated(in_parts))
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
@@ -88,25 +96,28 @@ class Recording:
         if self.why_missing is None:
             reason = f"run the network before reading features; not run yet: {missing}"
         else:
+            why = "it ended with an error, or still runs" if self.is_running else self.why_missing
             reason = (
                 "features must be of one forward pass, but the last one did not run all tapped modules: "
-                f"{'it is still running' if self.depth else self.why_missing}; not run yet: {missing}"
+                f"{why}; not run yet: {missing}"
             )
-        # torch.compile is known to be in use only by what it imports.
-        if "torch._dynamo" not in sys.modules:
+        # Whether torch.compile has compiled anything in this process; it does not say what.
+        counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+        if not counters.get("stats"):
             return reason
         return (
-            f"{reason}. If torch.compile had run the network before the taps were set, it does not see them: "
-            "set taps before the first compiled call, or tap inside the compiled function"
+            f"{reason}. A network that torch.compile ran before the taps were set, or another of its class, does "
+            "not see them: set taps before the first compiled call (or after torch.compiler.reset()), or tap "
+            "inside the compiled function"
         )
 
-    def _describe_repeated(self) -> str:
+    def _describe_repeated(self, in_parts: bool) -> str:
         ran = [
             f"{name!r} ran {count} times"
             for name, count in zip(self.names, self.counts, strict=True)
             if count > 1
         ]
-        since = " since the features were last read (taps.clear() begins a new pass)" if self.is_open else ""
+        since = " since the features were last read (taps.clear() begins a new pass)" if in_parts else ""
         return (
             f"tapped modules must run once in a forward pass, but {', '.join(ran)}{since}; with calls='last' "
             "the taps keep the last call, with calls='all' each call as a layer of its own"
@@ -119,9 +130,7 @@ def _describe_changed(name: str, by: str | None) -> str:
     else:
         block = name.rpartition(".")[0]
         around = f" or the block {block!r}" if block else ""
-        instead = (
-            f"the module that modified it (such as an in-place activation){around}, or set inplace=False"
-        )
+        instead = f"what modified it (such as an in-place activation){around}, or set inplace=False"
     return f"the output of {name!r} was modified in place after it was recorded; tap {instead}"
 
 
@@ -144,48 +153,51 @@ class Enter(_Hook):
 
     Args:
         recording: of the taps.
+        path: of the module.
         whole: whether the module holds all tapped ones.
     """
 
-    def __init__(self, recording: Recording, whole: bool) -> None:
-        self.recording, self.whole = recording, whole
+    def __init__(self, recording: Recording, path: str, whole: bool) -> None:
+        self.recording, self.path, self.whole = recording, path, whole
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        """Begin a pass if none is running."""
+        """Begin a pass, or go on with it, unless a module that holds this one runs."""
         if _in_backward():
             return
         recording = self.recording
-        if recording.depth == 0 and (self.whole or not recording.is_open):
+        # A call that ended with an error is not told to a hook, but its end shows here: what is called now
+        # is no part of that module. (torch tells it to hooks with always_call, each of which makes
+        # torch.compile compile anew.)
+        if recording.is_running and _holds(recording.outermost, self.path):
+            return
+        if self.whole or recording.is_running or not recording.is_open:
             recording.clear()
-            recording.is_open = True
             recording.why_missing = (
                 "it skipped them"
                 if self.whole
                 else "a part of the network was called by itself, which begins a pass of its own"
             )
-        recording.depth += 1
+        recording.is_open = recording.is_running = True
+        recording.outermost = self.path
 
 
 class Leave(_Hook):
-    """The forward hook that goes with `Enter`; always called, also after an error."""
+    """The forward hook that goes with `Enter`."""
 
-    def __init__(self, recording: Recording, whole: bool) -> None:
-        self.recording, self.whole = recording, whole
+    def __init__(self, recording: Recording, path: str, whole: bool) -> None:
+        self.recording, self.path, self.whole = recording, path, whole
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """End the pass if no other module is running."""
-        if _in_backward():
-            return
+        """End the pass, or a part of it, if this module was the outermost."""
         recording = self.recording
-        recording.depth = max(recording.depth - 1, 0)
-        if recording.depth:
+        if _in_backward() or self.path != recording.outermost:
             return
-        failed = output is None
-        if failed:
-            recording.why_missing = "it ended with an error before them"
-        if failed or self.whole:
+        if not recording.is_running:
+            recording.calls_itself = True
+        recording.is_running = False
+        if self.whole:
             recording.is_open = False
-        if recording.fused and not failed and not torch.compiler.is_compiling():
+        if recording.fused and not torch.compiler.is_compiling():
             recording.check_unchanged()
 
 
@@ -210,7 +222,8 @@ class Keep(_Hook):
                 "taps must see the whole batch, but nn.DataParallel runs a replica of the network on each of "
                 "several devices; use DistributedDataParallel"
             )
-        recording.counts[index] += 1
+        # Where the number does not matter a compiled graph must not depend on it.
+        recording.counts[index] = 1 if recording.calls == "last" else recording.counts[index] + 1
         if recording.calls == "once" and recording.counts[index] > 1:
             recording.outputs[index] = []  # nothing can read them
             return None
@@ -251,6 +264,10 @@ class Change(_Hook):
         for output in self.recording.outputs[self.index]:
             if output.features is inputs[0]:
                 self.recording.changed_by[self.index] = self.name
+
+
+def _holds(outer: str, path: str) -> bool:
+    return path != outer and (not outer or path.startswith(f"{outer}."))
 
 
 def version_of(output: Tensor) -> int | None:
