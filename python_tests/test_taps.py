@@ -64,7 +64,7 @@ def test_leaving_the_block_removes_the_hooks_and_keeps_the_features():
     kept = taps.features[0]
     net(torch.ones(2, 1, 4, 4))
     assert taps.features[0] is kept
-    assert all(not module._forward_hooks for module in net.modules())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in net.modules())
 
 
 def test_close_can_be_called_without_a_block_and_twice():

@@ -106,9 +106,9 @@ class Recording:
         if not counters.get("stats"):
             return reason
         return (
-            f"{reason}. A network that torch.compile ran before the taps were set, or another of its class, does "
-            "not see them: set taps before the first compiled call (or after torch.compiler.reset()), or tap "
-            "inside the compiled function"
+            f"{reason}. A network that torch.compile ran before the taps were set, or one of its class, "
+            "does not see them: set taps before the first compiled call, or after torch.compiler.reset(), or "
+            "tap inside the compiled function"
         )
 
     def _describe_repeated(self, in_parts: bool) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -208,3 +210,18 @@ def test_a_batch_of_one_domain_is_trained_on_without_the_exchange(mixed):
     same = torch.equal(module.epoch_layer_losses, direct.epoch_layer_losses)
     assert same != mixed
     assert module.criterion.exchange == "pooled"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_of_the_module_runs_its_own_network(compiled):
+    module = _module(alpha_init=0.5, network={"compile_network": compiled})
+    _fit(module)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in twin.model.parameters():
+            parameter.zero_()
+    image = torch.rand(1, 3, 32, 32)
+    assert twin(image).count_nonzero() == 0
+    assert module(image).count_nonzero() > 0
+    _fit(twin)
+    assert torch.equal(module.criterion.alpha, copy.deepcopy(module).criterion.alpha)
