@@ -90,7 +90,8 @@ class Pass(torch.autograd.Function):
         )
         ctx.call, ctx.has_bg, ctx.num_weights = call, bool(weights.bg), len(rest) - num_layers
         ctx.set_materialize_grads(False)
-        aliases = [layer.view_as(layer) for layer in features] if call.tap else []
+        # Not views to autograd, which would refuse a change in place by the next layer.
+        aliases = [layer.detach() for layer in features] if call.tap else []
         if out.losses is None:
             if not ctx.mask_gradient:
                 ctx.mark_non_differentiable(out.masses)
