@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdkernels.segmentation.data.augment import random_symmetry
 from fdkernels.segmentation.data.reading import load_pair, read_image, read_mask
+from fdkernels.segmentation.data.resizing import resize_image, resize_mask
 from fdkernels.segmentation.data.samples import SegmentationSample
 
 
@@ -23,8 +23,9 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         samples: the samples; each access reads its files from disk again.
-        size: side in pixels of the square that image (bilinear) and mask (nearest) are resized
-            to, whatever their aspect ratio; None keeps the size of the file.
+        size: side in pixels of the square that image (bilinear) and mask (where its foreground covers
+            at least half of a pixel, see `resize_mask`) are resized to, whatever their aspect ratio; None
+            keeps the size of the file.
         augment: draw one of the eight symmetries of the square for each item, from torch's
             global generator.
         domain: index of this data set among several pooled ones; items then also have "domain", an
@@ -59,17 +60,16 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image, mask = load_pair(self.samples[index])
+        foreground = np.array(mask) > 0  # [H, W]
         if self.size is not None and image.size != (self.size, self.size):
-            side = (self.size, self.size)
-            image = image.resize(side, Image.Resampling.BILINEAR)
-            mask = mask.resize(side, Image.Resampling.NEAREST)
+            image, foreground = resize_image(image, self.size), resize_mask(foreground, self.size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
-        truth = torch.from_numpy(np.array(mask)).unsqueeze(0)  # [1, H, W]
+        truth = torch.from_numpy(foreground).unsqueeze(0)  # [1, H, W]
         if self.augment:
             pixels, truth = random_symmetry(pixels, truth)
         item = {
             "image": pixels.to(torch.float32).div(255).contiguous(),
-            "mask": truth.gt(0).to(torch.float32).contiguous(),
+            "mask": truth.to(torch.float32).contiguous(),
         }
         if self.domain is not None:
             item["domain"] = torch.tensor(self.domain, dtype=torch.int64)

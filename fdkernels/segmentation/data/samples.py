@@ -5,6 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fdkernels.segmentation.data.foreground import parse_mask_values
+
+
+@dataclass(frozen=True)
+class ReadingRules:
+    """What the files of a data set do not say themselves.
+
+    Attributes:
+        mask_values: stored values that are foreground, such as "1", "1,2" or "128-255", see `read_mask`;
+            None to conclude from each mask.
+        image_bits: how many bits 16-bit images use, 9 to 16; None for what each file says.
+
+    Raises:
+        ValueError: a rule is none of these.
+    """
+
+    mask_values: str | None = None
+    image_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask_values is not None:
+            parse_mask_values(self.mask_values)
+        if self.image_bits is not None and not 9 <= self.image_bits <= 16:
+            raise ValueError(f"image_bits must be 9 to 16, got {self.image_bits}")
+
 
 @dataclass(frozen=True)
 class SegmentationSample:
@@ -16,11 +41,13 @@ class SegmentationSample:
             of `image`, or an ImageScope `.xml` with polygons.
         patient: the patient shown. Splits never separate the images of one patient. If patients
             are unknown it is the image's own id, so splits are by image.
+        rules: how to read the files where they do not say it themselves.
     """
 
     image: Path
     masks: tuple[Path, ...]
     patient: str
+    rules: ReadingRules = ReadingRules()
 
 
 @dataclass(frozen=True)
@@ -39,4 +66,4 @@ class FoundSamples:
     notes: tuple[str, ...] = ()
 
 
-__all__ = ["FoundSamples", "SegmentationSample"]
+__all__ = ["FoundSamples", "ReadingRules", "SegmentationSample"]
