@@ -68,6 +68,16 @@ def evaluate(
     on_problem: Annotated[
         OnProblem, typer.Option(help="With --weights: refuse files that cannot be used, or skip them.")
     ] = OnProblem.refuse,
+    mask_values: Annotated[
+        str | None,
+        typer.Option(help="With --weights: values of masks that are foreground.", show_default="as in train"),
+    ] = None,
+    image_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="With --weights: how many bits 16-bit images use.", show_default="what the files say"
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write, replaced whole.", show_default="RUN/evaluation")
     ] = None,
@@ -94,6 +104,7 @@ def evaluate(
 
     from fdkernels.segmentation.config import one_of
     from fdkernels.segmentation.console import scores_table
+    from fdkernels.segmentation.data import ReadingRules
     from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate_weights
     from fdkernels.segmentation.evaluation import evaluate as evaluate_run
 
@@ -131,6 +142,7 @@ def evaluate(
             size=size,
             convention=convention,
             on_problem=on_problem.value,
+            rules=ReadingRules(mask_values, image_bits),
             options=options,
         )
     console = Console()
@@ -142,7 +154,16 @@ def evaluate(
 
 
 _OF_RUNS = ("phase", "part", "against")
-_OF_WEIGHTS = ("model", "dataset", "base_channels", "size", "convention", "on_problem")
+_OF_WEIGHTS = (
+    "model",
+    "dataset",
+    "base_channels",
+    "size",
+    "convention",
+    "on_problem",
+    "mask_values",
+    "image_bits",
+)
 
 
 def _check_options(context: typer.Context, run: Path | None, weights: Path | None) -> None:

@@ -11,7 +11,7 @@ from fdkernels import models
 from fdkernels.alpha import ALPHA_RULES
 from fdkernels.backend import BACKENDS
 from fdkernels.conventions import CONVENTIONS, EXCHANGES
-from fdkernels.segmentation.data import DATASETS
+from fdkernels.segmentation.data import DATASETS, ReadingRules
 
 PHASES = ("warm", "active")
 FOLDS = 5
@@ -80,10 +80,21 @@ class TrainingConfig:
         shown="one split 70-20-10",
     )
     on_problem: str = _option("Files that cannot be used: refuse the run, or skip them.", "refuse")
+    mask_values: str | None = _option(
+        "Stored values of masks that are foreground, such as 1, 1,2 or 128-255; the others are background.",
+        None,
+        shown="what is not 0, or above half of white; labels are refused",
+    )
+    image_bits: int | None = _option(
+        "How many bits 16-bit images use, 9 to 16.", None, shown="what the files say"
+    )
     novel_dataset: str | None = _option(
         "Second data set; its images are added to the training set, not to validation and test.", None
     )
     novel_data: str | None = _option("Folder of the second data set.", None)
+    novel_mask_values: str | None = _option(
+        "mask_values of the second data set.", None, shown="as for the first without mask_values"
+    )
     novel_images: int | None = _option("Number of its images, drawn by the seed.", None, shown="all")
     seed: int = _option("Seed of split, weights, order and augmentation.", 0)
     workers: int | None = _option("Processes that read images.", None, shown="by the number of images")
@@ -115,6 +126,7 @@ class TrainingConfig:
         if self.on_problem not in ON_PROBLEM:
             raise ValueError(f'on_problem must be "refuse" or "skip", got "{self.on_problem}"')
         self._check_exchange()
+        _ = self.rules, self.novel_rules  # raise ValueError where they are out of their range
 
     def _check_numbers(self) -> None:
         for name in (
@@ -162,6 +174,16 @@ class TrainingConfig:
     def exchanges(self) -> bool:
         """Whether the loss pairs the samples of a batch."""
         return self.fd_loss and self.exchange != "none"
+
+    @property
+    def rules(self) -> ReadingRules:
+        """How to read the files of the data set."""
+        return ReadingRules(self.mask_values, self.image_bits)
+
+    @property
+    def novel_rules(self) -> ReadingRules:
+        """How to read the files of the second data set."""
+        return ReadingRules(self.novel_mask_values, self.image_bits)
 
     def epochs(self, phase: str) -> int:
         """Give the epochs of a phase, "warm" or "active"."""

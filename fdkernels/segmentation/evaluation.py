@@ -28,7 +28,7 @@ from torch import Tensor
 
 import fdkernels
 from fdkernels.segmentation.config import PHASES
-from fdkernels.segmentation.data import DATASETS
+from fdkernels.segmentation.data import DATASETS, ReadingRules
 from fdkernels.segmentation.data.reading import load_pair
 from fdkernels.segmentation.metrics import SCORES
 from fdkernels.segmentation.prediction_masks import png_names, predicted_mask, write_errors, write_mask
@@ -166,6 +166,7 @@ def evaluate_weights(
     size: int | None = None,
     convention: str = "paper",
     on_problem: str = "refuse",
+    rules: ReadingRules | None = None,
     options: EvaluationOptions | None = None,
 ) -> Evaluation:
     """Score weights that belong to no run on every image of a data set.
@@ -179,6 +180,7 @@ def evaluate_weights(
         convention: the convention of L_fd.
         on_problem: what to do about files that cannot be used: "refuse", or "skip", which lists them
             under "skipped" in the summary.
+        rules: how to read files that do not say it themselves.
         options: how to evaluate.
 
     Raises:
@@ -189,7 +191,7 @@ def evaluate_weights(
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset}")
     load_network(weights, model, base_channels)  # before the images are read, which may take long
-    found = DATASETS[dataset].find(data, on_problem=on_problem)
+    found = DATASETS[dataset].samples(data, on_problem, rules)
     root = Path(data)
     candidate = Candidate(
         load=lambda: load_network(weights, model, base_channels),

@@ -53,10 +53,10 @@ def find_data(config: TrainingConfig) -> tuple[FoundSamples, FoundSamples | None
     Raises:
         ValueError: a folder cannot be used, or the two data sets share images.
     """
-    base = DATASETS[config.dataset].find(config.data, on_problem=config.on_problem)
+    base = DATASETS[config.dataset].samples(config.data, config.on_problem, config.rules)
     if config.novel_dataset is None or config.novel_data is None:
         return base, None
-    novel = DATASETS[config.novel_dataset].find(config.novel_data, on_problem=config.on_problem)
+    novel = DATASETS[config.novel_dataset].samples(config.novel_data, config.on_problem, config.novel_rules)
     check_apart(base.samples, novel.samples)
     return base, novel
 

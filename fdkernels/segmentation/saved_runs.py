@@ -125,7 +125,8 @@ class SavedRun:
         written, root = self.folder / "split.json", self.data(moved)
         described = read_json(written)
         try:
-            samples = list(getattr(Split.from_json(dict(described), root), part))
+            with self.config.rules.applied():
+                samples = list(getattr(Split.from_json(dict(described), root), part))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{written} cannot be used: {error}") from error
         if not samples:

@@ -59,8 +59,8 @@ def test_the_example_runs(text, tmp_path, capsys, monkeypatch):
 
 
 def test_the_named_limits_are_those_of_the_code(text):
-    from fdkernels.segmentation.data import polygons
+    from fdkernels.segmentation.data import foreground, polygons
 
     assert f"`{reading.LIMIT_VARIABLE}`" in text
     assert polygons._MOST_BYTES == 64 * 2**20
-    assert reading._GREY == 1 / 5
+    assert foreground.GREY == foreground._FLAT == 1 / 5

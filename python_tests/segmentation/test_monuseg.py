@@ -8,7 +8,7 @@ from PIL import Image
 
 from fdkernels.segmentation.data import SegmentationDataset
 from fdkernels.segmentation.data.monuseg import find, patient_of
-from fdkernels.segmentation.data.polygons import fill_polygons, read_polygons
+from fdkernels.segmentation.data.polygons import fill_regions, read_regions
 from fdkernels.segmentation.data.reading import load_pair, read_mask
 from real_data import FOLDER, needs
 from tiny_data import imagescope, make_tiny
@@ -109,7 +109,7 @@ def test_the_real_images_are_found_in_both_forms(real):
 def test_the_real_annotations_hold_as_many_nuclei_as_counted(real, patient, regions):
     samples = [sample for sample in real if sample.patient == patient]
     for sample in samples or pytest.skip(f"{patient} is not in this subset"):
-        assert len(read_polygons(sample.masks[0])) == regions
+        assert len(read_regions(sample.masks[0])) == regions
 
 
 @needs("monuseg")
@@ -127,11 +127,11 @@ def test_the_real_foreground_is_a_tenth_to_a_quarter_and_darker_than_the_rest(re
 def test_the_real_masks_are_those_of_scikit_image_but_for_rounding(real):
     draw = pytest.importorskip("skimage.draw", reason="the extra demo is not installed")
     for sample in real:
-        polygons = read_polygons(sample.masks[0])
+        regions = read_regions(sample.masks[0])
         expected = np.zeros((1000, 1000), bool)
-        for polygon in polygons:
-            rows, columns = draw.polygon(polygon[:, 1], polygon[:, 0], expected.shape)
+        for region in regions:
+            rows, columns = draw.polygon(region.corners[:, 1], region.corners[:, 0], expected.shape)
             expected[rows, columns] = True
-        mask = fill_polygons(polygons, (1000, 1000))
+        mask = fill_regions(regions, (1000, 1000))
         assert np.array_equal(mask, read_mask(sample.masks[0], (1000, 1000)))
         assert np.count_nonzero(mask != expected) < 10  # pixel centres within an ulp of an outline

@@ -9,15 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdkernels.segmentation.data import polygons as module
-from fdkernels.segmentation.data.polygons import fill_polygons, polygon_mask, read_polygons
+from fdkernels.segmentation.data.polygons import Region, fill_regions, polygon_mask, read_regions
 from tiny_data import imagescope
 
 SIZE = (9, 7)  # width, height
 
 
+def fill_polygons(polygons, size):
+    return fill_regions([Region(np.array(polygon, float)) for polygon in polygons], size)
+
+
 def _pixels(polygon, size=SIZE):
     """Return rows and columns of the pixels that the polygon covers."""
-    return np.argwhere(fill_polygons([np.array(polygon, float)], size)).tolist()
+    return np.argwhere(fill_polygons([polygon], size)).tolist()
 
 
 def _write(path, text):
@@ -133,16 +137,16 @@ def test_masks_equal_those_of_scikit_image():
 def test_integers_and_decimals_are_read_and_short_regions_skipped(tmp_path):
     triangle, line = np.array([[1, 2], [3.25, 2], [3, -4.5]]), np.array([[0, 0], [1, 1]])
     text = imagescope([line, triangle, line[:1], line[:0]]).replace('"1.0000"', '"1"')
-    (polygon,) = read_polygons(_write(tmp_path / "a.xml", text))
-    assert polygon.dtype == np.float64
-    assert np.array_equal(polygon, triangle)
+    (region,) = read_regions(_write(tmp_path / "a.xml", text))
+    assert region.corners.dtype == np.float64
+    assert np.array_equal(region.corners, triangle - 1)
 
 
 def test_all_annotations_of_a_file_count(tmp_path):
     part = imagescope([np.array([[0, 0], [1, 0], [1, 1]])])
     inner = part.removeprefix("<Annotations>").removesuffix("</Annotations>")
     file = _write(tmp_path / "a.xml", f"<Annotations>{inner}{inner}</Annotations>")
-    assert len(read_polygons(file)) == 2
+    assert len(read_regions(file)) == 2
 
 
 ENTITIES = '<!DOCTYPE a [<!ENTITY x "ha"><!ENTITY y "&x;&x;&x;">]><Annotations>&y;</Annotations>'
@@ -168,7 +172,7 @@ OUTSIDE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><Annotations>
 )
 def test_an_invalid_annotation_file_is_rejected_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as raised:
-        read_polygons(_write(tmp_path / "a.xml", text))
+        read_regions(_write(tmp_path / "a.xml", text))
     assert str(tmp_path / "a.xml") in str(raised.value)
 
 
@@ -176,8 +180,8 @@ def test_a_file_that_is_too_large_or_missing_is_rejected(tmp_path, monkeypatch):
     file = _write(tmp_path / "a.xml", imagescope([]))
     monkeypatch.setattr(module, "_MOST_BYTES", 20)
     with pytest.raises(ValueError, match=r"a.xml must have at most 20 bytes, got"):
-        read_polygons(file)
-    for read in (read_polygons, lambda path: polygon_mask(path, SIZE)):
+        read_regions(file)
+    for read in (read_regions, lambda path: polygon_mask(path, SIZE)):
         with pytest.raises(ValueError, match=r"gone.xml cannot be read"):
             read(tmp_path / "gone.xml")
 
@@ -194,7 +198,7 @@ def test_a_polygon_with_too_many_crossings_is_rejected(tmp_path, monkeypatch):
 
 def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(module, "read_polygons", lambda path: read.append(path) or read_polygons(path))
+    monkeypatch.setattr(module, "read_regions", lambda path: read.append(path) or read_regions(path))
     file = _write(tmp_path / "a.xml", imagescope([np.array([[0, 0], [3, 0], [3, 3]])]))
     first, second = polygon_mask(file, SIZE), polygon_mask(file, SIZE)
     assert np.array_equal(first, second)
@@ -204,7 +208,117 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     assert np.array_equal(polygon_mask(file, SIZE), second)
     polygon_mask(file, (5, 5))
     assert len(read) == 2
-    _write(file, imagescope([np.array([[0, 0], [1, 0], [1, 1]])]))
+    _write(file, imagescope([np.array([[1, 1], [2, 1], [2, 2]])]))
     os.utime(file, ns=(0, 0))  # the clock may be too coarse for a new modification time
     assert polygon_mask(file, SIZE).sum() == 3
     assert len(read) == 3
+
+
+def _region(corners, kind="0", negative="0", layer=None):
+    vertices = "".join(f'<Vertex X="{x}" Y="{y}" Z="0"/>' for x, y in corners)
+    named = {"Type": kind, "NegativeROA": negative}
+    attributes = " ".join(f'{name}="{value}"' for name, value in named.items() if value is not None)
+    return f"<Region {attributes}><Vertices>{vertices}</Vertices></Region>"
+
+
+def _layers(*layers):
+    inside = "".join(f"<Annotation><Regions>{regions}</Regions></Annotation>" for regions in layers)
+    return f"<Annotations>{inside}</Annotations>"
+
+
+def _covered(path, text, size=SIZE):
+    """Return rows and columns of the foreground of an annotation."""
+    path.write_text(text, "utf-8")
+    polygon_mask_of = np.argwhere(polygon_mask(path, size))
+    path.unlink()
+    return polygon_mask_of.tolist()
+
+
+def test_x_and_y_of_1_are_the_first_pixel_as_in_the_challenge(tmp_path):
+    # The corners of 3 by 2 pixels around the centres of columns 2 to 4 and rows 1 to 2, counted from 1.
+    text = _layers(_region([(1.6, 0.6), (4.4, 0.6), (4.4, 2.4), (1.6, 2.4)]))
+    assert _covered(tmp_path / "a.xml", text) == [[0, 1], [0, 2], [0, 3], [1, 1], [1, 2], [1, 3]]
+
+
+def test_pixels_whose_centre_is_on_the_outline_count(tmp_path):
+    text = _layers(_region([(10, 10), (49, 10), (49, 49), (10, 49)]))
+    mask = np.argwhere(polygon_mask(_write(tmp_path / "a.xml", text), (100, 100)))
+    assert len(mask) == 40 * 40
+    assert mask.min(axis=0).tolist() == [9, 9]
+    assert mask.max(axis=0).tolist() == [48, 48]
+
+
+OUTER = [(1, 1), (6, 1), (6, 5), (1, 5)]  # 6 by 5 pixels
+HOLE = [(3, 2), (4, 2), (4, 4), (3, 4)]  # 2 by 3 of them
+RING = [[r, c] for r in range(5) for c in range(6) if not (1 <= r <= 3 and 2 <= c <= 3)]
+
+
+@pytest.mark.parametrize("order", ["after", "before", "in a layer of its own", "in an earlier layer"])
+def test_negative_areas_are_subtracted_wherever_they_stand(tmp_path, order):
+    outer, hole = _region(OUTER), _region(HOLE, negative="1")
+    layers = {
+        "after": [outer + hole],
+        "before": [hole + outer],
+        "in a layer of its own": [outer, hole],
+        "in an earlier layer": [hole, outer],
+    }[order]
+    assert _covered(tmp_path / "a.xml", _layers(*layers)) == RING
+
+
+def test_negative_areas_alone_are_background(tmp_path):
+    assert _covered(tmp_path / "a.xml", _layers(_region(HOLE, negative="1"))) == []
+
+
+@pytest.mark.parametrize("kind", ["0", "1", None, ""])
+def test_a_rectangle_of_four_vertices_is_its_polygon(tmp_path, kind):
+    inside = [[r, c] for r in range(5) for c in range(6)]
+    assert _covered(tmp_path / "a.xml", _layers(_region(OUTER, kind, negative=None))) == inside
+
+
+def test_a_rectangle_of_two_vertices_is_drawn_between_them(tmp_path):
+    inside = [[r, c] for r in range(1, 4) for c in range(2, 4)]
+    for corners in ([(3, 2), (4, 4)], [(4, 4), (3, 2)], [(3, 4), (4, 2)]):
+        assert _covered(tmp_path / "a.xml", _layers(_region(corners, "1"))) == inside
+
+
+def test_an_ellipse_is_drawn_in_the_box_of_its_vertices(tmp_path):
+    # Half axes 5 and 2 around column 5, row 2: |x| <= 5 * sqrt(1 - (y / 2)^2) is 4.33 beside the middle row.
+    rows = {0: [5], 1: range(1, 10), 2: range(11), 3: range(1, 10), 4: [5]}
+    expected = [[row, column] for row, columns in rows.items() for column in columns]
+    two, four = [(1, 1), (11, 5)], [(1, 1), (11, 1), (11, 5), (1, 5)]
+    for corners in (two, two[::-1], four):
+        assert _covered(tmp_path / "a.xml", _layers(_region(corners, "2")), (20, 9)) == expected
+
+
+def test_points_on_a_circle_belong_to_it(tmp_path):
+    # x^2 + y^2 <= 25 has 81 whole solutions, 12 of them on the circle.
+    assert len(_covered(tmp_path / "a.xml", _layers(_region([(1, 1), (11, 11)], "2")), (20, 20))) == 81
+
+
+def test_an_ellipse_is_clipped_and_can_be_negative(tmp_path):
+    ellipse = [(-5, -5), (3, 3)]  # the quarter of a circle of radius 4 around -2, -2
+    assert _covered(tmp_path / "a.xml", _layers(_region(ellipse, "2"))) == [[0, 0], [0, 1], [1, 0]]
+    both = _layers(_region(OUTER) + _region(ellipse, "2", "1"))
+    assert len(_covered(tmp_path / "a.xml", both)) == 30 - 3
+    assert _covered(tmp_path / "a.xml", _layers(_region([(30, 1), (40, 5)], "2"))) == []
+    assert _covered(tmp_path / "a.xml", _layers(_region([(1, 2), (9, 2)], "2"))) == []
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        (_region([(1, 1), (5, 5)], "3"), r"got Type 3 \(an arrow\) .* redraw region 1"),
+        (_region([(1, 1), (5, 5)], "4"), r"got Type 4 \(a ruler\) .* redraw region 1"),
+        (_region(OUTER, "5"), "got Type 5 .* redraw region 1"),
+        (_region(OUTER, "Polygon"), "got Type Polygon .* redraw region 1"),
+        (_region(OUTER, negative="2"), "with NegativeROA 2; .* redraw region 1"),
+        (_region(OUTER, negative="true"), "with NegativeROA true; .* redraw region 1"),
+        (_region(OUTER[:3], "2"), "an ellipse by two or four vertices, .* got 3 in region 1"),
+        (_region(OUTER[:1], "2"), "an ellipse by two or four vertices, .* got 1 in region 1"),
+    ],
+    ids=["arrow", "ruler", "unknown", "named", "negative 2", "negative true", "three", "one"],
+)
+def test_a_region_that_is_no_area_is_rejected_by_name(tmp_path, region, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        read_regions(_write(tmp_path / "a.xml", _layers(region)))
+    assert str(tmp_path / "a.xml") in str(raised.value)

@@ -94,15 +94,6 @@ def test_wide_masks_of_two_values_are_read(tmp_path, high, dtype):
     assert np.array_equal(read_mask(file), LEFT)
 
 
-@pytest.mark.parametrize("colour", [0, 255])
-def test_the_alpha_channel_of_a_mask_is_ignored(file, colour):
-    pixels = np.full((2, 3, 4), colour, np.uint8)
-    pixels[..., 3] = _scaled(LEFT, 0, 255)
-    _save(file, pixels)
-    assert read_mask(file).all() == (colour == 255)
-    assert read_mask(file).any() == (colour == 255)
-
-
 def _disc(radius=15):
     rows, columns = np.mgrid[:96, :96]
     return (columns - 50.3) ** 2 + (rows - 44.7) ** 2 < radius**2
@@ -251,7 +242,7 @@ def test_polygons_and_an_image_are_united(tmp_path):
     corner = np.zeros((4, 5), bool)
     corner[3, 4] = True
     outlines = tmp_path / "outlines.xml"
-    outlines.write_text(imagescope([np.array([[0, 0], [1, 0], [1, 1], [0, 1]])]), "utf-8")
+    outlines.write_text(imagescope([np.array([[1, 1], [2, 1], [2, 2], [1, 2]])]), "utf-8")
     _, mask = load_pair(SegmentationSample(image, (_save(tmp_path / "mask.png", corner), outlines), "p"))
     assert np.argwhere(np.array(mask)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [3, 4]]
 

@@ -17,7 +17,7 @@ from fdkernels.segmentation.data.loaders import (
     default_workers,
     derive_seed,
 )
-from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
+from fdkernels.segmentation.data.samples import FoundSamples, ReadingRules, SegmentationSample
 from fdkernels.segmentation.data.splits import Split, split_folds, split_samples
 
 
@@ -63,6 +63,13 @@ class DatasetPreset:
     worst_off: int | None = None
     all_samples: int | None = None
 
+    def samples(
+        self, root: str | Path, on_problem: str = "refuse", rules: ReadingRules | None = None
+    ) -> FoundSamples:
+        """Find the samples as `find` does, to be read by the rules."""
+        with (rules or ReadingRules()).applied():
+            return self.find(root, on_problem)
+
 
 # The paper does not use busi, dsb2018 and folder; their size and learning rate are this package's choice.
 DATASETS: dict[str, DatasetPreset] = {
@@ -85,6 +92,7 @@ __all__ = [
     "DATASETS",
     "DatasetPreset",
     "FoundSamples",
+    "ReadingRules",
     "SegmentationDataset",
     "SegmentationSample",
     "Split",

@@ -55,8 +55,8 @@ def foreground(picture: Picture, path: Path, named: str | None = None) -> np.nda
         found = _of_palette(picture, path)
     elif picture.white_is_zero and picture.top > 1:
         raise ValueError(
-            f"{path} stores white as 0 (WhiteIsZero): its foreground may be what is not 0, or what is shown "
-            f"light; {_ask(values)}"
+            f"{path} stores white as 0 (WhiteIsZero): its foreground may be what is not 0, or what is "
+            f"shown light; {_ask(values)}"
         )
     else:
         found = _of_values(values, picture.top, picture.lossy, path)
@@ -76,7 +76,8 @@ def _without_equal_channels(values: np.ndarray) -> np.ndarray:
 def _named(values: np.ndarray, path: Path, named: str) -> np.ndarray:
     if values.ndim == 3:
         raise ValueError(
-            f"{path} must have grey values or a palette for mask_values {named}, got colours: {_listed(values)}"
+            f"{path} must have grey values or a palette for mask_values {named}, got colours: "
+            f"{_listed(values)}"
         )
     found = np.zeros(values.shape, bool)
     for first, last in parse_mask_values(named):
@@ -107,19 +108,18 @@ def _of_palette(picture: Picture, path: Path) -> np.ndarray:
     return found
 
 
-def _of_values(
-    values: np.ndarray, top: int, lossy: bool, path: Path, hint: str | None = None
-) -> np.ndarray:
+def _of_values(values: np.ndarray, top: int, lossy: bool, path: Path, hint: str | None = None) -> np.ndarray:
     """Decide by grey [H, W] or colours [H, W, 3], of which `top` is white; `hint` says what else to do."""
     codes = values if values.ndim == 2 else _codes(values)  # [H, W], 0 is black
     found = np.flatnonzero(np.bincount(codes.ravel())) if codes.dtype == np.uint8 else np.unique(codes)
     if np.count_nonzero(found) <= 1:
-        return codes != 0
+        nonzero: np.ndarray = codes != 0
+        return nonzero
     if top <= 65535:
         light = (values if values.ndim == 2 else luminance(values)) > top / 2  # [H, W]
         if _nearly_black_and_white(values, codes, light, top, few=found.size <= _FEW and not lossy):
             return light
-    kind = "colours" if values.ndim == 3 else "values"
+    kind = "colours" if values.ndim == 3 else "grey values"
     raise ValueError(
         f"{path} must have 0 for background and one other value for foreground, or be nearly black and "
         f"white, got {found.size} {kind}: {_listed(values)}; {hint or _ask(values)}"
@@ -129,7 +129,8 @@ def _of_values(
 def _codes(colours: np.ndarray) -> np.ndarray:
     """Number colours [H, W, 3] so that equal ones have equal numbers, int64 [H, W]; black is 0."""
     red, green, blue = np.moveaxis(colours.astype(np.int64), -1, 0)
-    return (red << 32) | (green << 16) | blue
+    codes: np.ndarray = (red << 32) | (green << 16) | blue
+    return codes
 
 
 def _nearly_black_and_white(
@@ -167,7 +168,7 @@ def _nearly_black_and_white(
         clipped = np.count_nonzero(flat & side & ends & (codes != commonest))
         if clipped > _FLAT * counts.max():
             return False
-    return np.count_nonzero(flat & noise) <= _FLAT * np.count_nonzero(noise)
+    return bool(np.count_nonzero(flat & noise) <= _FLAT * np.count_nonzero(noise))
 
 
 def _alike(codes: np.ndarray) -> np.ndarray:
@@ -201,8 +202,8 @@ def _check_alpha(found: np.ndarray, alpha: np.ndarray, path: Path) -> None:
         )
     if hidden := np.count_nonzero(found & (alpha == 0)):
         raise ValueError(
-            f"{path} has {hidden} foreground pixels that its alpha channel makes transparent; save it without "
-            "alpha"
+            f"{path} has {hidden} foreground pixels that its alpha channel makes transparent; save it "
+            "without alpha"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -72,7 +73,8 @@ def check_pixels(path: Path, pixels: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise too_large(
-            path, f"Image size ({pixels} pixels) exceeds limit of {limit} pixels, could be decompression bomb."
+            path,
+            f"Image size ({pixels} pixels) exceeds limit of {limit} pixels, could be decompression bomb.",
         )
 
 
@@ -111,7 +113,7 @@ def opened(path: Path, *, low_bytes: bool = False) -> Iterator[Image.Image]:
         raise ValueError(f"{path} must contain one image, got {frames}")
 
 
-def _low(args: object) -> object:
+def _low(args: tuple[Any, ...] | str | None) -> tuple[Any, ...] | str:
     """Return the decoder's arguments, the first of which says how pixels are packed, for the low bytes."""
     if isinstance(args, tuple):
         return (_LOW_BYTES[args[0]], *args[1:])

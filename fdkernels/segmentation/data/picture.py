@@ -52,7 +52,8 @@ class Picture:
             raise ValueError(f"{path} must have a palette, got none")
         if self.values.size and (highest := int(self.values.max())) >= len(self.palette):
             raise ValueError(f"{path} uses entry {highest} of a palette of {len(self.palette)} colours")
-        return self.palette[self.values]
+        found: np.ndarray = self.palette[self.values]
+        return found
 
     def bits(self, path: Path, named: int | None = None) -> int:
         """Return how many bits the values use of those they are stored in.
@@ -79,8 +80,8 @@ class Picture:
                 return self.said_bits
         if 0 < highest < 2 ** (stored - 1):
             raise ValueError(
-                f"{path} has 16 bits, but no value above {highest}, which {highest.bit_length()} bits hold, and "
-                "does not say how many are used; say it with --image-bits, such as --image-bits 12, or "
+                f"{path} has 16 bits, but no value above {highest}, which {highest.bit_length()} bits hold, "
+                "and does not say how many are used; say it with --image-bits, such as --image-bits 12, or "
                 "--image-bits 16 for dark images that use 16"
             )
         return stored

@@ -78,18 +78,20 @@ def _region(element: Any, must: str, called: str) -> Region | None:
     kind, sign = element.get("Type") or _POLYGON, element.get("NegativeROA") or "0"
     if kind not in _AREAS or sign not in {"0", "1"}:
         raise ValueError(
-            f"{must}hold polygons, rectangles and ellipses (Type 0, 1 and 2) that are negative areas or not "
-            f"(NegativeROA 1 or 0), got Type {kind}{_NO_AREA.get(kind, '')} with NegativeROA {sign}; delete or "
-            f"redraw {called}"
+            f"{must}hold polygons, rectangles and ellipses (Type 0, 1 and 2) that are negative areas or "
+            f"not (NegativeROA 1 or 0), got Type {kind}{_NO_AREA.get(kind, '')} with NegativeROA {sign}; "
+            f"delete or redraw {called}"
         )
     corners = _corners(element)  # [vertices, 2]
     if corners is None:
         raise ValueError(
-            f"{must}give X and Y of every vertex as numbers of at most {_FARTHEST:.0e} pixels; {called} does not"
+            f"{must}give X and Y of every vertex as numbers of at most {_FARTHEST:.0e} pixels; {called} "
+            "does not"
         )
     if kind == _ELLIPSE and len(corners) not in {2, 4}:
         raise ValueError(
-            f"{must}give an ellipse by two or four vertices, the corners of its box, got {len(corners)} in {called}"
+            f"{must}give an ellipse by two or four vertices, the corners of its box, got {len(corners)} "
+            f"in {called}"
         )
     if kind == _RECTANGLE and len(corners) == 2:
         (x, y), (u, v) = corners

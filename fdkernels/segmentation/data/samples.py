@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fdkernels.segmentation.data.foreground import parse_mask_values
@@ -30,6 +33,18 @@ class ReadingRules:
         if self.image_bits is not None and not 9 <= self.image_bits <= 16:
             raise ValueError(f"image_bits must be 9 to 16, got {self.image_bits}")
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give these rules to every sample that is made inside, by whatever function finds it."""
+        before = _RULES.set(self)
+        try:
+            yield
+        finally:
+            _RULES.reset(before)
+
+
+_RULES = ContextVar("_RULES", default=ReadingRules())  # noqa: B039 - immutable
+
 
 @dataclass(frozen=True)
 class SegmentationSample:
@@ -41,13 +56,13 @@ class SegmentationSample:
             of `image`, or an ImageScope `.xml` with polygons.
         patient: the patient shown. Splits never separate the images of one patient. If patients
             are unknown it is the image's own id, so splits are by image.
-        rules: how to read the files where they do not say it themselves.
+        rules: how to read the files where they do not say it themselves; those of `ReadingRules.applied`.
     """
 
     image: Path
     masks: tuple[Path, ...]
     patient: str
-    rules: ReadingRules = ReadingRules()
+    rules: ReadingRules = field(default_factory=_RULES.get)
 
 
 @dataclass(frozen=True)

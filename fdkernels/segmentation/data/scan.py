@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fdkernels.segmentation.data.names import is_utf8, natural, patient_key, printable
-from fdkernels.segmentation.data.reading import load_pair
+from fdkernels.segmentation.data.reading import SAID_BITS, load_pair
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 
 PICTURES = frozenset({".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg"})
@@ -73,8 +74,9 @@ def _defects(
     seen: dict[bytes, Path],
     may_be_empty: Callable[[SegmentationSample], bool],
     size: tuple[int, int] | None,
+    found: Counter[str],
 ) -> list[str]:
-    """Describe in sentences what makes a sample unusable.
+    """Describe in sentences what makes a sample unusable, and count what is `found` in the others.
 
     Decodes the files completely: only this detects a truncated file before the first epoch.
     """
@@ -98,7 +100,19 @@ def _defects(
         defects.append(f"{sample.image} has the same pixels as {seen[pixels]}")
     elif not defects:
         seen[pixels] = sample.image
+        found["foreground"] += mask.getbbox() is not None
+        found[str(image.info.get(SAID_BITS, 8))] += 1
     return defects
+
+
+def _depth_notes(root: Path, found: Counter[str]) -> tuple[str, ...]:
+    """Say how images are scaled that use some of their 16 bits."""
+    return tuple(
+        f"{root} has {found[str(bits)]} images that use {bits} of 16 bits, as their files say; they are "
+        f"scaled by 255/{2**bits - 1}"
+        for bits in range(9, 16)
+        if found[str(bits)]
+    )
 
 
 def raise_problems(root: Path, problems: Sequence[str], way_out: str = "") -> None:
@@ -148,12 +162,13 @@ def checked(
 
     Raises:
         ValueError: there are problems and `on_problem` is "refuse" (the message lists all of them),
-            or no sample is usable.
+            no sample is usable, or no mask holds the values that are named as foreground.
     """
     seen: dict[bytes, Path] = {}
+    found: Counter[str] = Counter()
     problems, usable = list(problems), []
     for sample in samples:
-        defects = _defects(sample, seen, may_be_empty, size)
+        defects = _defects(sample, seen, may_be_empty, size, found)
         problems.extend(defects)
         if not defects:
             usable.append(sample)
@@ -161,7 +176,13 @@ def checked(
         raise_problems(root, problems, _TO_SKIP if usable else "")
     if not usable:
         raise ValueError(printable(f"{root} contains no usable image"))
+    named = usable[0].rules.mask_values
+    if named is not None and not found["foreground"]:
+        raise ValueError(
+            printable(f"mask_values must be values of the masks in {root}, got {named}, which none has")
+        )
     skipped = tuple(map(printable, (*absent, *problems)))
+    notes = (*notes, *_depth_notes(root, found))
     return FoundSamples(_one_spelling(usable), skipped, tuple(map(printable, notes)))
 
 

@@ -65,7 +65,9 @@ class TiffTags:
     @property
     def colours(self) -> int:
         """Samples of a pixel without the extra ones."""
-        return {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1}.get(self.photometric, self.samples)
+        return {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1}.get(
+            self.photometric, self.samples
+        )
 
     @property
     def white_is_zero(self) -> bool:
@@ -129,7 +131,7 @@ def read_tags(path: Path) -> TiffTags:
             tags = _tags_of(page)
             stacked = 1 if file.imagej_metadata is None else int(file.imagej_metadata.get("images", 1))
             depth = page.imagedepth
-    except Exception as error:  # noqa: BLE001 - tifffile documents no set of its own
+    except Exception as error:  # tifffile documents no set of its own
         raise ValueError(f"{path} cannot be read: {error}") from error
     if (images := max(pages, stacked) * depth) != 1:
         raise ValueError(f"{path} must contain one image, got {images}")
@@ -200,8 +202,8 @@ def read_wide(path: Path, tags: TiffTags) -> Picture:
 
 def _needs_imagecodecs(path: Path, tags: TiffTags) -> ValueError:
     return ValueError(
-        f"{path} has {tags.samples} samples of {tags.bits} bits in compression {tags.compression}, which needs "
-        "a package: pip install imagecodecs; or save it uncompressed, with deflate, or as PNG"
+        f"{path} has {tags.samples} samples of {tags.bits} bits in compression {tags.compression}, which "
+        "needs a package: pip install imagecodecs; or save it uncompressed, with deflate, or as PNG"
     )
 
 
@@ -224,7 +226,8 @@ def sixteen_bits(path: Path) -> np.ndarray:
     with opened(path) as image:
         high = np.array(image).astype(np.uint16)  # [H, W, C]
     with opened(path, low_bytes=True) as image:
-        return (high << 8) | np.array(image)
+        both: np.ndarray = (high << 8) | np.array(image)
+    return both
 
 
 def _decoded(path: Path, tags: TiffTags) -> np.ndarray:
@@ -233,9 +236,9 @@ def _decoded(path: Path, tags: TiffTags) -> np.ndarray:
         with TiffFile(path) as file:
             page = file.pages.first
             if tags.compression in _DEFLATE:
-                _check_inflation(page)
+                _check_inflation(page, tags.bits // 8)
             values = page.asarray(maxworkers=1)
-    except Exception as error:  # noqa: BLE001 - tifffile documents no set of its own
+    except Exception as error:  # tifffile documents no set of its own
         raise ValueError(f"{path} cannot be read: {error}") from error
     if tags.separate and tags.samples > 1:
         values = np.moveaxis(values, 0, -1)
@@ -245,9 +248,9 @@ def _decoded(path: Path, tags: TiffTags) -> np.ndarray:
     return values.astype(values.dtype.newbyteorder("="))
 
 
-def _check_inflation(page: TiffPage) -> None:
-    """Refuse deflated data that holds more than its tile or strip has room for: a decompression bomb."""
-    chunk = int(np.prod(page.chunks)) * page.dtype.itemsize
+def _check_inflation(page: TiffPage, width: int) -> None:
+    """Refuse deflated data that exceeds its tile or strip, of samples `width` bytes wide: a bomb."""
+    chunk = int(np.prod(page.chunks)) * width
     handle = page.parent.filehandle
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         handle.seek(offset)

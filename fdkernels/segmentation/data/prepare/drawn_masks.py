@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fdkernels.segmentation.data.prepare.options import MaskPolarity
-from fdkernels.segmentation.data.reading import opened
+from fdkernels.segmentation.data.reading import shown_grey
 
 # Fraction of a mask's border pixels that must agree for "auto" to take their value as background.
 _MAJORITY = 2 / 3
@@ -17,8 +16,8 @@ _MAJORITY = 2 / 3
 def read_drawn_mask(path: Path, polarity: MaskPolarity) -> np.ndarray:
     """Read the mask at `path` as bool [H, W], True in the lesion.
 
-    Uses the values as a viewer displays them: applies a palette or an inverting lookup table, as Fiji
-    writes to TIFF files, and drops an alpha channel.
+    Uses the values as a viewer displays them: turns the mask as its orientation tag says, applies a palette
+    or an inverting lookup table, as Fiji writes to TIFF files, and drops an alpha channel.
 
     Args:
         path: a PNG or TIFF file with one image of two grey values.
@@ -28,8 +27,7 @@ def read_drawn_mask(path: Path, polarity: MaskPolarity) -> np.ndarray:
         ValueError: the file cannot be read, contains several images or more than two grey values, is
             empty, or its border pixels do not determine the background.
     """
-    with opened(path) as image:
-        values = np.array(_flat(image))  # [H, W]
+    values = shown_grey(path)  # [H, W]
     grey = np.unique(values)
     if grey.size > 2:
         raise ValueError(
@@ -42,14 +40,6 @@ def read_drawn_mask(path: Path, polarity: MaskPolarity) -> np.ndarray:
     if polarity == "auto":
         polarity = _drawn(path, light)
     return light if polarity == "light" else ~light
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit grey without alpha; keep integer and float modes as they are."""
-    if image.mode.startswith(("I", "F")):
-        return image
-    # Resolve a palette with its alpha first: its entries may be transparent.
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("L")
 
 
 def _drawn(path: Path, light: np.ndarray) -> MaskPolarity:
