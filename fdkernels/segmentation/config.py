@@ -12,6 +12,7 @@ from fdkernels.alpha import ALPHA_RULES
 from fdkernels.backend import BACKENDS
 from fdkernels.conventions import CONVENTIONS, EXCHANGES
 from fdkernels.segmentation.data import DATASETS, ReadingRules
+from fdkernels.segmentation.data.foreground import parse_mask_values
 
 PHASES = ("warm", "active")
 FOLDS = 5
@@ -126,7 +127,9 @@ class TrainingConfig:
         if self.on_problem not in ON_PROBLEM:
             raise ValueError(f'on_problem must be "refuse" or "skip", got "{self.on_problem}"')
         self._check_exchange()
-        _ = self.rules, self.novel_rules  # raise ValueError where they are out of their range
+        if self.novel_mask_values is not None:
+            parse_mask_values(self.novel_mask_values, "novel_mask_values")
+        _ = self.rules  # raises ValueError where one is out of its range
 
     def _check_numbers(self) -> None:
         for name in (
@@ -158,6 +161,11 @@ class TrainingConfig:
             raise ValueError(
                 f"novel_images counts images of novel_dataset, which must be given with it, got "
                 f"{self.novel_images} and no novel_dataset"
+            )
+        if self.novel_mask_values is not None and self.novel_dataset is None:
+            raise ValueError(
+                "novel_mask_values names values of novel_dataset, which must be given with it, got "
+                f"{self.novel_mask_values} and no novel_dataset"
             )
         if self.exchange == "pooled" and self.fd_loss and self.novel_dataset is None:
             raise ValueError(

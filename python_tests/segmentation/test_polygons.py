@@ -187,7 +187,7 @@ def test_a_file_that_is_too_large_or_missing_is_rejected(tmp_path, monkeypatch):
 
 
 def test_a_polygon_with_too_many_crossings_is_rejected(tmp_path, monkeypatch):
-    zigzag = np.array([[column, 6 * (column % 2)] for column in range(9)], float)
+    zigzag = np.array([[column, 6 * (column % 2) + 1] for column in range(9)], float)
     file = _write(tmp_path / "a.xml", imagescope([zigzag]))
     monkeypatch.setattr(module, "_MOST_CROSSINGS", 30)
     with pytest.raises(

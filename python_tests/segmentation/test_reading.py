@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -198,6 +199,35 @@ def _complaint(read, file):
     except ValueError as error:
         return str(file) in str(error)
     return None
+
+
+def _wide(kind):
+    """Write an image that tifffile reads."""
+    options = {
+        "deflate": {"compression": "deflate", "predictor": True},
+        "tiles": {"tile": (16, 16)},
+        "planes": {},
+    }
+    whole = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 65535, (3, 12, 14)).astype(np.uint16)
+    tifffile.imwrite(
+        whole, pixels, photometric="rgb", planarconfig="separate", metadata=None, **options[kind]
+    )
+    return whole.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["deflate", "tiles", "planes"])
+def test_a_corrupt_file_that_tifffile_reads_raises_an_error_that_names_it(tmp_path_factory, kind):
+    file, data = tmp_path_factory.mktemp("damaged") / "file.tif", _wide(kind)
+
+    @settings(max_examples=150, suppress_health_check=[HealthCheck.differing_executors])
+    @given(st.integers(0, min(len(data), 300) - 1), st.binary(min_size=1, max_size=6), st.booleans())
+    def check(place, noise, cut):
+        file.write_bytes(data[:place] + noise + (b"" if cut else data[place + len(noise) :]))
+        for read in (read_image, read_mask):
+            assert _complaint(read, file) in {None, True}
+
+    check()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "bmp"])

@@ -15,8 +15,12 @@ _FLAT = 0.2
 _FEW = 8  # at most so many values may be labels; a message lists as many
 
 
-def parse_mask_values(text: str) -> list[tuple[int, int]]:
+def parse_mask_values(text: str, name: str = "mask_values") -> list[tuple[int, int]]:
     """Read a list of values and ranges such as "1", "1,2" or "128-255", as (first, last).
+
+    Args:
+        text: the list.
+        name: of the argument, for messages.
 
     Raises:
         ValueError: it is no such list.
@@ -26,7 +30,7 @@ def parse_mask_values(text: str) -> list[tuple[int, int]]:
         first, dash, last = (number.strip() for number in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
             raise ValueError(
-                f'mask_values must be numbers and ranges such as "1", "1,2" or "128-255", got "{text}"'
+                f'{name} must be numbers and ranges such as "1", "1,2" or "128-255", got "{text}"'
             )
         ranges.append((int(first), int(last or first)))
     return ranges

@@ -97,7 +97,8 @@ def opened(path: Path, *, low_bytes: bool = False) -> Iterator[Image.Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Pillow warns about corrupt metadata and dropped transparency; neither is used here.
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(path) as image:
+            # Not by its name: Pillow would map the file and mix up the sides of a turned TIFF.
+            with path.open("rb") as content, Image.open(content) as image:
                 frames = getattr(image, "n_frames", 1)
                 if frames == 1:
                     if low_bytes:

@@ -130,12 +130,13 @@ def read_tags(path: Path) -> TiffTags:
             page = file.pages.first
             tags = _tags_of(page)
             stacked = 1 if file.imagej_metadata is None else int(file.imagej_metadata.get("images", 1))
-            depth = page.imagedepth
+            depth = int(page.imagedepth)
+            largest = max(tags.size[0] * tags.size[1], int(page.tilewidth) * int(page.tilelength))
     except Exception as error:  # tifffile documents no set of its own
         raise ValueError(f"{path} cannot be read: {error}") from error
     if (images := max(pages, stacked) * depth) != 1:
         raise ValueError(f"{path} must contain one image, got {images}")
-    check_pixels(path, tags.size[0] * tags.size[1])
+    check_pixels(path, largest)
     extras = tags.samples - tags.colours
     if extras > 1 or extras < 0 or (extras and tags.colours == 1 and tags.extras[:1] in {(), (0,)}):
         raise ValueError(
@@ -151,9 +152,9 @@ def _tags_of(page: TiffPage) -> TiffTags:
     said = max(np.ravel(highest).tolist()) + 1 if highest is not None else 0
     declares = said > 1 and said & (said - 1) == 0 and said < 2**bits
     return TiffTags(
-        size=(page.imagewidth, page.imagelength),
+        size=(int(page.imagewidth), int(page.imagelength)),
         bits=bits,
-        samples=page.samplesperpixel,
+        samples=int(page.samplesperpixel),
         format=_UNSIGNED if formats == 4 else formats,  # 4 is "undefined"
         photometric=photometric,
         extras=tuple(int(extra) for extra in page.extrasamples),
@@ -235,8 +236,7 @@ def _decoded(path: Path, tags: TiffTags) -> np.ndarray:
     try:
         with TiffFile(path) as file:
             page = file.pages.first
-            if tags.compression in _DEFLATE:
-                _check_inflation(page, tags.bits // 8)
+            _check_data(page, tags)
             values = page.asarray(maxworkers=1)
     except Exception as error:  # tifffile documents no set of its own
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -248,9 +248,14 @@ def _decoded(path: Path, tags: TiffTags) -> np.ndarray:
     return values.astype(values.dtype.newbyteorder("="))
 
 
-def _check_inflation(page: TiffPage, width: int) -> None:
-    """Refuse deflated data that exceeds its tile or strip, of samples `width` bytes wide: a bomb."""
-    chunk = int(np.prod(page.chunks)) * width
+def _check_data(page: TiffPage, tags: TiffTags) -> None:
+    """Refuse data that is missing, which tifffile fills with 0, or that inflates beyond its tile or strip."""
+    expected = int(np.prod(page.chunked))
+    if len(page.databytecounts) != expected or not all(page.databytecounts):
+        raise ValueError(f"it must hold the data of {expected} tiles or strips")
+    if tags.compression not in _DEFLATE:
+        return
+    chunk = int(np.prod(page.chunks)) * tags.bits // 8
     handle = page.parent.filehandle
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         handle.seek(offset)
