@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing
+from pydicom.pixels.processing import apply_rescale, apply_windowing
 from pydicom.pixels.utils import iter_pixels
 
+from fdkernels.segmentation.data.prepare.colours import rgb_values
+from fdkernels.segmentation.data.prepare.dataset import read_dataset
 from fdkernels.segmentation.data.prepare.options import Box
+from fdkernels.segmentation.data.prepare.tables import grey_table, palette, white_of
 from fdkernels.segmentation.data.reading import LIMIT_VARIABLE, apply_pixel_limit
 
 # Region Spatial Format (0018,6012) and Region Data Type (0018,6014) of a B-mode image.
 _TWO_DIMENSIONAL = 1
 _TISSUE = 1
 
-# Packages that add decoders to pydicom, by the codec in the name of the transfer syntax.
+# Packages that add decoders to pydicom, by the codec in the name of the transfer syntax, and the name of
+# pydicom's plugin that uses them.
 _DECODERS = (
-    ("High-Throughput JPEG 2000", "pylibjpeg pylibjpeg-openjpeg"),
-    ("JPEG 2000", "pylibjpeg pylibjpeg-openjpeg"),
-    ("JPEG-LS", "pyjpegls"),
-    ("JPEG", "pylibjpeg pylibjpeg-libjpeg"),
+    ("High-Throughput JPEG 2000", "pylibjpeg pylibjpeg-openjpeg", "pylibjpeg"),
+    ("JPEG 2000", "pylibjpeg pylibjpeg-openjpeg", "pylibjpeg"),
+    ("JPEG-LS", "pyjpegls", "pyjpegls"),
+    ("JPEG", "pylibjpeg pylibjpeg-libjpeg", "pylibjpeg"),
+)
+_LAST_RESORT = "python-gdcm"
+
+_CORNERS = (
+    "RegionLocationMinX0",
+    "RegionLocationMinY0",
+    "RegionLocationMaxX1",
+    "RegionLocationMaxY1",
 )
 
 # Exceptions that pydicom and its plugins raise on corrupt or unsupported data.
@@ -49,12 +61,20 @@ _DECODING_ERRORS = (
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Convert pydicom's exceptions for a corrupt or unsupported file to a ValueError that names it."""
+def _readable(path: Path, remedy: Callable[[], str] = str) -> Iterator[None]:
+    """Convert pydicom's exceptions for a corrupt or unsupported file to a ValueError that names it.
+
+    Args:
+        path: the file.
+        remedy: makes what is to be said after the reason where a decoder failed.
+    """
     try:
         yield
     except _DECODING_ERRORS as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        # pydicom lists what each decoder said on lines of its own.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RuntimeError | OSError):  # of pydicom's decoders, and of Pillow
+            reason += remedy()
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
@@ -76,7 +96,7 @@ class DicomFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _readable(path):
-            self._dataset = dcmread(path)
+            self._dataset = read_dataset(path)
             has_pictures = "PixelData" in self._dataset
             rows, columns = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)
             self.frames = int(self._dataset.get("NumberOfFrames") or 1)
@@ -103,8 +123,20 @@ class DicomFile:
                 f"{named}, for which pydicom has no decoder; export it uncompressed, or as JPEG or RLE"
             ) from error
         if not available:
-            package = next((names for codec, names in _DECODERS if codec in syntax.name), "gdcm")
+            package = next((names for codec, names, _ in _DECODERS if codec in syntax.name), _LAST_RESORT)
             raise ValueError(f"{named}, which needs a decoder that is not installed: pip install {package}")
+
+    def _remedy(self) -> str:
+        """Name the package with another decoder for the file, where its compression has one."""
+        syntax = self._dataset.file_meta.TransferSyntaxUID
+        for codec, names, plugin in _DECODERS:
+            if codec in syntax.name:
+                tried = plugin in get_decoder(syntax).available_plugins
+                return (
+                    f"; if the file is whole, another decoder may read its {syntax.name}: "
+                    f"pip install {_LAST_RESORT if tried else names}"
+                )
+        return ""
 
     def text(self, keyword: str) -> str:
         """Return the value of a tag as stripped text, empty if the tag is missing."""
@@ -128,18 +160,12 @@ class DicomFile:
             given = self._dataset.get("SequenceOfUltrasoundRegions")
             if not given:
                 return None
-            # In DICOM the lower right corner is inclusive.
-            corners = [
-                Box(
-                    int(region.RegionLocationMinX0),
-                    int(region.RegionLocationMinY0),
-                    int(region.RegionLocationMaxX1) + 1,
-                    int(region.RegionLocationMaxY1) + 1,
-                )
-                for region in given
-                if region.get("RegionSpatialFormat") == _TWO_DIMENSIONAL
-                and region.get("RegionDataType") == _TISSUE
-            ]
+            corners = []
+            for region in given:
+                kinds = (region.get("RegionSpatialFormat"), region.get("RegionDataType"))
+                if kinds == (_TWO_DIMENSIONAL, _TISSUE) and all(name in region for name in _CORNERS):
+                    x0, y0, x1, y1 = (int(region[name].value) for name in _CORNERS)
+                    corners.append(Box(x0, y0, x1 + 1, y1 + 1))  # in DICOM the last corner is inclusive
         inside = [
             Box(max(box.x0, 0), max(box.y0, 0), min(box.x1, width), min(box.y1, height)) for box in corners
         ]
@@ -157,39 +183,48 @@ class DicomFile:
         Applies the file's own grey-scale pipeline: rescale or modality table, then window or
         value-of-interest table, whose output range is mapped to 0 to 255. Without a window, values
         of up to 8 stored bits are scaled by their full range, others by the minimum and maximum of the
-        frame. Inverts MONOCHROME1, so larger values are brighter.
+        frame. Inverts MONOCHROME1, so larger values are brighter. Tables and colours whose wider type
+        holds 8-bit values are scaled by 255 (`white_of`); colours are those of `rgb_values`.
 
         Raises:
             ValueError: the file has no such frame, or the frame cannot be decoded.
         """
         if not 1 <= frame <= self.frames:
             raise ValueError(f"{self.path} has frames 1 to {self.frames}, got frame {frame}")
+        with _readable(self.path, self._remedy):
+            if int(self._dataset.get("SamplesPerPixel") or 1) > 1:
+                colours = rgb_values(self._dataset, frame)  # [H, W, 3]
+                bits = int(self._dataset.BitsStored)
+                return _drop_equal_channels(_to_bytes(colours, 0, white_of(colours, bits)))
+            values = next(iter_pixels(self._dataset, indices=[frame - 1]))  # [H, W]
         with _readable(self.path):
-            values = next(iter_pixels(self._dataset, indices=[frame - 1]))  # [H, W] or [H, W, 3]
             kind = self._dataset.PhotometricInterpretation
             if kind == "PALETTE COLOR":
-                colours = apply_color_lut(values, self._dataset)
-                return _drop_equal_channels(_to_bytes(colours, 0, np.iinfo(colours.dtype).max))
-            if values.ndim == 3:
-                return _drop_equal_channels(_to_bytes(values, 0, 2 ** int(self._dataset.BitsStored) - 1))
+                table = palette(self._dataset)
+                return _drop_equal_channels(_to_bytes(table(values), 0, table.white))
             grey = _grey(values, self._dataset)
             return 255 - grey if kind == "MONOCHROME1" else grey
 
 
 def _grey(values: np.ndarray, dataset: Dataset) -> np.ndarray:
     """Map stored values [H, W] to uint8 [H, W] by the file's rescale and window."""
-    rescaled = apply_modality_lut(values, dataset)
-    shown = apply_voi_lut(rescaled, dataset)
     low: Any
     high: Any
-    if dataset.get("VOILUTSequence"):
-        low, high = 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
-    elif dataset.get("WindowWidth") is not None and dataset.get("WindowCenter") is not None:
+    if "ModalityLUTSequence" in dataset:
+        table = grey_table(dataset, "ModalityLUTSequence")
+        shown, low, high = table(values), 0, table.white
+    else:
+        shown = apply_rescale(values, dataset)
+        ends = np.array([0, 2 ** int(dataset.BitsStored) - 1], np.uint64)
+        low, high = sorted(apply_rescale(ends, dataset))  # a negative slope inverts
+    if "VOILUTSequence" in dataset:
+        table = grey_table(dataset, "VOILUTSequence")
+        shown, low, high = table(shown), 0, table.white
+    elif "WindowWidth" in dataset:
+        shown = apply_windowing(shown, dataset)
         with np.errstate(over="ignore"):  # exp overflows at the ends of a sigmoid
             low, high = apply_windowing(np.array([-1e12, 1e12]), dataset)
-    elif values.dtype.kind == "u" and int(dataset.BitsStored) <= 8:
-        shown, low, high = values, 0, 2 ** int(dataset.BitsStored) - 1
-    else:
+    elif values.dtype.kind != "u" or int(dataset.BitsStored) > 8:
         low, high = shown.min(), shown.max()
     return _to_bytes(shown, low, high)
 
