@@ -16,7 +16,7 @@ _EXTRAS = {
         ),
         "train",
     ),
-    "pydicom": "dicom",
+    **dict.fromkeys(("pydicom", "scipy"), "dicom"),
     "skimage": "demo",
 }
 _USAGE = "usage: fdkernels info | train | evaluate | prepare | demo"

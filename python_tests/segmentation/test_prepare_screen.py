@@ -85,9 +85,65 @@ def test_a_bright_area_and_a_line_that_rises_less_are_not_annotation():
     picture = np.full((40, 40), 60, np.uint8)
     picture[10:30, 15:19] = 255
     assert annotation(picture) is None
-    picture = np.full((40, 40), 60, np.uint8)
-    picture[10:30, 15:17] = 155
+    picture = wedge()
+    picture[10:30, 15:17] = picture[10:30, 15:17] + 90
     assert annotation(picture) is None
+
+
+def wedge(height=40, width=120):
+    """Return a soft wedge from 0 to 238, so that no stretching is needed; no two neighbours are equal."""
+    return np.tile(np.arange(0, 2 * width, 2, dtype=np.uint8), (height, 1))
+
+
+def written(ground, ink):
+    """Write a name in one grey value, without soft edges, on uint8 [H, W]."""
+    picture = Image.fromarray(ground.copy())
+    pen = ImageDraw.Draw(picture)
+    pen.fontmode = "1"
+    pen.text((10, 12), "DOE JANE 1960", fill=ink)
+    return np.asarray(picture)
+
+
+SPECKLE = np.random.default_rng(0)
+HIDDEN = {
+    "the values 0 and 1 only": (np.zeros((40, 120), np.uint8), 1),
+    "two levels above grey": (np.full((40, 120), 7, np.uint8), 9),
+    "three levels below grey": (np.full((40, 120), 200, np.uint8), 197),
+    "five levels above noise of four": (SPECKLE.integers(0, 4, (40, 120)).astype(np.uint8), 8),
+    "a dark picture": (tissue(40, 120) // 8, 40),
+    "dark letters": (tissue(40, 120), 0),
+    "faint letters beside the beam": (np.hstack([np.zeros((40, 120), np.uint8), wedge()]), 20),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_text_that_only_stretching_or_inverting_shows_is_annotation(case):
+    ground, ink = HIDDEN[case]
+    assert annotation(ground) is None
+    picture = written(ground, ink)
+    seen = annotation(picture)
+    assert seen is not None
+    assert "strokes" in seen
+    white = picture.copy()
+    white[35, 100] = 255  # a single pixel does not stop the stretching
+    assert annotation(white) is not None
+
+
+def test_dark_noise_and_tissue_are_not_annotation():
+    generator = np.random.default_rng(0)
+    for ground in (
+        generator.integers(20, 110, (240, 320)),
+        generator.normal(60, 8, (240, 320)).round(),
+        tissue(200, 300) // 2,
+    ):
+        assert annotation(ground.astype(np.uint8)) is None
+
+
+def test_dark_colours_are_annotation():
+    picture = np.repeat((tissue(40, 60) // 8)[..., None], 3, 2)
+    assert annotation(picture) is None
+    picture[7, 10:16] = (20, 2, 2)
+    assert annotation(picture) == "6 coloured pixels"
 
 
 def test_letters_and_calipers_are_annotation():
@@ -123,6 +179,14 @@ def test_no_unannotated_real_image_is_flagged_and_one_grey_caliper_is_missed():
     called = {name for name, annotated in seen.items() if annotated}
     assert called <= ANNOTATED
     assert (ANNOTATED & seen.keys()) - called <= {"malignant (118)"}
+
+
+@pytest.mark.skipif(not BUSI.is_dir(), reason=f"no BUSI pictures in {BUSI}")
+def test_a_real_image_at_a_quarter_of_its_brightness_is_judged_alike():
+    for file in sorted(BUSI.glob("*/*).png"))[::4]:
+        picture = np.array(Image.open(file).convert("L"))[16:, 40:]
+        if file.stem not in {"benign (341)", "malignant (118)"}:  # near the limit
+            assert (annotation(picture // 4) is None) == (annotation(picture) is None), file.stem
 
 
 @pytest.mark.skipif(not BUSI.is_dir(), reason=f"no BUSI pictures in {BUSI}")

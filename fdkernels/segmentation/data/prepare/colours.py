@@ -90,7 +90,9 @@ def _by_tag(values: np.ndarray, kind: str) -> np.ndarray:
         )
     if values.dtype != np.uint8:
         if kind != "RGB":
-            raise ValueError(f"Photometric Interpretation {kind} must have 8 bits a sample, got {values.dtype}")
+            raise ValueError(
+                f"Photometric Interpretation {kind} must have 8 bits a sample, got {values.dtype}"
+            )
         return values
     is_ybr = kind != "RGB"
     if _looks_ybr(values) is (not is_ybr):

@@ -14,7 +14,9 @@ from pydicom.tag import BaseTag
 _SEARCHED = (0x0018, 0x0028)
 
 # Value representations of text, in which padding and the backslash between values say nothing.
-_TEXT = frozenset("AE AS CS DA DS DT IS LO LT PN SH ST TM UC UI UR UT".split())
+_TEXT = frozenset(
+    ("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT")
+)
 
 # What the other one means by itself: the identity in the place of the missing one.
 _RESCALE = {"RescaleSlope": 1, "RescaleIntercept": 0}
