@@ -53,6 +53,21 @@ def prepare(
             help="Images that share the first part of their name: those of one patient-id, or of one file."
         ),
     ] = "patient-id",
+    patients: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file with the columns file and patient, for DICOM files without Patient ID.",
+            show_default="by Patient ID",
+        ),
+    ] = None,
+    without_patient_id: Annotated[
+        str,
+        typer.Option(help="On files without Patient ID: refuse them, or take each as a separate patient."),
+    ] = "refuse",
+    outlines: Annotated[
+        str,
+        typer.Option(help="On masks drawn as outlines: refuse them, fill them, or keep them as rings."),
+    ] = "refuse",
     hash_key: Annotated[
         Path | None,
         typer.Option(help="File with the secret key for hashed names.", show_default="running numbers"),
@@ -65,7 +80,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Convert DICOM files and drawn masks to anonymous image and mask pairs (us-tnbc)."""
-    from fdkernels.segmentation.data.prepare import PrepareOptions, parse_crop
+    from fdkernels.segmentation.data.prepare import PrepareOptions, parse_crop, read_patients
     from fdkernels.segmentation.data.prepare import prepare as run
 
     choices: dict[str, Any] = {
@@ -73,17 +88,22 @@ def prepare(
         "annotations": annotations,
         "on_problem": on_problem,
         "group_by": group_by,
+        "outlines": outlines,
+        "without_patient_id": without_patient_id,
     }
     options = PrepareOptions(
         crop=None if crop is None else parse_crop(crop),
         force=frozenset(force or ()),
         exclude=frozenset(exclude or ()),
+        patients={} if patients is None else read_patients(patients),
         hash_key=None if hash_key is None else hash_key.read_bytes(),
         **choices,
     )
     report = run(dicom, masks, output, options, mapping)
     pairs = "1 pair" if report.pairs == 1 else f"{report.pairs} pairs"
     print(f"{output} contains {pairs}" + (", unchanged." if report.unchanged else "."))
+    for note in report.notes:
+        print(f"{note}.")
     for title, lines in (("Left out", report.left_out), ("Skipped", report.problems)):
         if lines:
             print(f"{title}:")

@@ -220,7 +220,7 @@ def test_all_unusable_input_is_reported_in_one_list_or_skipped(study):
     study.add("alone.dcm", mask=None)
     study.draw("orphan.png")
     study.draw("good.tif")
-    (study.dicom / "notes.txt").write_text("no picture")
+    (study.dicom / "notes.dcm").write_text("no picture")
     (study.masks / "rois.zip").write_bytes(b"")
     study.add("other/good.dcm", mask=None)
     copy = dcmread(study.dicom / "good.dcm")
@@ -235,7 +235,7 @@ def test_all_unusable_input_is_reported_in_one_list_or_skipped(study):
         "alone.dcm has no mask alone.png or alone_frameN.png",
         "orphan.png has no DICOM file named orphan",
         "good.tif is a second mask of the same frame as",
-        "notes.txt is not a DICOM file",
+        "notes.dcm is not a DICOM file",
         "rois.zip is not a PNG or TIFF file",
         "has the same name as",
         "good.dcm has the same pixels as frame 1 of",
@@ -247,6 +247,64 @@ def test_all_unusable_input_is_reported_in_one_list_or_skipped(study):
     report = study.prepare(on_problem="skip")
     assert len(report.problems) == 9
     assert study.names() == ["patient001_1"]
+
+
+def test_what_systems_and_viewers_leave_is_passed_over_and_said_once(study):
+    study.add("US1")  # DICOM without a suffix
+    for stray in (
+        "Thumbs.db",
+        "README.txt",
+        "viewer/start.exe",
+        "viewer/autorun.inf",
+        "DICOMDIR",
+        ".DS_Store",
+    ):
+        path = study.dicom / stray
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 300)
+    (study.masks / "desktop.ini").write_bytes(b"x")
+    (study.dicom / "__MACOSX").mkdir()
+    (study.dicom / "__MACOSX" / "US1.dcm").write_bytes(b"x")
+    report = study.prepare()
+    assert (report.pairs, report.problems) == (1, [])
+    assert report.notes == [
+        "Passed over 5 files that are no image: README.txt, Thumbs.db, autorun.inf, start.exe, desktop.ini"
+    ]
+    assert report.notes[0] in invoke(study).output
+
+
+def test_a_name_that_utf_8_cannot_hold_is_a_problem(study):
+    study.add()
+    name = b"\xfc.dcm".decode("utf-8", "surrogateescape")  # a u with dots in Latin-1
+    try:
+        (study.dicom / "US1.dcm").rename(study.dicom / name)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    with pytest.raises(ValueError, match=r"\\xfc\.dcm must have a name in UTF-8; rename it"):
+        study.prepare()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "tags", "said"),
+    [
+        (
+            np.eye(80, 120, dtype=np.uint8),
+            {},
+            "blank in frame 1: the crop has only 2 grey levels, from 0 to 1;",
+        ),
+        (
+            screen().astype(np.uint16),
+            {"WindowCenter": 32768, "WindowWidth": 65536},
+            "the crop has only 2 grey levels, from 0 to 1;",
+        ),
+    ],
+    ids=["two values", "a window far too wide"],
+)
+def test_a_picture_of_a_few_levels_is_a_problem(study, pixels, tags, said):
+    study.add(pixels=pixels, **tags)
+    with pytest.raises(ValueError, match="nothing was written") as caught:
+        study.prepare(annotations="none")
+    assert said in str(caught.value)
 
 
 def test_no_pair_at_all_is_rejected_with_the_reasons(study):

@@ -14,6 +14,7 @@ from pydicom.pixels.decoders.base import Decoder
 from pydicom.uid import (
     MPEG2MPML,
     ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
     JPEGBaseline8Bit,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -140,6 +141,209 @@ def test_a_palette_is_looked_up(tmp_path):
         tables[f"{colour}PaletteColorLookupTableData"] = (257 * np.array(entries, "<u2")).tobytes()
     got = picture(tmp_path, np.array([[0, 1, 2]], np.uint8), "PALETTE COLOR", **tables)
     assert got.tolist() == [[[0, 5, 0], [10, 15, 200], [20, 25, 255]]]
+
+
+def palette_tags(entries, bits=16, words=True, big=False):
+    """Descriptors and data of a grey palette, stored in words or in bytes packed into words."""
+    order = ">u2" if big else "<u2"
+    values = np.array(entries)
+    packed = values if words else values.astype(np.uint8).view("<u2")
+    tags = {}
+    for colour in ("Red", "Green", "Blue"):
+        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [len(entries), 0, bits]
+        tags[f"{colour}PaletteColorLookupTableData"] = packed.astype(order).tobytes()
+    return tags
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["little endian", "big endian"])
+@pytest.mark.parametrize(
+    ("scale", "bits", "words"),
+    [(257, 16, True), (256, 16, True), (1, 16, True), (1, 8, True), (1, 8, False)],
+    ids=["16 bits", "high bytes", "8-bit values in 16 bits", "8 bits in words", "8 bits packed"],
+)
+def test_a_palette_is_read_however_it_is_stored(tmp_path, scale, bits, words, big):
+    values = np.array([[0, 1, 100, 255]], np.uint8)
+    tags = palette_tags(np.arange(256) * scale, bits, words, big)
+    syntax = ExplicitVRBigEndian if big else ExplicitVRLittleEndian
+    got = picture(tmp_path, values, "PALETTE COLOR", syntax=syntax, **tags)
+    assert np.abs(got.astype(int) - values).max() <= 1
+
+
+def test_a_palette_of_more_than_256_bytes_does_not_wrap(tmp_path):
+    entries = np.arange(512) // 2
+    got = picture(
+        tmp_path,
+        np.array([[0, 300, 511, 900]], np.uint16),
+        "PALETTE COLOR",
+        **palette_tags(entries, 8, False),
+    )
+    assert got.tolist() == [[0, 150, 255, 255]]
+
+
+@pytest.mark.parametrize("colour", ["Red", "Green", "Blue"])
+def test_a_palette_that_is_empty_or_short_is_named(tmp_path, colour):
+    tags = palette_tags(np.arange(256))
+    values = np.array([[0, 1]], np.uint8)
+    for data, said in (
+        (b"", "Palette Color Lookup Table Data, which is missing"),
+        (b"ab", "must have the 256"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            picture(
+                tmp_path, values, "PALETTE COLOR",
+                **{**tags, f"{colour}PaletteColorLookupTableData": data},
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="needs a Red Palette Color Lookup Table Descriptor"):
+        picture(tmp_path, values, "PALETTE COLOR", **{**tags, "RedPaletteColorLookupTableDescriptor": None})
+
+
+def test_8_bit_colours_in_16_bits_are_not_black(tmp_path):
+    rgb = np.array([[[0, 100, 255]]], np.uint16)
+    assert picture(tmp_path, rgb, "RGB").tolist() == [[[0, 100, 255]]]
+
+
+EMPTY = {
+    "slope": {"RescaleSlope": None, "RescaleIntercept": 0},
+    "intercept": {"RescaleSlope": 1, "RescaleIntercept": None},
+    "both": {"RescaleSlope": None, "RescaleIntercept": None},
+    "window": {"WindowCenter": None, "WindowWidth": None},
+    "width": {"WindowCenter": 128, "WindowWidth": None},
+    "centre": {"WindowCenter": None, "WindowWidth": 256},
+    "function": {"WindowCenter": 128, "WindowWidth": 256, "VOILUTFunction": ""},
+    "tables": {"VOILUTSequence": [], "ModalityLUTSequence": []},
+    "frames": {"NumberOfFrames": None},
+    "bits stored": {"BitsStored": None},
+    "aspect": {"PixelAspectRatio": None, "PlanarConfiguration": None, "SmallestImagePixelValue": None},
+    "regions": {"SequenceOfUltrasoundRegions": []},
+    "identity": {"PatientID": None, "BurnedInAnnotation": None},
+}
+
+
+@pytest.mark.parametrize("what", EMPTY)
+def test_an_empty_element_counts_as_absent(tmp_path, what):
+    file = DicomFile(write_dicom(tmp_path / "x.dcm", GREY, **EMPTY[what]))
+    assert np.abs(file.picture(1).astype(int) - GREY).max() <= 1
+    assert (file.frames, file.says_annotated, file.regions(4, 3)) == (1, False, None)
+
+
+def test_an_empty_slope_leaves_the_intercept_and_an_empty_item_the_window(tmp_path):
+    values = np.array([[0, 50, 99, 200]], np.uint8)
+    plain = picture(tmp_path, values, WindowCenter=50, WindowWidth=100)
+    shifted = picture(
+        tmp_path, values, WindowCenter=40, WindowWidth=100, RescaleIntercept=-10, RescaleSlope=None
+    )
+    assert np.array_equal(shifted, plain)
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [4, 2, 8], None
+    assert np.array_equal(
+        picture(tmp_path, values, WindowCenter=50, WindowWidth=100, VOILUTSequence=[table]), plain
+    )
+
+
+def test_a_text_of_blanks_and_the_first_of_two_windows_may_be_empty(tmp_path):
+    path = write_dicom(tmp_path / "x.dcm", GREY, WindowCenter=[50, 60], WindowWidth=[100, 90], PatientID="AB")
+    whole = path.read_bytes()
+    assert whole.count(b"50.0\\60.0") == whole.count(b"AB") == 1
+    path.write_bytes(whole.replace(b"50.0\\60.0", b"    \\60.0").replace(b"AB", b"  "))
+    file = DicomFile(path)
+    assert file.text("PatientID") == ""
+    expected = picture(tmp_path, GREY, WindowCenter=60, WindowWidth=90)
+    assert np.array_equal(file.picture(1), expected)
+
+
+def test_a_region_with_an_empty_corner_does_not_count(tmp_path):
+    torn = region((2, 3, 20, 25))
+    torn.RegionLocationMaxX1 = None
+    assert regions(tmp_path, torn, region((1, 1, 4, 4))) == [(1, 1, 4, 4)]
+
+
+def test_a_negative_slope_inverts(tmp_path):
+    got = picture(tmp_path, GREY, RescaleSlope=-1, RescaleIntercept=255)
+    assert np.array_equal(got, 255 - GREY)
+
+
+def jpeg(picture, strip=True, names=None, **options):
+    """Encode RGB [H, W, 3]; leave out the JFIF and Adobe markers, and rename the components."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=98, **options)
+    stream, at, kept = buffer.getvalue(), 2, b"\xff\xd8"
+    while stream[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        segment = bytearray(stream[at:end])
+        if names and segment[1] == 0xC0:
+            segment[10], segment[13], segment[16] = names
+        if not (strip and segment[1] in (0xE0, 0xEE)):
+            kept += segment
+        at = end
+    scan = bytearray(stream[at:])
+    if names:
+        scan[5], scan[7], scan[9] = names
+    return kept + bytes(scan)
+
+
+def jpeg_file(tmp_path, stream, kind, height, width):
+    data = dcmread(write_dicom(tmp_path / "raw.dcm", np.zeros((height, width, 3), np.uint8), "RGB"))
+    data.PhotometricInterpretation = kind
+    data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    data.PixelData = encapsulate([stream])
+    data["PixelData"].is_undefined_length = True
+    data.save_as(tmp_path / "jpeg.dcm")
+    return DicomFile(tmp_path / "jpeg.dcm")
+
+
+STREAMS = {
+    "YCbCr, JFIF": {"strip": False},
+    "YCbCr, no marker": {"subsampling": 0},
+    "YCbCr, chroma at half size": {"subsampling": 2, "qtables": [[8] * 64]},
+    "YCbCr, nothing to tell by": {"subsampling": 0, "qtables": [[8] * 64]},
+    "RGB, Adobe": {"strip": False, "keep_rgb": True},
+    "RGB, by the names of its components": {"keep_rgb": True},
+    "RGB, nothing to tell by": {"keep_rgb": True, "names": (1, 2, 3), "qtables": [[8] * 64]},
+}
+
+
+@pytest.mark.parametrize("kind", ["RGB", "YBR_FULL_422", "YBR_FULL"])
+@pytest.mark.parametrize("case", STREAMS)
+def test_the_colours_of_a_jpeg_are_those_of_its_stream_whatever_the_tag(tmp_path, case, kind):
+    grey = tissue(32, 48)
+    colours = np.repeat(grey[..., None], 3, 2)
+    colours[4:12, 4:12] = (200, 60, 40)  # a mark that must keep its colour
+    got = jpeg_file(tmp_path, jpeg(colours, **STREAMS[case]), kind, 32, 48).picture(1)
+    assert np.abs(got[6:10, 6:10].astype(int) - (200, 60, 40)).max() <= 24
+    assert np.abs(got[16:].astype(int) - grey[16:, :, None]).max() <= 16
+
+
+def test_a_jpeg_of_another_size_than_the_file_says_is_named(tmp_path):
+    file = jpeg_file(tmp_path, jpeg(np.zeros((16, 24, 3), np.uint8)), "RGB", 32, 48)
+    with pytest.raises(ValueError, match="must have the 48x32 pixels that Rows and Columns say, got 24x16"):
+        file.picture(1)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("RGB", "YBR_FULL"), ("YBR_FULL", "RGB")])
+def test_a_tag_that_uncompressed_values_contradict_is_refused(tmp_path, kind, other):
+    grey = tissue(32, 48)
+    neutral = grey if kind == "YBR_FULL" else np.full_like(grey, 128)
+    with pytest.raises(ValueError, match=rf"Photometric Interpretation says {kind}, .* taken as {other}"):
+        picture(tmp_path, np.stack([grey, neutral, neutral], 2), kind)
+
+
+def test_a_kind_of_colours_that_is_not_supported_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"Photometric Interpretation must be RGB, .* got HSV"):
+        picture(tmp_path, np.zeros((4, 6, 3), np.uint8), "HSV")
+
+
+def test_what_a_decoder_said_is_in_the_sentence_with_the_package_to_try(tmp_path):
+    data = dcmread(write_dicom(tmp_path / "x.dcm", GREY))
+    data.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+    data["PixelData"].is_undefined_length = True
+    data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    data.save_as(tmp_path / "y.dcm")
+    with pytest.raises(ValueError, match=r"y\.dcm cannot be read") as caught:
+        DicomFile(tmp_path / "y.dcm").picture(1)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "pillow: " in said
+    assert said.endswith(("pip install pylibjpeg pylibjpeg-libjpeg", "pip install python-gdcm"))
 
 
 def test_each_frame_is_its_own(tmp_path):

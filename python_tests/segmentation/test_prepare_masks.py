@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from fdkernels.segmentation.data.prepare.outlines import without_outlines
 from made_dicom import LESION, REGION, drawn_mask, region, screen
 
 X0, Y0, X1, Y1 = REGION
@@ -96,3 +99,70 @@ def test_a_mask_that_cannot_be_used_is_named(study, kind):
         study.prepare()
     assert said in str(caught.value)
     assert not study.output.exists()
+
+
+def outlined(width, gap=0, others=()):
+    """Draw a square of 30 pixels, 15 to 44 and 30 to 59, as a line that goes inward, open by `gap` pixels."""
+    mask = np.zeros((80, 120), np.uint8)
+    mask[15:45, 30:60] = 255
+    mask[15 + width : 45 - width, 30 + width : 60 - width] = 0
+    mask[29 : 29 + gap, 30 : 30 + width] = 0
+    for box in others:
+        mask[box] = 255
+    return mask
+
+
+@pytest.mark.parametrize(("width", "gap"), [(1, 0), (3, 0), (1, 3), (2, 4), (1, 12)])
+def test_an_outline_is_refused_by_its_name(study, width, gap):
+    study.add(mask=outlined(width, gap), regions=[region((0, 0, 120, 80))])
+    with pytest.raises(
+        ValueError, match=r"US1\.png must (be filled, got an outline|contain regions, got a line)"
+    ):
+        study.prepare(annotations="none")
+    study.prepare(annotations="none", outlines="keep")
+    assert np.array_equal(study.read()[1], outlined(width, gap))
+
+
+@pytest.mark.parametrize(("width", "gap"), [(1, 0), (3, 0), (1, 3), (2, 4)])
+def test_an_outline_is_filled_where_asked_for(study, width, gap):
+    study.add(mask=outlined(width, gap), regions=[region((0, 0, 120, 80))])
+    report = study.prepare(annotations="none", outlines="fill")
+    assert report.notes == ["Filled 1 outline"]
+    difference = study.read()[1] != outlined(15)
+    assert difference.sum() <= 2 * width * gap  # at the gap alone
+    assert not difference[:, :30].any()
+    assert not difference[:, 30 + width + gap :].any()
+
+
+def test_an_outline_beside_a_filled_lesion_is_filled_alone(study):
+    beside = np.s_[50:60, 80:100]
+    study.add(mask=outlined(1, others=[beside]), regions=[region((0, 0, 120, 80))])
+    study.prepare(annotations="none", outlines="fill")
+    assert np.array_equal(study.read()[1], outlined(15, others=[beside]))
+
+
+def test_a_line_with_a_wide_gap_encloses_nothing_also_where_outlines_are_filled(study):
+    study.add(mask=outlined(1, 12), regions=[region((0, 0, 120, 80))])
+    with pytest.raises(ValueError, match="got a line of 104 pixels, 1 wide, that encloses nothing"):
+        study.prepare(annotations="none", outlines="fill")
+
+
+def test_a_lesion_with_a_small_hole_or_a_bay_is_no_outline(study):
+    mask = outlined(15)
+    mask[28:32, 43:47] = 0  # 16 of 900
+    mask[15:25, 33:36] = 0
+    study.add(mask=mask, regions=[region((0, 0, 120, 80))])
+    assert study.prepare(annotations="none").notes == []
+    assert np.array_equal(study.read()[1], mask)
+
+
+def test_a_slanted_outline_one_pixel_wide_is_closed():
+    drawn, filled = Image.new("L", (64, 64)), Image.new("L", (64, 64))
+    corners = [(10, 30), (35, 8), (55, 40), (20, 50)]
+    ImageDraw.Draw(drawn).line([*corners, corners[0]], fill=255)
+    ImageDraw.Draw(filled).polygon(corners, fill=255)
+    found, count = without_outlines(Path("x.png"), np.array(drawn) > 0, "fill")
+    assert count == 1
+    missed = (np.array(filled) > 0) & ~found
+    added = found & (np.array(filled) == 0) & (np.array(drawn) == 0)
+    assert missed.sum() == added.sum() == 0

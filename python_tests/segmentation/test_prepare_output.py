@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdkernels.segmentation.data.prepare import PrepareOptions, output, prepare
+from fdkernels.segmentation.data.prepare import PrepareOptions, output, prepare, read_patients
 from fdkernels.segmentation.data.prepare.names import PairNames
 from made_dicom import IDENTITY, LESION, PATIENT_NAME, REGION, drawn_mask, screen
 
@@ -56,7 +56,8 @@ def _png_chunks(content):
 def test_pictures_of_one_patient_share_the_first_part_of_their_names(study):
     for number, patient in enumerate(("P1", "P2", "P1", "")):
         study.add(f"US{number}.dcm", PatientID=patient)
-    study.prepare()
+    report = study.prepare(without_patient_id="separate")
+    assert report.notes == ["US3.dcm has no Patient ID: each counts as another patient"]
     assert study.names() == ["patient001_1", "patient001_2", "patient002_1", "patient003_1"]
     assert prepare(study.dicom, study.masks, study.root / "b", PrepareOptions(group_by="file")).pairs == 4
     assert sorted(f.stem for f in (study.root / "b" / "masks").iterdir()) == [
@@ -65,6 +66,38 @@ def test_pictures_of_one_patient_share_the_first_part_of_their_names(study):
         "patient003_1",
         "patient004_1",
     ]
+
+
+def test_files_without_patient_id_are_asked_for_once(study):
+    for number, patient in enumerate(("P1", "", "")):
+        study.add(f"US{number}.dcm", PatientID=patient)
+    with pytest.raises(ValueError, match=r"1 problem:\n  2 files \(US1\.dcm, US2\.dcm\) have no Patient ID"):
+        study.prepare()
+    report = study.prepare(on_problem="skip")
+    assert (report.pairs, len(report.problems)) == (1, 1)
+    assert study.prepare(to=study.root / "b", group_by="file").notes == []
+    listed = study.root / "patients.csv"
+    listed.write_text("\ufefffile;patient\nUS1;P1\nUS2.dcm;P7\n", "utf-8")
+    report = study.prepare(to=study.root / "c", patients=read_patients(listed))
+    assert (report.pairs, report.notes) == (3, [])
+    assert study.names() == ["patient001_1", "patient001_2", "patient002_1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name,patient\nUS1,P1\n", "must have the columns file and patient, got 'name,patient'"),
+        ("file,patient\nUS1,\n", "must have a file and a patient in line 2"),
+        ("file,patient\nUS1,P1\nUS1,P2\n", "must have one patient for US1, got P1 and P2"),
+        ("file,patient\nUS9,P1\n", r"patients must name DICOM files of .*, got 'US9'"),
+    ],
+)
+def test_a_list_of_patients_that_cannot_be_used_is_named(study, text, said):
+    study.add()
+    listed = study.root / "patients.csv"
+    listed.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        study.prepare(patients=read_patients(listed))
 
 
 def test_hashed_names_depend_on_key_and_recording_and_not_on_the_others(study):

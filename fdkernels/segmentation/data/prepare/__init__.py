@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 from fdkernels.segmentation.data.prepare.options import PrepareOptions, parse_crop
+from fdkernels.segmentation.data.prepare.patients import read_patients
 from fdkernels.segmentation.data.prepare.run import PrepareReport, prepare
 
-__all__ = ["PrepareOptions", "PrepareReport", "parse_crop", "prepare"]
+__all__ = ["PrepareOptions", "PrepareReport", "parse_crop", "prepare", "read_patients"]

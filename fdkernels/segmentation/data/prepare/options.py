@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 MaskPolarity = Literal["auto", "dark", "light"]
 AnnotationEvidence = Literal["both", "tag", "pixels", "none"]
 OnProblem = Literal["refuse", "skip"]
 Grouping = Literal["patient-id", "file"]
+Outlines = Literal["refuse", "fill", "keep"]
+WithoutPatientId = Literal["refuse", "separate"]
 
 # Shorter keys can be found by brute force.
 _LEAST_KEY_BYTES = 16
@@ -48,6 +51,12 @@ class PrepareOptions:
         on_problem: on unusable input, "refuse" the whole run or "skip" that input.
         group_by: images that share the first part of their names: those of one "patient-id" or of
             one "file".
+        outlines: what to do about masks drawn as an outline that is not filled: "refuse", "fill", or
+            "keep" where lesions are rings or lines.
+        patients: the patient of a file by its name, with or without suffix, or its path in the folder;
+            goes before its Patient ID. See `read_patients`.
+        without_patient_id: what to do about several files without Patient ID: "refuse", or take each
+            for another patient, "separate".
         hash_key: secret key for hashed names, at least 16 bytes; None for running numbers.
 
     Raises:
@@ -62,6 +71,9 @@ class PrepareOptions:
     exclude: frozenset[str] = frozenset()
     on_problem: OnProblem = "refuse"
     group_by: Grouping = "patient-id"
+    outlines: Outlines = "refuse"
+    patients: Mapping[str, str] = field(default_factory=dict)
+    without_patient_id: WithoutPatientId = "refuse"
     hash_key: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +81,10 @@ class PrepareOptions:
         _check_choice("annotations", self.annotations, get_args(AnnotationEvidence))
         _check_choice("on_problem", self.on_problem, get_args(OnProblem))
         _check_choice("group_by", self.group_by, get_args(Grouping))
+        _check_choice("outlines", self.outlines, get_args(Outlines))
+        _check_choice("without_patient_id", self.without_patient_id, get_args(WithoutPatientId))
+        if self.patients and self.group_by == "file":
+            raise ValueError('patients must not be given where group_by is "file", got both')
         if self.crop is not None and (min(self.crop) < 0 or self.crop.area == 0):
             raise ValueError(
                 f"crop must be x0,y0,x1,y1 with 0 <= x0 < x1 and 0 <= y0 < y1, got {_text(self.crop)}"

@@ -16,8 +16,7 @@ GROWTH = 1.25
 GAP_SHARE = 0.05
 LEAST_REACH, MOST_REACH = 2, 8
 
-# A part so thin everywhere, and so much longer than wide, is a line and encloses nothing.
-THIN = 7
+# A part so many times longer than it is wide at its widest is a line and encloses nothing.
 LENGTH = 10
 
 _EIGHT = np.ones((3, 3), dtype=bool)
@@ -28,7 +27,7 @@ def without_outlines(path: Path, lesion: np.ndarray, outlines: Outlines) -> tupl
 
     A part is an outline if filling what it encloses makes it at least a quarter larger. A gap of up to a
     tenth of the drawing's longer side (4 to 16 pixels) does not open it. A line, at least ten times
-    longer than wide and at most 7 pixels wide, is the outline of something that is not on the mask.
+    longer than wide, is an outline with a larger gap, or a stray stroke.
 
     Args:
         path: the mask's file, for messages.
@@ -58,27 +57,29 @@ def without_outlines(path: Path, lesion: np.ndarray, outlines: Outlines) -> tupl
 
 def _filled(lesion: np.ndarray) -> tuple[np.ndarray, int]:
     """Fill the outlines of `lesion`, bool [H, W]; return it and their number."""
-    boxes = ndimage.find_objects(lesion.astype(np.uint8))
-    side = max((extent.stop - extent.start for extent in boxes[0]), default=0) if boxes else 0
+    if not lesion.any():
+        return lesion, 0
+    (drawn,) = ndimage.find_objects(lesion.astype(np.uint8))
+    side = max(extent.stop - extent.start for extent in drawn)
     most = int(np.clip(round(GAP_SHARE * side), LEAST_REACH, MOST_REACH))
-    # A margin, so that growing parts do not enclose something with the image's edge.
-    padded = np.pad(lesion, most + 1)
-    count = 0
+    # A margin, so that growing parts do not enclose something with the edge.
+    part, count = np.pad(lesion[drawn], most + 1), 0
     for reach in range(most + 1):  # the smallest that closes a gap changes the shape least
-        grown = padded if reach == 0 else ndimage.distance_transform_edt(~padded) <= reach
+        grown = part if reach == 0 else ndimage.distance_transform_edt(~part) <= reach
         closed = ndimage.binary_fill_holes(grown)
         if (closed == grown).all():
             continue
         inside = closed if reach == 0 else ndimage.distance_transform_edt(closed) > reach
-        parts, number = ndimage.label(closed, _EIGHT)
-        for part in range(1, number + 1):
-            here = parts == part
-            whole = here & (inside | padded)
-            if (here & closed & ~grown).any() and whole.sum() >= GROWTH * (padded & here).sum():
-                padded = padded | whole
+        labels, number = ndimage.label(closed, _EIGHT)
+        for label in range(1, number + 1):
+            here = labels == label
+            whole = here & (inside | part)
+            if (here & ~grown).any() and whole.sum() >= GROWTH * (part & here).sum():
+                part = part | whole
                 count += 1
-    margin = slice(most + 1, -most - 1)
-    return padded[margin, margin], count
+    filled = lesion.copy()
+    filled[drawn] = part[most + 1 : -most - 1, most + 1 : -most - 1]
+    return filled, count
 
 
 def _longest_line(lesion: np.ndarray) -> tuple[int, int]:
@@ -91,7 +92,7 @@ def _longest_line(lesion: np.ndarray) -> tuple[int, int]:
         # The middle of a line of width w is (w + 1) / 2 from the nearest pixel outside.
         width = max(round(2 * float(depths[here].max()) - 1), 1)
         length = int(here.sum()) // width
-        if width <= THIN and length >= LENGTH * width:
+        if length >= LENGTH * width:
             found = max(found, (length, width))
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,19 @@ from fdkernels.segmentation.data.names import composed, is_utf8, natural, printa
 
 _DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
 _MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
+
+# What systems, archives and viewers leave beside the data, by name and by ending; none of it is an image.
+_STRAY_NAMES = frozenset(
+    {"thumbs.db", "ehthumbs.db", "desktop.ini", "autorun.inf", "readme", "license", "lockfile", "version"}
+)
+_STRAY_SUFFIXES = frozenset(
+    {".txt", ".md", ".rtf", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".csv", ".htm", ".html", ".css", ".js"}
+    | {".exe", ".dll", ".com", ".bat", ".cmd", ".sh", ".jar", ".app", ".msi", ".lnk", ".url", ".ico"}
+    | {".ini", ".inf", ".cfg", ".log", ".db", ".bak", ".tmp"}
+)
+_STRAY_FOLDERS = frozenset({"__macosx", "$recycle.bin", "system volume information"})
+_NAMED = 5  # stray files that a message names
+
 _FRAME = re.compile(r"(?P<stem>.+)_frame(?P<frame>\d+)")
 
 
@@ -35,12 +47,36 @@ def frame_name(stem: str, frame: int | None) -> str:
     return stem if frame is None else f"{stem}_frame{frame}"
 
 
-def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
-    """Pair the DICOM files with their masks; return them sorted by name, and a list of problems.
+@dataclass
+class Found:
+    """What lies in the two folders.
+
+    Attributes:
+        recordings: DICOM files with their masks, sorted by name.
+        problems: one sentence per file that cannot be used.
+        passed_over: names of the files that are no data.
+    """
+
+    recordings: list[Recording] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+    def note(self) -> str | None:
+        """Say in one line what was passed over; None if nothing was."""
+        names = self.passed_over
+        if not names:
+            return None
+        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        return f"{'1 file that is' if len(names) == 1 else f'{len(names)} files that are'} no image: {shown}"
+
+
+def pair(dicom: Path, masks: Path) -> Found:
+    """Pair the DICOM files with their masks.
 
     Searches both folders recursively; both may be the same. A mask has the name of its DICOM file
     (US7.dcm and US7.png), with the frame number, counted from 1, if there are several (US7_frame3.png).
-    Skips hidden files and the index DICOMDIR.
+    A DICOM file is known by its content and needs no suffix. Skips hidden files and the index DICOMDIR;
+    passes over what is no data by its name, such as Thumbs.db, README.txt and a viewer's program.
 
     Raises:
         ValueError: `dicom` or `masks` is not a folder.
@@ -48,12 +84,15 @@ def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
     for name, folder in (("dicom", dicom), ("masks", masks)):
         if not folder.is_dir():
             raise ValueError(f"{name} must be a folder, got {folder}, which is not one")
-    mask_files = _files(masks)
-    dicom_files = [file for file in _files(dicom) if file not in set(mask_files)]
+    found = Found()
+    mask_files = _files(masks, found.problems)
+    of_masks = set(mask_files)
+    dicom_files = [file for file in _files(dicom, found.problems) if file not in of_masks]
     if dicom.resolve() == masks.resolve():
         dicom_files = [file for file in mask_files if file.suffix.lower() not in _MASK_SUFFIXES]
         mask_files = [file for file in mask_files if file.suffix.lower() in _MASK_SUFFIXES]
-    problems = [
+    found.problems = list(dict.fromkeys(found.problems))  # one folder may be inside the other
+    found.problems += [
         printable(f"{file} has a name that UTF-8 cannot hold; rename it")
         for file in (*dicom_files, *mask_files)
         if not is_utf8(file)
@@ -62,18 +101,23 @@ def pair(dicom: Path, masks: Path) -> tuple[list[Recording], list[str]]:
     for file in filter(is_utf8, dicom_files):
         stem = composed(file.stem if file.suffix.lower() in _DICOM_SUFFIXES else file.name)
         if not _is_dicom(file):
-            problems.append(f"{file} is not a DICOM file")
+            if _is_stray(file):
+                found.passed_over.append(file.name)
+            else:
+                found.problems.append(f"{file} is not a DICOM file")
         elif stem in recordings:
-            problems.append(
+            found.problems.append(
                 f"{file} has the same name as {recordings[stem].path}, so masks cannot be matched"
             )
         else:
             recordings[stem] = Recording(stem, file)
     for file in filter(is_utf8, mask_files):
-        problem = _assign(file, recordings)
-        if problem:
-            problems.append(problem)
-    return list(recordings.values()), problems
+        if _is_stray(file):
+            found.passed_over.append(file.name)
+        elif problem := _assign(file, recordings):
+            found.problems.append(problem)
+    found.recordings = list(recordings.values())
+    return found
 
 
 def _assign(file: Path, recordings: dict[str, Recording]) -> str | None:
@@ -90,17 +134,32 @@ def _assign(file: Path, recordings: dict[str, Recording]) -> str | None:
     return None if earlier is file else f"{file} is a second mask of the same frame as {earlier}"
 
 
-def _files(folder: Path) -> list[Path]:
-    """List all files under the folder in natural order, without hidden ones and DICOMDIR."""
+def _files(folder: Path, problems: list[str]) -> list[Path]:
+    """List all files under the folder in natural order, without hidden ones and DICOMDIR.
+
+    A name that UTF-8 cannot hold, from another system's character set, goes to `problems`: neither the
+    mapping nor a message could name it.
+    """
     found: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in _visible(names)]
+        folders[:] = [name for name in folders if _is_visible(name) and name.lower() not in _STRAY_FOLDERS]
+        for file in (Path(parent, name) for name in names if _is_visible(name)):
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:
+                shown = os.fsencode(file).decode("utf-8", "backslashreplace")
+                problems.append(f"{shown} must have a name in UTF-8; rename it")
+            else:
+                found.append(file)
     return sorted(found, key=lambda file: (natural(file.name), str(file)))
 
 
-def _visible(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not name.startswith(".") and name.upper() != "DICOMDIR"]
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name.upper().partition(".")[0] != "DICOMDIR"
+
+
+def _is_stray(file: Path) -> bool:
+    return file.name.lower() in _STRAY_NAMES or file.suffix.lower() in _STRAY_SUFFIXES
 
 
 def _is_dicom(file: Path) -> bool:
@@ -109,4 +168,4 @@ def _is_dicom(file: Path) -> bool:
         return content.read(132)[128:] == b"DICM"
 
 
-__all__ = ["Recording", "frame_name", "pair"]
+__all__ = ["Found", "Recording", "frame_name", "pair"]

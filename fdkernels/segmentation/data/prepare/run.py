@@ -13,12 +13,21 @@ from fdkernels.segmentation.data.prepare.dicom import DicomFile
 from fdkernels.segmentation.data.prepare.drawn_masks import read_drawn_mask
 from fdkernels.segmentation.data.prepare.names import PairNames
 from fdkernels.segmentation.data.prepare.options import Box, PrepareOptions
+from fdkernels.segmentation.data.prepare.outlines import without_outlines
 from fdkernels.segmentation.data.prepare.output import MappingRow, OutputFolder
 from fdkernels.segmentation.data.prepare.pairing import Recording, frame_name, pair
+from fdkernels.segmentation.data.prepare.patients import (
+    listed_patients,
+    missing_id_note,
+    missing_id_problem,
+)
 from fdkernels.segmentation.data.prepare.screen import annotation, content_box
 
 # Maximum fraction of a lesion outside the crop: hand-drawn masks cross the image border by a few pixels.
 _LOST_LESION = 0.01
+
+# Fewer grey levels than 4 bits have are no picture: a wrong scale made it black or white.
+_LEAST_LEVELS = 16
 
 
 @dataclass
@@ -29,12 +38,14 @@ class PrepareReport:
         pairs: number of pairs in the output folder.
         left_out: one sentence per file or frame that was not selected, with the reason.
         problems: one sentence per unusable input.
+        notes: one sentence per thing to know: files passed over, outlines filled, missing Patient IDs.
         unchanged: whether the output folder already contained these very pairs.
     """
 
     pairs: int = 0
     left_out: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     unchanged: bool = False
 
 
@@ -64,14 +75,15 @@ def prepare(
     """
     options = options or PrepareOptions()
     folder = OutputFolder(output, mapping, inputs=(dicom, masks))
-    recordings, problems = pair(dicom, masks)
-    _check_chosen(options, recordings)
-    report = PrepareReport(problems=problems)
+    found = pair(dicom, masks)
+    _check_chosen(options, found.recordings)
+    patients = listed_patients(options.patients, found.recordings, dicom)
+    state = _State(patients, several=len(found.recordings) > 1)
+    report = PrepareReport(problems=found.problems)
     with folder.writing() as writer:
         names = PairNames(options.hash_key)
-        seen: dict[bytes, str] = {}
-        for recording in recordings:
-            for made in _pairs_of(recording, options, seen, report):
+        for recording in found.recordings:
+            for made in _pairs_of(recording, options, state, report):
                 name = names.next(made.group, made.image)
                 writer.add(
                     MappingRow(name, recording.path, made.frame, made.mask, made.box),
@@ -79,6 +91,9 @@ def prepare(
                     made.lesion,
                 )
                 report.pairs += 1
+        _report_state(state, options, report)
+        if note := found.note():
+            report.notes.append(f"Passed over {note}")
         if report.problems and options.on_problem == "refuse":
             raise ValueError(_refusal(report))
         if not report.pairs:
@@ -89,11 +104,43 @@ def prepare(
 
 
 @dataclass
+class _State:
+    """What is remembered from file to file.
+
+    Attributes:
+        patients: the listed patient of a file, by its stem.
+        several: whether there are several DICOM files, so that patients have to be told apart.
+        seen: where pixels were seen before, by their digest.
+        unnamed: files with pairs and without Patient ID.
+        filled: number of outlines that were filled.
+    """
+
+    patients: dict[str, str]
+    several: bool
+    seen: dict[bytes, str] = field(default_factory=dict)
+    unnamed: list[str] = field(default_factory=list)
+    filled: int = 0
+
+
+def _report_state(state: _State, options: PrepareOptions, report: PrepareReport) -> None:
+    """Add what concerns all files together to the report."""
+    if state.filled:
+        outlines = "1 outline" if state.filled == 1 else f"{state.filled} outlines"
+        report.notes.append(f"Filled {outlines}")
+    if not state.unnamed:
+        return
+    if state.several and options.without_patient_id == "refuse":
+        report.problems.append(missing_id_problem(state.unnamed))
+    else:
+        report.notes.append(missing_id_note(state.unnamed))
+
+
+@dataclass
 class _Pair:
     """A cropped frame and its lesion.
 
     Attributes:
-        group, image: identifiers from which the name is made, see `PairNames.next`.
+        group, image: identifiers from which the name is made, see `PairNames.next`; the group is set last.
         frame: frame number, counted from 1.
         mask: the mask file.
         box: the crop.
@@ -124,7 +171,7 @@ def _check_chosen(options: PrepareOptions, recordings: list[Recording]) -> None:
 
 
 def _pairs_of(
-    recording: Recording, options: PrepareOptions, seen: dict[bytes, str], report: PrepareReport
+    recording: Recording, options: PrepareOptions, state: _State, report: PrepareReport
 ) -> Iterator[_Pair]:
     """Yield the usable pairs of one DICOM file; add the others to the report."""
     if recording.stem in options.exclude:
@@ -145,18 +192,27 @@ def _pairs_of(
         report.left_out.append(
             f"{recording.stem}: {file.frames - len(drawn)} of {file.frames} frames have no mask"
         )
+    patient = ""
+    if options.group_by == "patient-id":
+        patient = state.patients.get(recording.stem) or file.text("PatientID")
     for frame, mask in sorted(recording.masks.items(), key=lambda item: item[0] or 0):
         try:
-            made = _pair_of(recording.stem, file, frame, mask, options)
+            made = _pair_of(recording.stem, file, frame, mask, options, state)
             if isinstance(made, _Pair):
-                _check_new(made, file, seen)
+                _check_new(made, file, state.seen)
         except ValueError as error:
             report.problems.append(str(error))
             continue
         if isinstance(made, str):
             report.left_out.append(made)
-        else:
-            yield made
+            continue
+        if options.group_by == "patient-id" and not patient:
+            if recording.path.name not in state.unnamed:
+                state.unnamed.append(recording.path.name)
+            if state.several and options.without_patient_id == "refuse":
+                continue
+        made.group = patient or f"file {recording.stem}"
+        yield made
 
 
 def _check_new(made: _Pair, file: DicomFile, seen: dict[bytes, str]) -> None:
@@ -172,7 +228,7 @@ def _digest(picture: np.ndarray) -> bytes:
 
 
 def _pair_of(
-    stem: str, file: DicomFile, frame: int | None, mask: Path, options: PrepareOptions
+    stem: str, file: DicomFile, frame: int | None, mask: Path, options: PrepareOptions, state: _State
 ) -> _Pair | str:
     """Return the pair, or the reason why its frame is not selected.
 
@@ -196,19 +252,31 @@ def _pair_of(
             f"{mask} must have the size of its frame in {file.path.name}, "
             f"{picture.shape[1]}x{picture.shape[0]}, got {lesion.shape[1]}x{lesion.shape[0]}"
         )
+    lesion, filled = without_outlines(mask, lesion, options.outlines)
     box = _box(file, picture, lesion, options)
     cut = picture[box.slices]
     marks = annotation(cut) if options.annotations in ("both", "pixels") and not forced else None
     if marks:
         return f"{called}: {marks} inside the crop look like annotation"
-    if cut.min() == cut.max():
-        raise ValueError(f"{file.path} is blank in frame {number}: every pixel of the crop is {cut.min()}")
+    _check_levels(cut, f"{file.path} is blank in frame {number}")
     kept = lesion[box.slices]
     lost = 1 - kept.sum() / lesion.sum()
     if lost > _LOST_LESION:
         raise ValueError(f"{mask} has {lost:.0%} of its lesion outside the crop {','.join(map(str, box))}")
-    group = file.text("PatientID") if options.group_by == "patient-id" else ""
-    return _Pair(group or f"file {stem}", _digest(picture).hex(), number, mask, box, cut, kept)
+    state.filled += filled
+    return _Pair("", _digest(picture).hex(), number, mask, box, cut, kept)
+
+
+def _check_levels(cut: np.ndarray, blank: str) -> None:
+    """Reject a cropped frame, uint8 [H, W] or [H, W, 3], that shows nothing."""
+    levels = np.unique(cut)
+    if levels.size == 1:
+        raise ValueError(f"{blank}: every pixel of the crop is {levels[0]}")
+    if levels.size < _LEAST_LEVELS:
+        raise ValueError(
+            f"{blank}: the crop has only {levels.size} grey levels, from {levels[0]} to {levels[-1]}; its "
+            "window, table or bits stored may be wrong"
+        )
 
 
 def _box(file: DicomFile, picture: np.ndarray, lesion: np.ndarray, options: PrepareOptions) -> Box:

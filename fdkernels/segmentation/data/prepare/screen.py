@@ -154,7 +154,8 @@ def _faint_strokes(grey: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         lines = np.moveaxis(is_ground, axis, 0)
         np.moveaxis(between, axis, 0)[reach:-reach] |= lines[: -2 * reach] & lines[2 * reach :]
-    return flat & between & (difference >= FAINT_RISE)
+    found: np.ndarray = flat & between & (difference >= FAINT_RISE)
+    return found
 
 
 def _brightness(picture: np.ndarray) -> np.ndarray:
