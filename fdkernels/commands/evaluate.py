@@ -79,11 +79,17 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write, replaced whole.", show_default="RUN/evaluation")
+        Path | None,
+        typer.Option(
+            help="Folder to write; earlier masks and overlays of the run stay.", show_default="RUN/evaluation"
+        ),
     ] = None,
     masks: Annotated[bool, typer.Option("--masks", help="Write predicted masks as PNG.")] = False,
     overlays: Annotated[
-        bool, typer.Option("--overlays", help="Write predictions over the images, errors in red.")
+        bool,
+        typer.Option(
+            "--overlays", help="Write predictions over the images, errors in red that shows what is below."
+        ),
     ] = False,
     augmented: Annotated[
         bool, typer.Option("--augmented", help="Add rows for the seven other symmetries of each image.")

@@ -43,11 +43,15 @@ class SaveBestAndLast(ModelCheckpoint):
 
     best.ckpt holds weights alone. last.ckpt is written with each new best, at the end of the phase, and where
     `seconds` have passed since. (ModelCheckpoint writes its last.ckpt each epoch, or within an epoch by time;
-    and it forgets the best score when the folder is moved, so that the state kept here is the score alone.)
+    and it forgets the best score when the folder is moved, so that the state kept here is the score alone.
+    It also takes a first epoch whose Dice is NaN as the best so far; here no such epoch is saved as best.)
 
     Args:
         folder: of best.ckpt and last.ckpt.
         seconds: how long to train on without writing last.ckpt.
+
+    Raises:
+        RuntimeError: at the end, the Dice of every epoch was NaN.
     """
 
     def __init__(self, folder: Path, seconds: float = SECONDS_BETWEEN) -> None:
@@ -82,12 +86,17 @@ class SaveBestAndLast(ModelCheckpoint):
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        before = self.best_model_score
-        super().on_train_epoch_end(trainer, pl_module)
+        before, dice = self.best_model_score, trainer.callback_metrics.get("val/dice")
+        if dice is None or not dice.isnan():
+            super().on_train_epoch_end(trainer, pl_module)
+        is_end = trainer.current_epoch + 1 == trainer.max_epochs
+        if is_end and self.best_model_score is None:
+            raise RuntimeError(
+                f"none of {trainer.max_epochs} epochs has a validation Dice: the network puts out NaN on "
+                "validation images; a lower lr, or 32-bit precision, may keep it finite"
+            )
         due = (
-            self.best_model_score is not before
-            or trainer.current_epoch + 1 == trainer.max_epochs
-            or time.monotonic() - self._saved_at >= self.seconds
+            self.best_model_score is not before or is_end or time.monotonic() - self._saved_at >= self.seconds
         )
         # The clocks of the ranks may disagree, and saving is done together.
         if trainer.strategy.broadcast(due):

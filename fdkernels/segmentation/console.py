@@ -217,18 +217,22 @@ def results_table(results: Mapping[str, Any], fd_loss: bool) -> Table:
 
 
 def scores_table(summary: Mapping[str, Any], phase: str) -> Table:
-    """Show worst-off, best-off and all samples of a phase in percent, as in Table 2.
+    """Show worst-off, best-off and all samples of a phase, from 0 to 1 as `results_table` does.
 
-    With a baseline each set has two rows, and the second holds the differences to the first in
-    percentage points; without one, each score has a row, with its standard deviation over the
-    samples.
+    With a baseline each set has two rows, and the second holds the differences to the first with their
+    95 % intervals, and how many images improved; without one, each score has a row, with its standard
+    deviation over the samples.
 
     Args:
         summary: the content of summary.json.
         phase: one of its phases.
     """
     found = summary["phases"][phase]
-    table = Table(title=_title(summary, phase), caption=f"In percent. Worst off: {found['worst_off_rule']}.")
+    caption = f"Worst off: {found['worst_off_rule']}."
+    if "baseline" in found:
+        unit = found["comparison"]["resampled"]
+        caption = f"In brackets: 95 % interval, bootstrap over {unit}. {caption}"
+    table = Table(title=_title(summary, phase), caption=caption)
     if "baseline" in found:
         _compare(table, found)
     else:
@@ -251,20 +255,16 @@ def _compare(table: Table, found: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for name, title in SET_TITLES.items():
         before, after = found["baseline"]["sets"][name], found["sets"][name]
+        compared = found["comparison"][name]
+        scores = [(_score(before[score]["mean"]), "") for score in ("dice", "iou")]
         table.add_section()
-        table.add_row(
-            title,
-            str(before["images"]),
-            "baseline",
-            _percent(before["dice"]["mean"]),
-            "",
-            _percent(before["iou"]["mean"]),
-            "",
-        )
+        table.add_row(title, str(before["images"]), "baseline", *scores[0], *scores[1])
         cells = []
         for score in ("dice", "iou"):
-            cells += [_percent(after[score]["mean"]), _percent(found["difference"][name][score], "+")]
-        table.add_row("", "", "this", *cells)
+            ends = compared[score]
+            spread = "" if ends is None else f"\n\\[{_score(ends[0], '+')}, {_score(ends[1], '+')}]"
+            cells += [_score(after[score]["mean"]), _score(found["difference"][name][score], "+") + spread]
+        table.add_row(f"{compared['improved']} better,\n{compared['worsened']} worse", "", "this", *cells)
 
 
 def _describe(table: Table, found: Mapping[str, Any]) -> None:
@@ -278,7 +278,7 @@ def _describe(table: Table, found: Mapping[str, Any]) -> None:
         table.add_row(title, *(_with_deviation(one[score]) for one in sets))
     table.add_section()
     for score in ("dice", "iou"):
-        pooled = (_percent(one["pooled"] and one["pooled"][score]) for one in sets)
+        pooled = (_score(one["pooled"] and one["pooled"][score]) for one in sets)
         table.add_row(f"{SCORE_TITLES[score]}, pixels pooled", *pooled)
     if "folds" in found:
         folds = found["folds"]
@@ -288,13 +288,13 @@ def _describe(table: Table, found: Mapping[str, Any]) -> None:
             table.add_row(title, "", "", _with_deviation(folds[score]))
 
 
-def _percent(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else f"{100 * value:{sign}.2f}"
+def _score(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.4f}"
 
 
 def _with_deviation(described: Mapping[str, Any]) -> str:
     mean, deviation = described["mean"], described["std"]
-    return _percent(mean) if deviation is None else f"{_percent(mean)} ± {_percent(deviation)}"
+    return _score(mean) if deviation is None else f"{_score(mean)} ± {_score(deviation)}"
 
 
 __all__ = [

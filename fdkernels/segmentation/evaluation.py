@@ -1,6 +1,6 @@
 """Evaluate a run: every sample's scores as a table file, their summary, prediction masks.
 
-`evaluate` writes one folder, replaced whole:
+`evaluate` writes one folder. Tables are replaced; masks and overlays of earlier calls stay beside the new:
 
     samples.csv      one row a sample and phase: Dice to precision, foreground share, L_fd by layer
     summary.json     worst-off, best-off and all samples; folds; Dice against L_fd
@@ -11,10 +11,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +28,21 @@ import fdkernels
 from fdkernels.segmentation.config import PHASES
 from fdkernels.segmentation.data import DATASETS, ReadingRules
 from fdkernels.segmentation.data.reading import load_pair
-from fdkernels.segmentation.metrics import SCORES
-from fdkernels.segmentation.prediction_masks import png_names, predicted_mask, write_errors, write_mask
-from fdkernels.segmentation.runfiles import replacing_folder, write_json
+from fdkernels.segmentation.prediction_masks import (
+    keep_pictures,
+    png_names,
+    predicted_mask,
+    write_errors,
+    write_mask,
+)
+from fdkernels.segmentation.runfiles import read_json, replacing_folder, write_json
+from fdkernels.segmentation.sample_table import write_samples
 from fdkernels.segmentation.saved_runs import SavedRun, find_runs, load_network
 from fdkernels.segmentation.scoring import Candidate, SampleScores, score
 from fdkernels.segmentation.summary import of_phase
 
-CONTENTS = ("samples.csv", "summary.json", "baseline.csv", "masks", "overlays")
+PICTURES = ("masks", "overlays")
+CONTENTS = ("samples.csv", "summary.json", "baseline.csv", *PICTURES)
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,15 @@ def evaluate(
         part: "train", "validation" or "test".
         data: folder of the data, if it has moved.
         against: another run on the same split, the baseline. The worst-off and best-off samples
-            are then those of the baseline, so that both runs are compared on the same samples, and
-            the differences are run minus baseline, as in Table 2. L_fd is in the run's convention
-            for both.
+            are then chosen by the mean Dice of both runs, so that both are compared on the same
+            samples and neither gains from the choice; the differences are run minus baseline, as in
+            Table 2, with their 95 % intervals. L_fd is in the run's convention for both.
         options: how to evaluate.
 
     Raises:
         ValueError: there is no run, it has not finished a given phase, its data has moved, files are
-            missing or cannot be used, or the two runs are not split alike.
+            missing or cannot be used, the two runs are not split alike, a network puts out NaN, or the
+            output holds masks of another run.
     """
     options = options or EvaluationOptions()
     runs = find_runs(run)
@@ -287,6 +293,7 @@ def _evaluate(
     device = options.torch_device()
     folder: AbstractContextManager[Path | None] = nullcontext()
     if options.output is not None:
+        _check_pictures(options.output, described)
         folder = replacing_folder(options.output, CONTENTS)
     with folder as output, Progress(disable=not _is_shown(options), transient=True) as progress:
         total = sum(len(one.samples) for one in (*candidates, *others))
@@ -336,7 +343,28 @@ def _evaluate(
             if baseline:
                 write_samples(output / "baseline.csv", baseline)
             write_json(output / "summary.json", evaluation.summary)
+            if options.output is not None:
+                keep_pictures(options.output, output)
     return evaluation
+
+
+def _check_pictures(output: Path, described: Mapping[str, Any]) -> None:
+    """Refuse a folder with masks or overlays of another run or other weights, which would stay there."""
+    pictures = [name for name in PICTURES if (output / name).exists()]
+    if not pictures or not (output / "summary.json").exists():
+        return
+    before = read_json(output / "summary.json")
+    theirs, ours = (str(one.get("run") or one.get("weights")) for one in (before, described))
+    # A run that has moved has taken the evaluation inside it along.
+    if not (Path(theirs).resolve() == Path(ours).resolve() or _is_inside(output, Path(ours))):
+        raise ValueError(
+            f"output {output} holds {pictures[0]} of {theirs}, which would stay beside those of {ours}; name "
+            "another folder, or move that one away"
+        )
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _is_shown(options: EvaluationOptions) -> bool:
@@ -360,32 +388,6 @@ def _prediction_writer(
             write_errors(output / "overlays" / place / names[index], pixels, predicted, foreground)
 
     return write
-
-
-def write_samples(path: Path, samples: Sequence[SampleScores]) -> None:
-    """Write one row a sample: its image and patient, its scores, and L_fd of each layer.
-
-    The columns "fold" and "symmetry" are written only if there are folds or other symmetries. An undefined
-    score is an empty cell.
-    """
-    folds = any(row.fold is not None for row in samples)
-    augmented = any(row.symmetry != "identity" for row in samples)
-    table = []
-    for row in samples:
-        cells: dict[str, Any] = {"fold": row.fold} if folds else {}
-        cells |= {"phase": row.phase, "image": row.image, "patient": row.patient}
-        cells |= {"symmetry": row.symmetry} if augmented else {}
-        cells |= {name: _cell(row.scores[name]) for name in (*SCORES, "foreground_share")}
-        cells |= {f"discrepancy_loss/{name}": _cell(value) for name, value in row.layer_losses.items()}
-        table.append(cells)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-
-
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.9g}"
 
 
 __all__ = ["Evaluation", "EvaluationOptions", "evaluate", "evaluate_weights", "write_samples"]

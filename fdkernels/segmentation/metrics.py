@@ -30,6 +30,11 @@ def _counts(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(counts) if counts else torch.zeros(0, 4, dtype=torch.int64, device=logits.device)
 
 
+def _failed(logits: Tensor) -> Tensor:
+    """Tell which samples of logits [N, 1, *S] have a NaN, which is neither foreground nor background, [N]."""
+    return logits.isnan().flatten(start_dim=1).any(dim=1)
+
+
 def sample_scores(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Score each sample by itself.
 
@@ -55,15 +60,20 @@ def sample_scores(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
     if logits.shape != mask.shape:
         raise ValueError(f"mask must have the shape of logits, {list(logits.shape)}, got {list(mask.shape)}")
     counts = _counts(logits, mask).cpu()  # [N, 4]
+    failed = _failed(logits).cpu()  # [N]
     hits, false_alarms, rejections, misses = counts.double().unbind(dim=1)  # [N] each
     errors, nan = false_alarms + misses, float("nan")
-    return {
+    scores = {
         "dice": _ratio(2 * hits, 2 * hits + errors),
         "iou": _ratio(hits, hits + errors),
         "sensitivity": _ratio(hits, hits + misses, nan),
         "specificity": _ratio(rejections, rejections + false_alarms, nan),
         "precision": _ratio(hits, hits + false_alarms, nan),
-        "foreground_share": (hits + misses) / counts.sum(dim=1),
+    }
+    counts = counts.masked_fill(failed[:, None], 0)
+    return {
+        **{name: values.masked_fill(failed, nan) for name, values in scores.items()},
+        "foreground_share": (hits + misses) / (hits + misses + rejections + false_alarms),
         **dict(zip(COUNTS, counts.unbind(dim=1), strict=True)),
     }
 
@@ -91,7 +101,7 @@ class OverlapScores(Metric):
     paper's way and the one reported. "dice_pooled" and "iou_pooled" add the counts of all images
     first, so that an image with little foreground weighs little. An image where neither truth
     nor prediction has foreground scores 1. A pixel is predicted foreground where its logit is
-    above 0, the sigmoid above one half.
+    above 0, the sigmoid above one half. A NaN logit, which is neither, makes all four NaN.
 
     `compute` returns the four as a dict of float scalars, and "images", their number.
     """
@@ -116,19 +126,21 @@ class OverlapScores(Metric):
         """Add a batch: `logits` and `mask` (0 or 1) [N, 1, *S]."""
         hits, false_alarms, _, misses = _counts(logits, mask).unbind(dim=1)  # [N] each
         errors = false_alarms + misses
-        self.dice_sum += _ratio(2 * hits.float(), 2 * hits + errors).sum()
-        self.iou_sum += _ratio(hits.float(), hits + errors).sum()
+        failed, nan = _failed(logits), float("nan")  # [N]
+        self.dice_sum += _ratio(2 * hits.float(), 2 * hits + errors).masked_fill(failed, nan).sum()
+        self.iou_sum += _ratio(hits.float(), hits + errors).masked_fill(failed, nan).sum()
         self.images += len(logits)
         self.counts += torch.stack([hits.sum(), false_alarms.sum(), misses.sum()])
 
     def compute(self) -> dict[str, Tensor]:
         hits, false_alarms, misses = self.counts.float()
         errors = false_alarms + misses
+        failed, nan = self.dice_sum.isnan(), float("nan")
         return {
             "dice": self.dice_sum / self.images,
             "iou": self.iou_sum / self.images,
-            "dice_pooled": _ratio(2 * hits, 2 * hits + errors),
-            "iou_pooled": _ratio(hits, hits + errors),
+            "dice_pooled": _ratio(2 * hits, 2 * hits + errors).masked_fill(failed, nan),
+            "iou_pooled": _ratio(hits, hits + errors).masked_fill(failed, nan),
             "images": self.images.float(),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ class SegmentationModule(LightningModule):
         compile_network: run the network, with its taps, through `torch.compile`.
 
     Raises:
-        RuntimeError: the training loss of an epoch is not finite.
+        RuntimeError: the training loss of an epoch is not finite, or the network puts out NaN in a test.
 
     References:
         Section 2.3.1 and equations 3 to 5.
@@ -233,6 +234,12 @@ class SegmentationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = self.val_scores.compute()
         self.val_scores.reset()
+        if scores["dice"].isnan():
+            warnings.warn(
+                f"the network puts out NaN on validation images in epoch {self.current_epoch + 1}: their "
+                "Dice is not defined, and the epoch cannot be the best",
+                stacklevel=2,
+            )
         self.log("val/dice", scores["dice"], prog_bar=True)
         self.log("val/iou", scores["iou"])
 
@@ -242,6 +249,8 @@ class SegmentationModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         scores = self.test_scores.compute()
         self.test_scores.reset()
+        if scores["dice"].isnan():
+            raise RuntimeError("the network puts out NaN on test images: their Dice is not defined")
         self.log_dict({f"test/{name}": value for name, value in scores.items()})
 
     def _counted(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 FALSE_POSITIVE = (1.0, 0.16, 0.16)
 FALSE_NEGATIVE = (0.55, 0.0, 0.10)
 CORRECT = (0.55, 0.70, 0.86)
+OPACITY = 0.55
 
 
 def predicted_mask(logits: Tensor, height: int, width: int) -> np.ndarray:
@@ -24,7 +26,12 @@ def predicted_mask(logits: Tensor, height: int, width: int) -> np.ndarray:
     Args:
         logits: [1, H, W].
         height, width: of the image.
+
+    Raises:
+        ValueError: a logit is NaN, which is neither foreground nor background.
     """
+    if logits.isnan().any():
+        raise ValueError("logits must not be NaN, got NaN, which is neither foreground nor background")
     if logits.shape[-2:] != (height, width):
         logits = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)[0]
     mask: np.ndarray = (logits[0] > 0).numpy()
@@ -32,21 +39,23 @@ def predicted_mask(logits: Tensor, height: int, width: int) -> np.ndarray:
 
 
 def error_picture(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Draw the image in pale grey, correct foreground in blue, errors in two reds.
+    """Draw the image in pale grey, correct foreground in blue, errors in two reds; it shows through.
 
     Args:
         image: [H, W, 3], from 0 to 1.
         predicted, truth: bool [H, W].
 
     Returns:
-        [H, W, 3], from 0 to 1.
+        [H, W, 3], from 0 to 1: (1 - 0.55) of the image and 0.55 of the colour where there is one.
     """
-    grey: np.ndarray = 0.45 + 0.55 * image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)  # [H, W, 3]
-    correct = predicted & truth
-    grey[correct] = 0.45 * grey[correct] + 0.55 * np.array(CORRECT)
-    grey[predicted & ~truth] = FALSE_POSITIVE
-    grey[~predicted & truth] = FALSE_NEGATIVE
-    return grey
+    picture: np.ndarray = 0.45 + 0.55 * image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)  # [H, W, 3]
+    for where, colour in (
+        (predicted & truth, CORRECT),
+        (predicted & ~truth, FALSE_POSITIVE),
+        (~predicted & truth, FALSE_NEGATIVE),
+    ):
+        picture[where] = (1 - OPACITY) * picture[where] + OPACITY * np.array(colour)
+    return picture
 
 
 def png_names(images: Sequence[str]) -> list[str]:
@@ -82,6 +91,15 @@ def write_errors(path: Path, image: np.ndarray, predicted: np.ndarray, truth: np
     _save(path, (error_picture(image, predicted, truth) * 255).round().astype(np.uint8))
 
 
+def keep_pictures(old: Path, new: Path) -> None:
+    """Copy the PNG files under `old` that `new` lacks, so that none is lost when it replaces `old`."""
+    for file in old.rglob("*.png"):
+        kept = new / file.relative_to(old)
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, kept)
+
+
 def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, format="PNG")
@@ -92,6 +110,7 @@ __all__ = [
     "FALSE_NEGATIVE",
     "FALSE_POSITIVE",
     "error_picture",
+    "keep_pictures",
     "png_names",
     "predicted_mask",
     "write_errors",

@@ -165,7 +165,7 @@ def score(
         advance: called after each step with its number of images.
 
     Raises:
-        ValueError: an image cannot be read, or the network does not take its size.
+        ValueError: an image cannot be read, the network does not take its size, or it puts out NaN.
     """
     network = candidate.load().to(device).eval()
     loader = evaluation_loader(
@@ -186,6 +186,7 @@ def score(
             ):
                 mask = symmetric(masks, symmetry).contiguous()
                 logits = network(symmetric(images, symmetry).contiguous())
+                _check_output(candidate, start, logits)
                 losses = discrepancy_losses(taps.features, mask, candidate.convention).cpu()  # [N, L]
             by_symmetry.append(
                 _rows(candidate, start, symmetry, sample_scores(logits, mask), network.tap_names, losses)
@@ -198,6 +199,18 @@ def score(
         if advance is not None:
             advance(len(images))
     return found
+
+
+def _check_output(candidate: Candidate, start: int, logits: Tensor) -> None:
+    """Refuse logits [N, 1, H, W] with NaN, which would be scored as background; name the first image."""
+    failed = logits.isnan().flatten(start_dim=1).any(dim=1).tolist()
+    if any(failed):
+        fold = "" if candidate.fold is None else f" of fold {candidate.fold}"
+        raise ValueError(
+            f"{candidate.names[start + failed.index(True)]} cannot be scored: the network of phase "
+            f"{candidate.phase}{fold} puts out NaN for it, which is neither foreground nor background; its "
+            "weights, or the statistics of its batch norms, are not finite or overflow"
+        )
 
 
 def _rows(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
+from fdkernels.segmentation.comparison import compare, mean_dice
 from fdkernels.segmentation.data import DatasetPreset
 from fdkernels.segmentation.metrics import COUNTS, SCORES, pooled_scores
 from fdkernels.segmentation.scoring import SampleScores
@@ -63,10 +64,12 @@ def worst_off_count(samples: int, preset: DatasetPreset | None = None, asked: in
     return WorstOff(min(max(1, round(samples * worst / total)), samples), reason)
 
 
-def worst_off(rows: Iterable[SampleScores], count: int) -> set[tuple[int, str, str]]:
-    """Find the keys of the `count` samples with the lowest Dice; ties go to the first key."""
-    ranked = sorted(rows, key=lambda row: (row.scores["dice"], row.key))
-    return {row.key for row in ranked[:count]}
+def worst_off(
+    rows: Sequence[SampleScores], count: int, baseline: Sequence[SampleScores] = ()
+) -> set[tuple[int, str, str]]:
+    """Find the keys of the `count` samples with the lowest Dice (`mean_dice`); ties go to the first key."""
+    dice = mean_dice(rows, baseline)
+    return set(sorted(dice, key=lambda key: (dice[key], key))[:count])
 
 
 def describe(values: Iterable[float]) -> dict[str, Any]:
@@ -181,15 +184,16 @@ def of_phase(
 ) -> dict[str, Any]:
     """Summarize one phase: sets, folds, L_fd by layer, and the differences to a baseline.
 
-    The sets are chosen by the Dice of the baseline if there is one, so that both are compared on
-    the same samples. They count images in their own orientation alone; the correlation with L_fd takes
-    the other symmetries as well, where these were scored. (Section 3.1 also selects the worst-off with
-    these symmetries, but Table 1 counts images; so do the sets.)
+    The sets are chosen by the mean Dice of both runs if there is a baseline, so that both are compared
+    on the same samples and neither gains from the choice. They count images in their own orientation
+    alone; the correlation with L_fd takes the other symmetries as well, where these were scored.
+    (Section 3.1 also selects the worst-off with these symmetries, but Table 1 counts images; so do the
+    sets.)
     """
     plain, compared = ([row for row in part if row.symmetry == "identity"] for part in (rows, baseline))
     chosen = worst_off_count(len(plain), preset, asked)
-    worst = worst_off(compared or plain, chosen.count)
-    where = " under the baseline" if compared else ""
+    worst = worst_off(plain, chosen.count, compared)
+    where = " in the mean of both runs" if compared else ""
     summary: dict[str, Any] = {
         "worst_off_rule": f"{chosen.count} of {len(plain)} images, those with the lowest Dice{where}; "
         f"{chosen.reason}",
@@ -201,6 +205,9 @@ def of_phase(
     if compared:
         summary["baseline"] = {"sets": of_sets(compared, worst), "discrepancy_loss": of_layers(baseline)}
         summary["difference"] = differences(summary["sets"], summary["baseline"]["sets"])
+        keys = {row.key for row in plain}
+        sets = {"worst_off": worst, "best_off": keys - worst, "all": keys}
+        summary["comparison"] = compare(plain, compared, sets)
     return summary
 
 

@@ -82,7 +82,8 @@ def test_a_trained_run_is_evaluated_from_the_command_line(data, tmp_path):
         assert found["dice"]["mean"] == pytest.approx(scores["test"]["dice"], abs=1e-6)
         assert found["iou"]["mean"] == pytest.approx(scores["test"]["iou"], abs=1e-6)
         assert found["pooled"]["dice"] == pytest.approx(scores["test"]["dice_pooled"], abs=1e-6)
-        assert f"{100 * scores['test']['dice']:.2f}" in result.output
+        assert f"{scores['test']['dice']:.4f}" in result.output  # in the unit of `train`
+        assert f"{scores['test']['dice']:.4f}" in trained.output
     pictures = [
         f"{kind}/{phase}/{image}"
         for kind in ("masks", "overlays")
@@ -167,7 +168,7 @@ def test_at_the_size_of_the_files_masks_match_the_counts(tmp_path):
         assert predicted.sum() == row.counts["true_positives"] + row.counts["false_positives"]
 
 
-def test_a_comparison_is_on_the_samples_where_the_baseline_is_worst(run, baseline, tmp_path):
+def test_a_comparison_is_on_the_samples_where_both_are_worst(run, baseline, tmp_path):
     output = tmp_path / "out"
     result = _invoke(
         run, "--against", baseline, "--phase=active", "--worst-off=2", "--output", output, "--device=cpu"
@@ -177,14 +178,22 @@ def test_a_comparison_is_on_the_samples_where_the_baseline_is_worst(run, baselin
         {row["image"]: row for row in _rows(output / name)} for name in ("samples.csv", "baseline.csv")
     )
     assert list(ours) == list(theirs)
-    worst = sorted(theirs, key=lambda image: float(theirs[image]["dice"]))[:2]
+    dice = {image: (float(ours[image]["dice"]) + float(theirs[image]["dice"])) / 2 for image in ours}
+    worst = sorted(dice, key=lambda image: dice[image])[:2]
     found = read_json(output / "summary.json")["phases"]["active"]
     for rows, sets in ((ours, found["sets"]), (theirs, found["baseline"]["sets"])):
         mean = statistics.fmean(float(rows[image]["dice"]) for image in worst)
         assert sets["worst_off"]["dice"]["mean"] == pytest.approx(mean, abs=1e-7)
     difference = statistics.fmean(float(ours[image]["dice"]) - float(theirs[image]["dice"]) for image in ours)
     assert found["difference"]["all"]["dice"] == pytest.approx(difference, abs=1e-7)
-    assert f"{100 * difference:+.2f}" in result.output
+    assert f"{difference:+.4f}" in result.output
+    compared = found["comparison"]["all"]
+    low, high = compared["dice"]
+    assert low <= difference <= high
+    assert f"[{low:+.4f}, {high:+.4f}]" in result.output
+    better = sum(float(ours[image]["dice"]) > float(theirs[image]["dice"]) for image in ours)
+    assert compared["improved"] == better
+    assert f"{better} better," in result.output
 
 
 def test_a_run_against_itself_has_no_difference(run):
@@ -360,11 +369,16 @@ def test_output_that_holds_something_else_is_left_alone(run, tmp_path):
     assert _files(tmp_path) == ["thesis.tex"]
 
 
-def test_a_second_evaluation_replaces_the_first_and_a_failed_one_does_not(run, data, tmp_path):
+def test_a_second_evaluation_replaces_the_tables_and_a_failed_one_does_not(run, data, tmp_path):
     output = tmp_path / "out"
     evaluate(run, phases=["warm"], options=_options(output, masks=True))
-    evaluate(run, phases=["active"], options=_options(output))
-    assert _files(output) == ["samples.csv", "summary.json"]
+    masks = _files(output / "masks")
+    assert len(masks) == 5
+    evaluate(run, phases=["active"], options=_options(output, overlays=True))
+    overlays = [name.replace("warm", "active") for name in masks]
+    assert _files(output / "masks") == masks
+    assert _files(output / "overlays") == overlays
+    assert {row["phase"] for row in _rows(output / "samples.csv")} == {"active"}
     before = (output / "samples.csv").read_bytes()
     moved = shutil.copytree(data, tmp_path / "data")
     (moved / "GT_07" / "07_1.png").write_bytes(b"broken")
@@ -425,18 +439,30 @@ def test_masks_need_a_folder():
         EvaluationOptions(masks=True)
 
 
-def test_features_that_overflow_do_not_spoil_the_summary(data, tmp_path):
-    run = write_made_up_run(tmp_path / "run", data, phases=("active",))
+def test_masks_of_another_run_are_not_mixed_in(run, baseline, tmp_path):
+    output = tmp_path / "out"
+    evaluate(baseline, phases=["warm"], options=_options(output))
+    evaluate(run, phases=["warm"], options=_options(output, masks=True))
+    before = _files(output)
+    with pytest.raises(
+        ValueError, match=r"out holds masks of .*run, which would stay beside those of .*baseline"
+    ):
+        evaluate(baseline, phases=["warm"], options=_options(output))
+    assert _files(output) == before
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["with a lesion", "empty truth"])
+def test_a_network_that_puts_out_nan_is_not_scored_as_background(data, tmp_path, empty):
+    moved = shutil.copytree(data, tmp_path / "data")
+    run = write_made_up_run(tmp_path / "run", moved, phases=("active",))
+    if empty:
+        Image.new("L", SIZE).save(moved / "GT_02" / "02_1.png")
     network = read_run(run).load_network("active")
     with torch.no_grad():
         next(network.parameters()).fill_(math.inf)
     write_weights(run / "active" / "best.safetensors", network.state_dict())
-    found = evaluate(run, options=_options(tmp_path / "out")).summary["phases"]["active"]
-    assert found["discrepancy_loss"]["enc1"] == {
-        "mean": None,
-        "std": None,
-        "count": 0,
-        "pearson": None,
-        "spearman": None,
-    }
-    assert found["sets"]["all"]["dice"]["count"] == 5
+    with pytest.raises(
+        ValueError, match=r"Slide_02/02_1\.png cannot be scored: the network of phase active puts out NaN"
+    ):
+        evaluate(run, options=_options(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from torchmetrics.functional.classification import binary_f1_score, binary_jacca
 
 from fdkernels.segmentation.metrics import COUNTS, SCORES, OverlapScores, pooled_scores, sample_scores
 
+SCORED = ("dice", "iou", "dice_pooled", "iou_pooled")
 # Of images with 1 to 30 pixels: two bits a pixel, predicted and true.
 PIXELS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30)
 
@@ -55,8 +56,24 @@ def test_agrees_with_torchmetrics_and_does_not_depend_on_the_batches(seed, image
     assert scores["iou_pooled"] == pytest.approx(binary_jaccard_index(predicted, mask).item(), abs=1e-5)
 
 
-def test_nan_logits_count_as_background():
-    assert _scores(torch.full((1, 1, 2, 2), float("nan")), torch.ones(1, 1, 2, 2))["dice"] == 0
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_nan_logits_are_neither_foreground_nor_background(truth):
+    logits, mask = torch.full((2, 1, 2, 2), 1.0), torch.full((2, 1, 2, 2), truth)
+    logits[0, 0, 1, 1] = float("nan")
+    assert all(
+        torch.tensor(_scores(logits, mask, batch)[name]).isnan() for name in SCORED for batch in (1, 2)
+    )
+    found = sample_scores(logits, mask)
+    for name in SCORES:
+        assert found[name][0].isnan()
+        assert torch.equal(found[name][1:].isnan(), sample_scores(logits[1:], mask[1:])[name].isnan())
+    assert [found[name][0].item() for name in COUNTS] == [0, 0, 0, 0]
+    assert found["foreground_share"].tolist() == [truth, truth]
+
+
+def test_infinite_logits_are_one_or_the_other():
+    logits = torch.tensor([float("inf"), -float("inf")]).reshape(1, 1, 1, 2)
+    assert _scores(logits, torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2))["dice"] == 1
 
 
 def test_reset_forgets_what_was_seen():

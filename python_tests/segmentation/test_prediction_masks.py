@@ -12,6 +12,7 @@ from fdkernels.segmentation.prediction_masks import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
     error_picture,
+    keep_pictures,
     png_names,
     predicted_mask,
     write_errors,
@@ -20,8 +21,13 @@ from fdkernels.segmentation.prediction_masks import (
 
 
 def test_at_the_size_of_the_network_the_mask_is_the_thresholded_logits():
-    logits = torch.tensor([[[-1.0, 0.0, 1e-6], [3.0, float("nan"), -0.0]]])
+    logits = torch.tensor([[[-1.0, 0.0, 1e-6], [3.0, -float("inf"), -0.0]]])
     assert predicted_mask(logits, 2, 3).tolist() == [[False, False, True], [True, False, False]]
+
+
+def test_a_nan_is_no_prediction():
+    with pytest.raises(ValueError, match="logits must not be NaN"):
+        predicted_mask(torch.tensor([[[1.0, float("nan")]]]), 1, 2)
 
 
 def test_at_another_size_the_logits_are_interpolated():
@@ -59,14 +65,31 @@ def test_a_mask_file_holds_0_and_255(tmp_path):
         assert np.array(image).tolist() == [[255, 0], [0, 255]]
 
 
+@pytest.mark.parametrize(("predicted", "truth"), [(True, False), (False, True), (True, True)])
+def test_tissue_shows_through_every_colour(predicted, truth):
+    image = np.zeros((1, 2, 3))
+    image[0, 1] = 1
+    dark, light = error_picture(image, np.full((1, 2), predicted), np.full((1, 2), truth))[0]
+    assert light - dark == pytest.approx([0.45 * 0.55] * 3)  # a quarter of the image's contrast
+
+
+def test_earlier_pictures_are_kept_and_newer_ones_not_touched(tmp_path):
+    for place, names in (("old", ("a", "b")), ("new", ("b", "c"))):
+        for name in names:
+            write_mask(tmp_path / place / "masks" / f"{name}.png", np.full((1, 1), place == "new"))
+    keep_pictures(tmp_path / "old", tmp_path / "new")
+    kept = {file.stem: np.array(Image.open(file)).item() for file in (tmp_path / "new").rglob("*.png")}
+    assert kept == {"a": 0, "b": 255, "c": 255}
+
+
 def test_errors_are_red_and_background_is_grey(tmp_path):
     image = np.zeros((2, 2, 3))
     predicted = np.array([[True, True], [False, False]])
     truth = np.array([[True, False], [True, False]])
     picture = error_picture(image, predicted, truth)
     assert picture[0, 0] == pytest.approx(0.45 * 0.45 + 0.55 * np.array(CORRECT))
-    assert tuple(picture[0, 1]) == FALSE_POSITIVE
-    assert tuple(picture[1, 0]) == FALSE_NEGATIVE
+    assert picture[0, 1] == pytest.approx(0.45 * 0.45 + 0.55 * np.array(FALSE_POSITIVE))
+    assert picture[1, 0] == pytest.approx(0.45 * 0.45 + 0.55 * np.array(FALSE_NEGATIVE))
     assert picture[1, 1] == pytest.approx([0.45] * 3)
     assert not image.any()
     write_errors(tmp_path / "errors.png", image, predicted, truth)

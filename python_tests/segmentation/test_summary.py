@@ -98,19 +98,29 @@ def test_a_single_image_leaves_no_best_off():
     assert sets["best_off"]["dice"]["mean"] is sets["best_off"]["pooled"] is None
 
 
-def test_a_comparison_takes_the_worst_off_of_the_baseline():
-    ours = [_row("a", 0.7), _row("b", 0.5), _row("c", 0.9)]
-    baseline = [_row("a", 0.4), _row("b", 0.6), _row("c", 0.8)]
+def test_a_comparison_takes_the_worst_off_of_the_mean_of_both():
+    ours = [_row("a", 0.9), _row("b", 0.5), _row("c", 0.9)]
+    baseline = [_row("a", 0.4), _row("b", 0.6), _row("c", 0.8)]  # means 0.65, 0.55, 0.85
     found = of_phase(ours, baseline, None, 1)
-    assert found["sets"]["worst_off"]["dice"]["mean"] == 0.7
-    assert found["baseline"]["sets"]["worst_off"]["dice"]["mean"] == 0.4
-    assert found["difference"]["worst_off"]["dice"] == pytest.approx(0.3)
-    assert found["difference"]["best_off"]["dice"] == pytest.approx(0)
-    assert found["difference"]["all"]["dice"] == pytest.approx(0.1)
-    assert "1 of 3 images, those with the lowest Dice under the baseline" in found["worst_off_rule"]
+    assert found["sets"]["worst_off"]["dice"]["mean"] == 0.5
+    assert found["baseline"]["sets"]["worst_off"]["dice"]["mean"] == 0.6
+    assert found["difference"]["worst_off"]["dice"] == pytest.approx(-0.1)
+    assert found["difference"]["best_off"]["dice"] == pytest.approx(0.3)
+    assert found["difference"]["all"]["dice"] == pytest.approx(0.5 / 3)
+    assert found["comparison"]["all"]["improved"] == 2
+    assert found["comparison"]["worst_off"] == {
+        "dice": None, "iou": None, "improved": 0, "worsened": 1, "unchanged": 0
+    }  # fmt: skip
+    assert "1 of 3 images, those with the lowest Dice in the mean of both runs" in found["worst_off_rule"]
     alone = of_phase(ours, [], None, 1)
     assert alone["sets"]["worst_off"]["dice"]["mean"] == 0.5
     assert "difference" not in alone
+    assert "comparison" not in alone
+
+
+def test_losses_that_are_not_finite_are_left_out():
+    found = of_layers([_row("a", 0.5, loss=math.inf), _row("b", 0.6, loss=math.nan)])["enc1"]
+    assert found == {"mean": None, "std": None, "count": 0, "pearson": None, "spearman": None}
 
 
 def test_an_empty_set_has_no_difference():

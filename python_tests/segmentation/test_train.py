@@ -88,6 +88,42 @@ def test_a_run_says_on_what_it_computes(config, tmp_path, capsys):
     assert "cpu, bf16-mixed, batches of 2, loss backend cpu, seed 0" in said
 
 
+class NanInValidation(Callback):
+    """Let the network put out NaN on validation images in given epochs, counted from 0."""
+
+    def __init__(self, *epochs):
+        self.epochs = epochs
+
+    def on_validation_epoch_start(self, trainer, module):
+        self.kept = {name: value.clone() for name, value in module.model.state_dict().items()}
+        if trainer.current_epoch in self.epochs:
+            for name, value in module.model.named_buffers():
+                if name.endswith("running_mean"):
+                    value.fill_(float("nan"))
+
+    def on_validation_epoch_end(self, trainer, module):
+        module.model.load_state_dict(self.kept)
+
+
+def test_an_epoch_with_nan_in_validation_is_not_the_best(config, tmp_path):
+    config = dataclasses.replace(config, output=str(tmp_path), epochs_warm=2, epochs_active=0)
+    with pytest.warns(UserWarning, match="puts out NaN on validation images in epoch 1"):
+        metrics = train(config, callbacks=[NanInValidation(0)], progress=False)
+    warm = metrics["phases"]["warm"]
+    assert warm["best_epoch"] == 2
+    assert 0 <= warm["validation_dice"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:the network puts out NaN")
+def test_a_phase_with_nan_in_every_validation_ends_in_a_sentence(config, tmp_path):
+    config = dataclasses.replace(config, output=str(tmp_path), epochs_warm=2, epochs_active=0)
+    with pytest.raises(
+        RuntimeError, match="none of 2 epochs has a validation Dice: the network puts out NaN"
+    ):
+        train(config, callbacks=[NanInValidation(0, 1)], progress=False)
+    assert not (tmp_path / "warm" / "best.ckpt").exists()
+
+
 def test_without_tensorboard_there_is_no_such_folder(config, tmp_path):
     config = dataclasses.replace(config, output=str(tmp_path), epochs_active=0, tensorboard=False)
     train(config, progress=False)
