@@ -215,6 +215,13 @@ class SegmentationModule(LightningModule):
                 f"the training loss became {float(loss)} in epoch {self.current_epoch + 1}; "
                 "a lower lr or alpha_lr, or 32-bit precision, may keep it finite"
             )
+        dice = self.trainer.callback_metrics.get("val/dice")
+        if dice is not None and dice.isnan():
+            warnings.warn(
+                f"the network puts out NaN on validation images in epoch {self.current_epoch + 1}: their "
+                "Dice is not defined, and the epoch cannot be the best",
+                stacklevel=2,
+            )
         # Not by LearningRateMonitor, whose names change with the number of groups.
         optimizer = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -234,12 +241,6 @@ class SegmentationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = self.val_scores.compute()
         self.val_scores.reset()
-        if scores["dice"].isnan():
-            warnings.warn(
-                f"the network puts out NaN on validation images in epoch {self.current_epoch + 1}: their "
-                "Dice is not defined, and the epoch cannot be the best",
-                stacklevel=2,
-            )
         self.log("val/dice", scores["dice"], prog_bar=True)
         self.log("val/iou", scores["iou"])
 

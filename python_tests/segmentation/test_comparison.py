@@ -25,7 +25,7 @@ def row(image, dice, patient=None):
 
 
 def test_the_interval_of_two_groups_spans_both():
-    """A draw holds the first alone, the second alone or both, in a quarter, a quarter and half of the cases."""
+    """A draw holds the first alone, the second alone or both, in 1, 1 and 2 of 4 cases."""
     assert interval([1.0, 3.0], ["a", "b"]) == [1, 3]
     assert interval([0.25] * 4, ["a", "b", "c", "d"]) == [0.25, 0.25]
 

@@ -255,7 +255,7 @@ def test_what_systems_and_viewers_leave_is_passed_over_and_said_once(study):
         "Thumbs.db",
         "README.txt",
         "viewer/start.exe",
-        "viewer/autorun.inf",
+        "viewer/logo.gif",
         "DICOMDIR",
         ".DS_Store",
     ):
@@ -268,9 +268,16 @@ def test_what_systems_and_viewers_leave_is_passed_over_and_said_once(study):
     report = study.prepare()
     assert (report.pairs, report.problems) == (1, [])
     assert report.notes == [
-        "Passed over 5 files that are no image: README.txt, Thumbs.db, autorun.inf, start.exe, desktop.ini"
+        "Passed over 5 files that are no image: README.txt, Thumbs.db, logo.gif, start.exe, desktop.ini"
     ]
     assert report.notes[0] in invoke(study).output
+
+
+def test_a_picture_among_the_masks_that_is_no_mask_file_is_a_problem(study):
+    study.add(mask=None)
+    (study.masks / "US1.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"US1\.jpg is not a PNG or TIFF file"):
+        study.prepare()
 
 
 def test_a_name_that_utf_8_cannot_hold_is_a_problem(study):

@@ -21,6 +21,11 @@ _STRAY_SUFFIXES = frozenset(
     | {".exe", ".dll", ".com", ".bat", ".cmd", ".sh", ".jar", ".app", ".msi", ".lnk", ".url", ".ico"}
     | {".ini", ".inf", ".cfg", ".log", ".db", ".bak", ".tmp"}
 )
+# Pictures and settings of a viewer, and previews, are no DICOM files; among the masks they would be wrong.
+_STRAY_IN_DICOM = frozenset(
+    {".xml", ".json", ".xsl", ".chm", ".hlp", ".ttf", ".cab", ".manifest", ".so", ".dylib", ".dat", ".bin"}
+    | {".jpg", ".jpeg", ".gif", ".bmp", ".svg"}
+)
 _STRAY_FOLDERS = frozenset({"__macosx", "$recycle.bin", "system volume information"})
 _NAMED = 5  # stray files that a message names
 
@@ -101,7 +106,7 @@ def pair(dicom: Path, masks: Path) -> Found:
     for file in filter(is_utf8, dicom_files):
         stem = composed(file.stem if file.suffix.lower() in _DICOM_SUFFIXES else file.name)
         if not _is_dicom(file):
-            if _is_stray(file):
+            if _is_stray(file) or file.suffix.lower() in _STRAY_IN_DICOM:
                 found.passed_over.append(file.name)
             else:
                 found.problems.append(f"{file} is not a DICOM file")
