@@ -83,7 +83,7 @@ class AlphaWatch:
         Args:
             alpha: [L], projected.
             losses: [L] of the pass before, or None.
-            target: a scalar, NaN where there is none.
+            target: a scalar, inf where there is none.
             rule: how α moves.
             grouped: whether the loss is that of a group of ranks, which gives all of them one gradient.
         """

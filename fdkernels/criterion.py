@@ -137,7 +137,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         # Buffers, so that a compiled pass sets them as well and every form of checkpoint keeps them.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("active", torch.ones((), dtype=torch.int64))
-        self.register_buffer("alpha_target", torch.full((), float("nan")))
+        self.register_buffer("alpha_target", torch.full((), math.inf))
         self.layer_losses: Tensor | None = None
         self._active = True  # `active` on the host
         self._watch = AlphaWatch()
@@ -167,7 +167,7 @@ class FeatureDiscrepancyLoss(nn.Module):
     def target(self) -> float | None:
         """The loss of a layer at which `"ascent"` stops raising its α; None until the first passes set it."""
         target = float(self.alpha_target)
-        return None if math.isnan(target) else target
+        return target if math.isfinite(target) else None
 
     @target.setter
     def target(self, target: float | None) -> None:
@@ -177,7 +177,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         self._target_passes = 0
         self._has_target = target is not None
         with torch.no_grad():
-            self.alpha_target.fill_(float("nan") if target is None else target)
+            self.alpha_target.fill_(math.inf if target is None else target)
 
     @property
     def is_active(self) -> bool:
@@ -369,8 +369,8 @@ class FeatureDiscrepancyLoss(nn.Module):
             self._target_passes += 1
         with torch.no_grad():
             lowest = losses.min().to(self.alpha_target.dtype) - 1
-            first = (self.steps <= TARGET_PASSES) | self.alpha_target.isnan()
-            found = torch.fmin(self.alpha_target, lowest)
+            first = (self.steps <= TARGET_PASSES) | self.alpha_target.isinf()
+            found = torch.minimum(self.alpha_target, lowest)
             self.alpha_target.copy_(torch.where(first & lowest.isfinite(), found, self.alpha_target))
         self._has_target = True
 

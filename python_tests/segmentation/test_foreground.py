@@ -174,9 +174,7 @@ def test_a_palette_of_several_colours_is_refused_with_its_values(file):
 )
 def test_a_palette_that_shows_values_alike_is_refused(file, colours):
     _palette(file, LABEL + RIM if len(colours) == 3 else LABEL, colours)
-    with pytest.raises(
-        ValueError, match=r"several of its values in the same colour: 0(, 1)? and [12];"
-    ):
+    with pytest.raises(ValueError, match=r"several of its values in the same colour: 0(, 1)? and [12];"):
         read_mask(file)
 
 
