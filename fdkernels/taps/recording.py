@@ -142,7 +142,10 @@ class _Hook:
 
 
 class _CopiedHook:
-    """What stands for a hook of taps in the copy of a network: features belong to the original."""
+    """What stands for a hook of taps in the copy of a network: features belong to the original.
+
+    Files of networks that were saved whole name this class: it stays where it is.
+    """
 
     def __call__(self, *_: object) -> None:
         """Do nothing."""
