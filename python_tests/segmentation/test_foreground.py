@@ -150,6 +150,15 @@ def test_many_labels_with_rims_are_refused(file):
     assert read_mask(file, values="1-36").sum() == 36 * 8 * 8
 
 
+def test_a_label_larger_than_its_background_is_refused_beside_smooth_white(file):
+    fine = Image.fromarray(np.kron(_disc(), np.ones((4, 4), bool)).astype(np.uint8) * 255)
+    values = np.array(fine.resize((90, 90), Image.Resampling.BILINEAR))
+    assert np.unique(values).size > 8
+    values[:60] = np.maximum(values[:60], 1)
+    with pytest.raises(ValueError, match="255; say which"):
+        read_mask(_save(file, values))
+
+
 def test_several_colours_are_refused(file):
     pixels = _colours(255, 255, 0)
     pixels[RIM] = 0, 0, 255
