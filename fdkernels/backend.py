@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.checks import one_of
+from fdkernels.transforms import in_transform
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -72,13 +73,23 @@ class use_backend:
 def resolve(backend: str, device: torch.device) -> str:
     """The name of the backend that computes on `device`.
 
+    Inside torch.func's transforms and forward-mode differentiation that is the reference.
+
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the named backend is not available here, or not for tensors on this device.
+        RuntimeError: the named backend is not available here, not for tensors on this device, or not inside a
+            transform.
     """
     one_of("backend", backend, ("auto", *BACKENDS))
     if backend == "auto":
         backend = _selected
+    if in_transform():
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"backend={backend!r} cannot be transformed by torch.func or forward-mode differentiation; take "
+                "backend='auto' or 'reference' there"
+            )
+        return "reference"
     if backend == "auto":
         return auto_backend(device.type)
     _require(backend)

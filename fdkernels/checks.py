@@ -1,4 +1,4 @@
-"""All argument validation.
+"""All argument validation but that of aspect, which `geometry` holds.
 
 Shapes, dtypes, devices and names are always checked. Values (a 0/255 mask, an out-of-range pairing)
 are checked where reading them does not synchronise a device: on the CPU, and everywhere under `debug()`.
@@ -8,11 +8,14 @@ A compiled graph contains no value checks.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from fdkernels.transforms import in_transform, innermost
 
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGER_MASK_DTYPES = (
@@ -49,6 +52,17 @@ def values_are_readable(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or _debug_depth > 0
+
+
+def mask_tolerance(dtype: torch.dtype) -> float:
+    """By how much rounding may put a soft mask outside [0, 1], as resizing, blurring and sums of softmax do.
+
+    1e-5 for float32 and float64, one unit in the last place of 1 for float16 (2^-10) and bfloat16 (2^-7), and
+    0 for others.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return 1e-5
+    return torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0.0
 
 
 def one_of(argument: str, value: object, allowed: Collection[str]) -> None:
@@ -130,7 +144,8 @@ def check_mask(
     """Validate the mask and return it as [N, 1, *S0], in the dtype it came in.
 
     Args:
-        mask: [N, 1, *S0] or [N, *S0], bool, integer or floating point, values in [0, 1].
+        mask: [N, 1, *S0] or [N, *S0], bool, integer or floating point, values in [0, 1] to within
+            `mask_tolerance`.
         layers: the features, as `as_layers` returns them.
         ignore_index: value of the pixels to leave out, or None.
         accepts: a faster check of the values besides `ignore_index`; where it returns False, torch decides.
@@ -169,7 +184,10 @@ def check_mask(
     if ignore_index is not None:
         _check_ignore_index(ignore_index, mask.dtype)
     if mask.dtype != torch.bool and mask.numel() and values_are_readable(mask):
-        _check_mask_values(mask.detach(), ignore_index, accepts)
+        if in_transform():
+            _check_mask_values(innermost(mask).detach(), ignore_index, None)
+        else:
+            _check_mask_values(mask.detach(), ignore_index, accepts)
     return mask
 
 
@@ -200,7 +218,8 @@ def _check_mask_values(
             return
         mask = mask.masked_fill(mask == ignore_index, 0)
     low, high = (bound.item() for bound in mask.aminmax())
-    if low >= 0 and high <= 1:
+    tolerance = mask_tolerance(mask.dtype)
+    if low >= -tolerance and high <= 1 + tolerance:
         return
     if low != low or high != high:
         raise ValueError("mask must have values in [0, 1], got NaN")
@@ -208,6 +227,30 @@ def _check_mask_values(
     hint = "; divide a 0/255 mask by 255" if high == 255 else ""
     but = "" if ignore_index is None else f" beside ignore_index={ignore_index}"
     raise ValueError(f"mask must have {wanted}{but}, got values from {low} to {high}{hint}")
+
+
+def warn_if_detached(layers: Sequence[Tensor]) -> bool:
+    """Warn if a training pass gets a layer [N, C_l, *S_l] whose loss cannot train the network.
+
+    Nothing is said where no gradients are wanted at all, under torch.no_grad.
+
+    Returns:
+        Whether it warned, so that the caller says it once.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_transform():
+        return False
+    detached = [index for index, layer in enumerate(layers) if not layer.requires_grad]
+    if not detached:
+        return False
+    named = ", ".join(f"features[{index}]" for index in detached)
+    does, its = ("does", "its") if len(detached) == 1 else ("do", "their")
+    hint = "" if len(detached) == len(layers) else " (a frozen part of the network gives such features, too)"
+    warnings.warn(
+        f"{named} {does} not require a gradient, so {its} loss cannot train the network; were they detached, or "
+        f"made under no_grad?{hint}",
+        stacklevel=3,
+    )
+    return True
 
 
 def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tensor | None:
@@ -261,7 +304,7 @@ def check_pairing(pairing: object, exchange: str, batch: int, device: torch.devi
         ValueError: its shape is wrong or, where readable, an index is outside 0 to N - 1.
     """
     if isinstance(pairing, (list, tuple)):
-        pairing = torch.as_tensor(pairing)
+        pairing = torch.as_tensor(pairing, device="cpu")
     if not isinstance(pairing, Tensor):
         raise TypeError(f"pairing must be a tensor or a list of sample indices, got {type(pairing).__name__}")
     if pairing.dtype.is_floating_point or pairing.dtype.is_complex or pairing.dtype == torch.bool:
@@ -275,7 +318,7 @@ def check_pairing(pairing: object, exchange: str, batch: int, device: torch.devi
             f"pairing must have shape [K, 2], pairs of a base and a novel sample, got {list(pairing.shape)}"
         )
     if pairing.numel() and values_are_readable(pairing):
-        low, high = (int(bound.item()) for bound in pairing.aminmax())
+        low, high = (int(bound.item()) for bound in innermost(pairing).aminmax())
         if low < 0 or high >= batch:
             raise ValueError(
                 f"pairing must contain sample indices from 0 to {batch - 1}, got values from {low} to {high}"
@@ -306,7 +349,7 @@ def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
             "a tensor [N] of 0 (base) and 1 (novel), got None"
         )
     if isinstance(domains, (list, tuple)):
-        domains = torch.tensor(domains)
+        domains = torch.tensor(domains, device="cpu")
     if not isinstance(domains, Tensor):
         raise TypeError(f"domains must be a tensor or a list, got {type(domains).__name__}")
     if domains.dtype.is_floating_point or domains.dtype.is_complex:
@@ -315,7 +358,7 @@ def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
         raise ValueError(
             f"domains must have shape [{batch}], one entry for each sample, got {list(domains.shape)}"
         )
-    if values_are_readable(domains):
+    if values_are_readable(domains) and not in_transform():
         found = sorted(set(domains.tolist()))
         if not set(found) <= {0, 1}:
             raise ValueError(f"domains must contain only 0 (base) and 1 (novel), got the values {found}")
@@ -329,7 +372,7 @@ def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
 
 def check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
     """Raise ValueError if a pair of `pairing` [K, 2] joins two samples of one domain (`domains` [N])."""
-    if values_are_readable(pairing) and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any():
+    if values_are_readable(pairing) and not in_transform() and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any():
         raise ValueError("pairing must join samples of different domains, got a pair of one domain")
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdkernels import backend as backends
-from fdkernels import checks
+from fdkernels import checks, geometry
 from fdkernels.conventions import (
     EXCHANGES,
     MASK_RESIZES,
@@ -23,8 +23,10 @@ from fdkernels.op import reference
 from fdkernels.op.autograd import Call, FromTaps, run_pass
 from fdkernels.op.pyramid import describe
 from fdkernels.op.registered import expand_factor
+from fdkernels.op.transformed import run_transformed
 from fdkernels.op.weights import weights_of
 from fdkernels.taps import FeatureTaps
+from fdkernels.transforms import in_transform
 
 __all__ = ["RegionSums", "feature_discrepancy_loss", "region_sums", "tap"]
 
@@ -43,6 +45,8 @@ def feature_discrepancy_loss(
     group: dist.ProcessGroup | None = None,
     layer_weights: Tensor | Sequence[float] | None = None,
     mask_resize: str | None = None,
+    aspect: str = "same",
+    channel_dim: int = 1,
     ignore_index: float | None = None,
     eps: float = 1e-12,
     reduction: str = "mean",
@@ -66,7 +70,8 @@ def feature_discrepancy_loss(
         features: [N, C, *S] with 1 to 3 spatial dimensions, float32, float64, bfloat16 or float16, in any
             layout; or a sequence of them, one for each of L layers, of one batch size and device; or the
             `FeatureTaps` that recorded them.
-        mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1].
+        mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1], where rounding may
+            exceed the bounds by 1e-5 (float16: 2^-10, bfloat16: 2^-7).
         convention: the reading of the paper, one of `fdkernels.CONVENTIONS`, or a `Convention`.
         exchange: the cross-sample term that is added: `"none"`; `"shuffle"`, the foreground of a random
             other sample; `"pooled"`, pairs of samples from two domains.
@@ -79,6 +84,10 @@ def feature_discrepancy_loss(
             once DistributedDataParallel has averaged it.
         layer_weights: [L], α; weighted layers are added. Differentiable.
         mask_resize: `"area"`, `"max"` or `"nearest"`; None is the convention's own.
+        aspect: `"same"` refuses a mask whose height and width, with room for what odd sizes, borders and
+            anisotropic strides do, are not to each other as those of each layer; `"any"` resizes it all the
+            same.
+        channel_dim: the axis of the channels: 1, or -1 for features [N, *S, C].
         ignore_index: the mask value of pixels to leave out.
         eps: ε, at least 0.
         reduction: `"mean"` or `"sum"` over the samples that count; several layers without weights are
@@ -109,6 +118,8 @@ def feature_discrepancy_loss(
         reduction=reduction,
         group=group,
         backend=backend,
+        aspect=aspect,
+        channel_dim=channel_dim,
     )
     layers, mask = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
@@ -129,6 +140,8 @@ def tap(
     group: dist.ProcessGroup | None = None,
     layer_weights: Tensor | Sequence[float] | None = None,
     mask_resize: str | None = None,
+    aspect: str = "same",
+    channel_dim: int = 1,
     ignore_index: float | None = None,
     eps: float = 1e-12,
     reduction: str = "mean",
@@ -149,7 +162,8 @@ def tap(
         mask: [N, 1, *S0] or [N, *S0], as for `feature_discrepancy_loss`; so are all others.
 
     Returns:
-        The features [N, C, *S], not copied (a list for a sequence), and the loss, a scalar or the entries.
+        The features in the shape they came in, not copied (a list for a sequence), and the loss, a scalar or
+        the entries.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `feature_discrepancy_loss`.
@@ -163,10 +177,14 @@ def tap(
         reduction=reduction,
         group=group,
         backend=backend,
+        aspect=aspect,
+        channel_dim=channel_dim,
     )
     layers, mask = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     per_layer, tapped = losses_per_layer(layers, mask, settings, partners, tapped=True)
+    if layers[0].dim() - 1 == channel_dim % layers[0].dim():
+        tapped = [layer.movedim(1, -1) for layer in tapped]
     loss = _combine(per_layer, layers, layer_weights, reduction)
     return (tapped[0] if isinstance(features, Tensor) else tapped), loss
 
@@ -182,6 +200,8 @@ class Settings(NamedTuple):
     reduction: str
     group: dist.ProcessGroup | None
     backend: str
+    aspect: str = "same"
+    channel_dim: int = 1
 
     def check(self) -> None:
         """Raise TypeError or ValueError for a setting that does not exist."""
@@ -189,6 +209,7 @@ class Settings(NamedTuple):
         checks.one_of("reduction", self.reduction, REDUCTIONS)
         checks.non_negative("eps", self.eps)
         checks.one_of("backend", self.backend, ("auto", *backends.BACKENDS))
+        checks.one_of("aspect", self.aspect, geometry.ASPECTS)
         if self.mask_resize is not None:
             checks.one_of("mask_resize", self.mask_resize, MASK_RESIZES)
 
@@ -204,14 +225,24 @@ class Partners(NamedTuple):
 def check_features_and_mask(
     features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor, settings: Settings
 ) -> tuple[list[Tensor], Tensor]:
-    """Check settings, features and mask; the layers as a list, and the mask as [N, 1, *S0]."""
+    """Check settings, features and mask; the layers as a list of [N, C, *S], and the mask as [N, 1, *S0]."""
     settings.check()
-    layers = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
-    return layers, _check_mask(mask, layers, settings.ignore_index)
+    given = features.features if isinstance(features, FeatureTaps) else features
+    return _check_layers_and_mask(given, mask, settings.ignore_index, settings.aspect, settings.channel_dim)
 
 
-def _check_mask(mask: object, layers: Sequence[Tensor], ignore_index: float | None) -> Tensor:
-    return checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
+def _check_layers_and_mask(
+    features: Tensor | Sequence[Tensor],
+    mask: Tensor,
+    ignore_index: float | None,
+    aspect: str,
+    channel_dim: int,
+) -> tuple[list[Tensor], Tensor]:
+    given = checks.as_layers(features)
+    layers = geometry.channels_first(given, channel_dim)
+    mask = checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
+    geometry.check_aspect(mask, layers, aspect, channels_last=layers is not given)
+    return layers, mask
 
 
 def losses_per_layer(
@@ -249,8 +280,13 @@ def losses_per_layer(
     # below.
     has_slopes = settings.reduction != "none" and not mask.requires_grad
     call = Call(backend, pyramid, options if has_slopes else None, group, tapped)
-    placeholders = None if taps is None or mask.requires_grad else taps.take_placeholders()
-    if placeholders is None:
+    placeholders = None
+    # Placeholders are of features as the network gave them, with their channels in place 1.
+    if taps is not None and not mask.requires_grad and settings.channel_dim == 1:
+        placeholders = taps.take_placeholders()
+    if in_transform():
+        outputs = run_transformed(call, layers, weights, pairing)
+    elif placeholders is None:
         outputs = run_pass(call, layers, weights, pairing)
     else:
         outputs = FromTaps.apply(call, layers, weights, pairing, *placeholders)
@@ -306,6 +342,8 @@ def region_sums(
     mask: Tensor,
     *,
     mask_resize: str = "area",
+    aspect: str = "same",
+    channel_dim: int = 1,
     ignore_index: float | None = None,
     backend: str = "auto",
 ) -> RegionSums | list[RegionSums]:
@@ -321,8 +359,9 @@ def region_sums(
     Args:
         features: [N, C, *S] with 1 to 3 spatial dimensions, float32, float64, bfloat16 or float16, in any
             layout; or a sequence of them, one for each layer, of one batch size and device.
-        mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1].
+        mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1], up to rounding.
         mask_resize: how the mask is resized to a layer, `"area"`, `"max"` or `"nearest"`.
+        aspect, channel_dim: as for `feature_discrepancy_loss`.
         ignore_index: the mask value of pixels to leave out.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
 
@@ -334,14 +373,14 @@ def region_sums(
         ValueError: a wrong shape, device, value or name.
         RuntimeError: the backend is not available.
     """
-    layers = checks.as_layers(features)
-    mask = _check_mask(mask, layers, ignore_index)
     checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
+    layers, mask = _check_layers_and_mask(features, mask, ignore_index, aspect, channel_dim)
     name = backends.resolve(backend, layers[0].device)
     sizes = [layer.shape[2:] for layer in layers]
     pyramid = describe(layers)
     weights = weights_of(mask, sizes, pyramid.dtype, mask_resize, ignore_index, name)
-    sums, masses = run_pass(Call(name, pyramid), layers, weights, None)
+    run = run_transformed if in_transform() else run_pass
+    sums, masses = run(Call(name, pyramid), layers, weights, None)
     parts = sums.split(pyramid.channels, dim=-1)
     results = [
         RegionSums(part[0], part[1], masses[0, :, index], masses[1, :, index])

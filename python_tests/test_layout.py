@@ -19,21 +19,23 @@ SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 # What a room may import of the package besides itself. A room is a folder of fdkernels or a module of its
 # top level.
-COMMON = {"checks", "conventions", "_C", "_version"}
+COMMON = {"checks", "conventions", "transforms", "_C", "_version"}
 THE_OP = {*COMMON, "op", "exchange"}
-THE_LOSS = {*THE_OP, "backend", "taps", "loss", "alpha", "criterion"}
+THE_LOSS = {*THE_OP, "geometry", "backend", "taps", "loss", "alpha", "criterion"}
 ALLOWED = {
     "_version": set(),
     "_C": set(),
-    "checks": set(),
+    "transforms": set(),
+    "checks": {"transforms"},
+    "geometry": {"checks"},
     "alpha": set(),
     "conventions": {"checks"},
     "exchange": {"checks"},
     "op": {*COMMON, "exchange"},
     "backend": {*COMMON, "op"},
     "taps": {*COMMON, "op"},
-    "loss": {*THE_OP, "backend", "taps"},
-    "criterion": {*THE_OP, "backend", "taps", "loss", "alpha"},
+    "loss": {*THE_OP, "geometry", "backend", "taps"},
+    "criterion": {*THE_OP, "backend", "taps", "loss", "geometry", "alpha"},
     "models": {"checks"},
     "build_info": {"_C", "_version"},
     "info": {"_C", "_version", "backend", "build_info"},
@@ -179,7 +181,7 @@ WITH_SHAPES = [
     name
     for name in MODULES
     if name.startswith(("fdkernels.op", "fdkernels.segmentation"))
-    or name in {f"fdkernels.{part}" for part in ("loss", "criterion", "taps", "exchange")}
+    or name in {f"fdkernels.{part}" for part in ("geometry", "loss", "criterion", "taps", "exchange")}
 ]
 
 
