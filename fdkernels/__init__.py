@@ -12,6 +12,7 @@
 from fdkernels import models
 from fdkernels._version import __version__
 from fdkernels.backend import backends, use_backend
+from fdkernels.build_info import warn_if_not_built
 from fdkernels.checks import debug
 from fdkernels.conventions import CONVENTIONS, Convention
 from fdkernels.criterion import FeatureDiscrepancyLoss
@@ -33,3 +34,5 @@ __all__ = [
     "tap",
     "use_backend",
 ]
+
+warn_if_not_built()

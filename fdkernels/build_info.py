@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import warnings
 from importlib import resources
 from typing import Any
 
 from fdkernels._version import __version__
 
-__all__ = ["build_info"]
+__all__ = ["build_info", "warn_if_not_built"]
+
+_REPORT = "_build_report.json"
 
 _NOT_BUILT: dict[str, Any] = {
     "version": __version__,
@@ -38,7 +42,7 @@ def build_info() -> dict[str, Any]:
         `extension`: path of the compiled module, or None if it does not load;
         `extension_error`: why it does not load, or None.
     """
-    report = resources.files("fdkernels").joinpath("_build_report.json")
+    report = resources.files("fdkernels").joinpath(_REPORT)
     info = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else _NOT_BUILT
     info = {key: list(value) if isinstance(value, list) else value for key, value in info.items()}
     info["extension"] = info["extension_error"] = None
@@ -47,3 +51,19 @@ def build_info() -> dict[str, Any]:
     except ImportError as error:
         info["extension_error"] = str(error)
     return info
+
+
+def warn_if_not_built() -> None:
+    """Warn in a source tree that has neither a compiled module nor the report that every build leaves.
+
+    An installation without a compiler has the report, and `fdkernels.backends()` tells its reason.
+    """
+    if importlib.util.find_spec("fdkernels._C") is not None:
+        return
+    if not resources.files("fdkernels").joinpath(_REPORT).is_file():
+        warnings.warn(
+            "fdkernels is imported from a source tree that was not built, so CPU tensors take the slow reference; "
+            "run `pip install .` in it",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -101,7 +101,7 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not layers:
         raise ValueError("features must contain at least one layer, got an empty sequence")
     for index, layer in enumerate(layers):
-        _check_layer("features" if len(layers) == 1 else f"features[{index}]", layer)
+        _check_layer(_name(index, layers), layer)
     first = layers[0]
     for index, layer in enumerate(layers[1:], start=1):
         if layer.dim() != first.dim():
@@ -120,6 +120,10 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
                 f"{layer.device} for features[{index}]"
             )
     return layers
+
+
+def _name(index: int, layers: Sequence[object]) -> str:
+    return "features" if len(layers) == 1 else f"features[{index}]"
 
 
 def _check_layer(name: str, layer: object) -> None:
@@ -179,6 +183,10 @@ def check_mask(
         )
     if 0 in mask.shape[2:]:
         raise ValueError(f"mask must have at least one pixel, got shape {list(mask.shape)}")
+    for index, layer in enumerate(layers):
+        if not layer.numel() and 0 in layer.shape[2:]:
+            name = _name(index, layers)
+            raise ValueError(f"{name} must have at least one pixel, got shape {list(layer.shape)}")
     if mask.device != features.device:
         raise ValueError(f"mask must be on the device of the features, {features.device}, got {mask.device}")
     if ignore_index is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fdkernels as fdk
+from fdkernels import checks
 
 
 class Bad(NamedTuple):
@@ -59,6 +60,10 @@ FEATURES = [
         r"features\[1\] must be a tensor, got float"),
     Bad("a layer of integers", {"features": [features(2, 3, 4, 4), mask(2, 3, 4, 4, dtype=torch.int64)]},
         TypeError, r"features\[1\] must be float32.*, got int64"),
+    Bad("no pixel", {"features": features(2, 3, 0, 4)}, ValueError,
+        r"features must have at least one pixel, got shape \[2, 3, 0, 4\]"),
+    Bad("a layer without a pixel", {"features": [features(2, 3, 4, 4), features(2, 3, 2, 0)]}, ValueError,
+        r"features\[1\] must have at least one pixel, got shape \[2, 3, 2, 0\]"),
     Bad("layers of other ranks", {"features": [features(2, 3, 4, 4), features(2, 3, 4)]}, ValueError,
         r"features must have the same number of dimensions, got 4 in features\[0\] and 3 in features\[1\]"),
     Bad("layers of other batches", {"features": [features(2, 3, 4, 4), features(3, 3, 4, 4)]}, ValueError,
@@ -84,6 +89,12 @@ MASKS = [
     Bad("none", {"mask": None}, TypeError, r"mask must be a tensor, got NoneType"),
     Bad("complex", {"mask": mask(2, 4, 4, dtype=torch.complex64)}, TypeError,
         r"mask must be bool, integer or floating point, got complex64"),
+    Bad("1.01", {"mask": mask(2, 4, 4) + 1.01}, ValueError, r"mask must have values in \[0, 1\], got .* 1.009"),
+    Bad("-0.01", {"mask": mask(2, 4, 4) - 0.01}, ValueError, r"mask must have values in \[0, 1\], got .* -0.009"),
+    Bad("1.01 in half precision", {"mask": mask(2, 4, 4, dtype=torch.float16) + 1.01}, ValueError,
+        r"mask must have values in \[0, 1\], got values from 1.00"),
+    Bad("two roundings above 1", {"mask": mask(2, 4, 4, dtype=torch.bfloat16) + 1.015625}, ValueError,
+        r"mask must have values in \[0, 1\], got values from 1.015625"),
     Bad("above 1", {"mask": mask(2, 4, 4) + 1.5}, ValueError,
         r"mask must have values in \[0, 1\], got values from 1.5 to 1.5"),
     Bad("below 0", {"mask": mask(2, 4, 4) - 0.5}, ValueError,
@@ -237,6 +248,49 @@ def test_messages_contain_no_tensors():
     with pytest.raises(ValueError, match="mask") as caught:
         fdk.feature_discrepancy_loss(features(2, 3, 64, 64), mask(2, 64, 64) + 2)
     assert len(str(caught.value)) < 200
+
+
+# What resizing, blurring and sums of softmax make of 1, and the last values taken of each dtype.
+HAIRS = [
+    (torch.float32, 1 + 1e-6),
+    (torch.float32, -1e-6),
+    (torch.float32, 1 + 9.9e-6),
+    (torch.float64, 1 + 9.9e-6),
+    (torch.float16, 1 + 2**-10),
+    (torch.float16, -(2**-10)),
+    (torch.bfloat16, 1 + 2**-7),
+    (torch.bfloat16, -(2**-7)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "value"), HAIRS, ids=str)
+@pytest.mark.parametrize("ignore_index", [None, 255])
+def test_soft_masks_that_rounding_put_a_hair_outside_are_taken(dtype, value, ignore_index):
+    F, hair = torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), value, dtype=dtype)
+    hair[0, 0] = 0.5
+    loss = fdk.feature_discrepancy_loss(F, hair, ignore_index=ignore_index)
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [1 + 2e-5, -2e-5])
+def test_what_is_farther_outside_than_the_tolerance_is_refused(dtype, value):
+    with pytest.raises(ValueError, match=r"mask must have values in \[0, 1\]"):
+        fdk.feature_discrepancy_loss(features(2, 3, 4, 4), torch.full((2, 4, 4), value, dtype=dtype))
+
+
+def test_a_network_that_needs_no_gradient_is_said_by_layer():
+    trained, detached = features(2, 3, 4, 4).requires_grad_(), features(2, 3, 2, 2)
+    with pytest.warns(UserWarning, match=r"^features\[1\] does not require a gradient, so its loss cannot"):
+        assert checks.warn_if_detached([trained, detached])
+    with pytest.warns(UserWarning, match=r"^features\[0\], features\[1\] do not .* were they detached, or made "):
+        assert checks.warn_if_detached([detached, detached])
+
+
+def test_nothing_is_said_of_features_that_train_or_are_not_meant_to():
+    assert not checks.warn_if_detached([features(2, 3, 4, 4).requires_grad_()])
+    with torch.no_grad():
+        assert not checks.warn_if_detached([features(2, 3, 4, 4)])
 
 
 class TestValueChecks:

@@ -43,7 +43,7 @@ ALLOWED = {
     "commands": {*THE_LOSS, "models", "info", "build_info", "segmentation", "fdkernels"},
     "cli": {*THE_LOSS, "models", "info", "build_info", "segmentation", "commands", "fdkernels"},
     "__main__": {"cli", "commands", "info", "_version", "segmentation", "fdkernels"},
-    "fdkernels": {*THE_LOSS, "models"},  # __init__.py
+    "fdkernels": {*THE_LOSS, "models", "build_info"},  # __init__.py
 }
 
 

@@ -40,7 +40,7 @@ def check_call(case: Case, options: dict[str, Any], backend: str, device: torch.
         else value
         for name, value in options.items()
     }
-    loss = fdk.feature_discrepancy_loss(features, mask, **there, backend=backend)
+    loss = fdk.feature_discrepancy_loss(features, mask, aspect="any", **there, backend=backend)
     weights = there["layer_weights"]
     inputs = [*features]
     inputs += [mask] if mask.requires_grad else []
@@ -113,7 +113,7 @@ def test_scaling_features_shifts_the_loss(case: Case, a: float):
 
     def entries(layers, **options) -> Tensor:
         return fdk.feature_discrepancy_loss(
-            layers, mask, ignore_index=case.ignore_index, reduction="none", eps=0.0, **options
+            layers, mask, aspect="any", ignore_index=case.ignore_index, reduction="none", eps=0.0, **options
         )
 
     scaled = [a * F for F in features]
@@ -142,7 +142,7 @@ def test_permuting_the_batch_permutes_the_entries(case: Case, random, convention
     order = list(range(case.batch))
     random.shuffle(order)
     features, mask = [F.detach().double() for F in case.features()], case.mask().detach()
-    options = {"convention": convention, "reduction": "none", "ignore_index": case.ignore_index}
+    options = {"convention": convention, "reduction": "none", "ignore_index": case.ignore_index, "aspect": "any"}
     plain = fdk.feature_discrepancy_loss(features, mask, eps=1e-6, **options)
     moved = fdk.feature_discrepancy_loss([F[order] for F in features], mask[order], eps=1e-6, **options)
     torch.testing.assert_close(plain[order], moved, rtol=1e-9, atol=1e-9)
@@ -152,6 +152,7 @@ def test_permuting_the_batch_permutes_the_entries(case: Case, random, convention
 def test_a_list_of_layers_gives_what_single_calls_give(call: tuple[Case, dict[str, Any]]):
     case, options = call
     features, mask = case.features(), case.mask().detach()
+    options["aspect"] = "any"
     weights = options.pop("layer_weights")
     reduction = options.pop("reduction")
     together = fdk.feature_discrepancy_loss(
@@ -174,8 +175,8 @@ def test_a_list_of_layers_gives_what_single_calls_give(call: tuple[Case, dict[st
 def test_a_hard_mask_means_the_same_in_every_dtype(case: Case, dtype: torch.dtype):
     mask = case.mask().detach() == 1
     features = case.features()
-    as_bool = fdk.feature_discrepancy_loss(features, mask, reduction="none")
-    as_other = fdk.feature_discrepancy_loss(features, mask.to(dtype), reduction="none")
+    as_bool = fdk.feature_discrepancy_loss(features, mask, aspect="any", reduction="none")
+    as_other = fdk.feature_discrepancy_loss(features, mask.to(dtype), aspect="any", reduction="none")
     torch.testing.assert_close(as_bool, as_other, rtol=1e-5, atol=1e-5)
 
 

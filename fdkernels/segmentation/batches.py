@@ -53,7 +53,7 @@ class Batches(Dataset[dict[str, Any]]):
         batch: dict[str, Any] = default_collate(
             [self._item(index, seed) for index, seed in zip(key.items, key.seeds, strict=True)]
         )
-        return {**batch, "counted": torch.tensor(key.counted), "mixed": key.mixed}
+        return {**batch, "counted": torch.tensor(key.counted, device="cpu"), "mixed": key.mixed}
 
     def _item(self, index: int, seed: int) -> dict[str, Tensor]:
         # Augmentation draws from torch's global generator, which goes on afterwards as it was.
@@ -151,15 +151,15 @@ class TrainingBatches(Sampler[BatchKey]):
         """Yield the indices of each batch over all ranks."""
         draw = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, 0))
         if len(self.domains) == 1:
-            order = torch.randperm(self.domains[0], generator=draw).tolist()
+            order = torch.randperm(self.domains[0], generator=draw, device="cpu").tolist()
             for size in self.sizes:
                 yield order[:size]
                 del order[:size]
             return
         first, second = self.domains
         orders = [
-            torch.randperm(first, generator=draw).tolist(),
-            (first + torch.randperm(second, generator=draw)).tolist(),
+            torch.randperm(first, generator=draw, device="cpu").tolist(),
+            (first + torch.randperm(second, generator=draw, device="cpu")).tolist(),
         ]
         small, large = sorted(orders, key=len)
         # The samples that sit out are of the larger domain.
@@ -167,7 +167,7 @@ class TrainingBatches(Sampler[BatchKey]):
             items = small[:count] + large[: size - count]
             del small[:count], large[: size - count]
             # Ranks take slices: without another shuffle one of them would get all of the small domain.
-            yield [items[place] for place in torch.randperm(size, generator=draw)]
+            yield [items[place] for place in torch.randperm(size, generator=draw, device="cpu")]
 
 
 class EvaluationBatches(Sampler[BatchKey]):

@@ -79,7 +79,7 @@ class SaveBestAndLast(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["score"] is None:
             return
-        score, path = torch.tensor(state_dict["score"], dtype=torch.float64), str(self.best)
+        score, path = torch.tensor(state_dict["score"], dtype=torch.float64, device="cpu"), str(self.best)
         kept = {"best_model_score": score, "best_model_path": path, "best_k_models": {path: score}}
         super().load_state_dict(
             {**kept, "dirpath": self.dirpath, "kth_best_model_path": path, "kth_value": score}

@@ -88,7 +88,7 @@ def describe(values: Iterable[float]) -> dict[str, Any]:
 def _of_set(rows: Sequence[SampleScores]) -> dict[str, Any]:
     pooled = None
     if rows:
-        pooled = pooled_scores({name: torch.tensor([row.counts[name] for row in rows]) for name in COUNTS})
+        pooled = pooled_scores({name: torch.tensor([row.counts[name] for row in rows], device="cpu") for name in COUNTS})
     return {
         "images": len(rows),
         **{name: describe(row.scores[name] for row in rows) for name in (*SCORES, "foreground_share")},
@@ -152,7 +152,7 @@ def of_layers(rows: Sequence[SampleScores]) -> dict[str, dict[str, Any]]:
 def _correlations(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     if len({dice for dice, _ in pairs}) < 2 or len({loss for _, loss in pairs}) < 2:
         return {"pearson": None, "spearman": None}
-    dice, losses = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)  # [N] each
+    dice, losses = torch.tensor(pairs, dtype=torch.float64, device="cpu").unbind(dim=1)  # [N] each
     # Neither value depends on the scale; at unit scale torchmetrics takes no deviation for zero.
     dice, losses = ((values - values.mean()) / values.std() for values in (dice, losses))
     return {

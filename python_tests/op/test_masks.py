@@ -180,7 +180,11 @@ def test_nearest_takes_that_pixel_of_a_hard_mask_in_the_public_function(backend,
         mask[(0, *pixel)] = sum(pixel) % 2 == 1
     cells = torch.arange(1, math.prod(size) + 1, dtype=torch.float64)  # so that cells do not cancel
     sums = fdk.region_sums(
-        cells.view(1, 1, *size).to(device), mask.to(device), mask_resize="nearest", backend=backend
+        cells.view(1, 1, *size).to(device),
+        mask.to(device),
+        mask_resize="nearest",
+        aspect="any",
+        backend=backend,
     )
     odd = [sum(pixel) % 2 for pixel in pixels_at_centres(full, size)]
     assert sums.fg_mass.item() == sum(odd)

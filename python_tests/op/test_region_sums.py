@@ -46,7 +46,7 @@ def test_worked_example_with_ignored_pixels_and_a_smaller_layer():
 def sums_and_gradients(case: Case, how: str, backend: str, device: torch.device, ulps: float) -> None:
     """Compares values and, for random upstream gradients, the gradients of features and soft masks."""
     features, mask = case.features(device), case.mask(device)
-    options = {"mask_resize": how, "ignore_index": case.ignore_index}
+    options = {"mask_resize": how, "ignore_index": case.ignore_index, "aspect": "any"}
     results = fdk.region_sums(features, mask, **options, backend=backend)
     leaves = [F.detach().cpu().double().requires_grad_() for F in features]
     m = mask.detach().cpu()
@@ -190,8 +190,8 @@ def test_linear_in_features(case: Case, a: float, b: float):
     (x,) = case.features()
     y = torch.randn_like(x, dtype=torch.float64)
     x, mask = x.double(), case.mask()
-    both = fdk.region_sums(a * x + b * y, mask, ignore_index=case.ignore_index)
-    of_x, of_y = (fdk.region_sums(z, mask, ignore_index=case.ignore_index) for z in (x, y))
+    both = fdk.region_sums(a * x + b * y, mask, aspect="any", ignore_index=case.ignore_index)
+    of_x, of_y = (fdk.region_sums(z, mask, aspect="any", ignore_index=case.ignore_index) for z in (x, y))
     for k in range(2):
         torch.testing.assert_close(both[k], a * of_x[k] + b * of_y[k], rtol=1e-12, atol=1e-12)
 
@@ -201,7 +201,7 @@ def test_foreground_and_background_add_up_to_the_plain_sum(case: Case):
     (features,), mask = case.features(), case.mask()
     if case.ignore_index is not None:
         mask = mask.masked_fill(mask == case.ignore_index, 0)
-    sums = fdk.region_sums(features, mask)
+    sums = fdk.region_sums(features, mask, aspect="any")
     plain = features.flatten(2).sum(-1)
     torch.testing.assert_close(sums.fg + sums.bg, plain, rtol=1e-12, atol=1e-12)
     pixels = torch.full_like(sums.fg_mass, features[0, 0].numel())
@@ -213,8 +213,9 @@ def test_permuting_the_batch_permutes_the_sums(case: Case, random):
     order = list(range(case.batch))
     random.shuffle(order)
     features, mask = case.features(), case.mask()
-    plain = fdk.region_sums(features, mask, ignore_index=case.ignore_index)
-    moved = fdk.region_sums([F[order] for F in features], mask[order], ignore_index=case.ignore_index)
+    options = {"ignore_index": case.ignore_index, "aspect": "any"}
+    plain = fdk.region_sums(features, mask, **options)
+    moved = fdk.region_sums([F[order] for F in features], mask[order], **options)
     for before, after in zip(plain, moved, strict=True):
         for k in range(4):
             torch.testing.assert_close(before[k][order], after[k], rtol=1e-5, atol=1e-5)
@@ -223,10 +224,10 @@ def test_permuting_the_batch_permutes_the_sums(case: Case, random):
 @given(cases())
 def test_a_list_of_layers_gives_what_single_calls_give(case: Case):
     features, mask = case.features(), case.mask()
-    together = fdk.region_sums(features, mask, ignore_index=case.ignore_index)
+    together = fdk.region_sums(features, mask, aspect="any", ignore_index=case.ignore_index)
     assert isinstance(together, list)
     for layer, sums in zip(features, together, strict=True):
-        alone = fdk.region_sums(layer, mask, ignore_index=case.ignore_index)
+        alone = fdk.region_sums(layer, mask, aspect="any", ignore_index=case.ignore_index)
         for k in range(4):
             torch.testing.assert_close(
                 sums[k], alone[k].to(sums[k].dtype), rtol=1e-5, atol=1e-5, equal_nan=True

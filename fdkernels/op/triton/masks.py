@@ -185,7 +185,7 @@ def masks(
     if ignore_index is not None:  # as the mask can hold it
         ignore = float(ignore_index)
         if mask.dtype.is_floating_point:
-            ignore = torch.tensor(ignore, dtype=mask.dtype).item()
+            ignore = torch.tensor(ignore, dtype=mask.dtype, device="cpu").item()
     missing = 3 - len(full)
     all_full = (*[1] * missing, *full)
     all_sizes = [(*[1] * missing, *size) for size in sizes]

@@ -35,7 +35,7 @@ def random_symmetry(
             f"mask must have the height and width of image, {tuple(image.shape[-2:])}, "
             f"got {tuple(mask.shape[-2:])}"
         )
-    across, down, turn = torch.randint(2, (3,), generator=generator).tolist()
+    across, down, turn = torch.randint(2, (3,), generator=generator, device="cpu").tolist()
     axes = [axis for axis, drawn in ((-1, across), (-2, down)) if drawn]
     if axes:
         image, mask = image.flip(axes), mask.flip(axes)

@@ -72,7 +72,7 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
             "mask": truth.to(torch.float32).contiguous(),
         }
         if self.domain is not None:
-            item["domain"] = torch.tensor(self.domain, dtype=torch.int64)
+            item["domain"] = torch.tensor(self.domain, dtype=torch.int64, device="cpu")
         return item
 
 
