@@ -86,8 +86,8 @@ def resolve(backend: str, device: torch.device) -> str:
     if in_transform():
         if backend not in ("auto", "reference"):
             raise RuntimeError(
-                f"backend={backend!r} cannot be transformed by torch.func or forward-mode differentiation; take "
-                "backend='auto' or 'reference' there"
+                f"backend={backend!r} cannot be transformed by torch.func or forward-mode differentiation; "
+                "take backend='auto' or 'reference' there"
             )
         return "reference"
     if backend == "auto":

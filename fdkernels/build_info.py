@@ -62,8 +62,8 @@ def warn_if_not_built() -> None:
         return
     if not resources.files("fdkernels").joinpath(_REPORT).is_file():
         warnings.warn(
-            "fdkernels is imported from a source tree that was not built, so CPU tensors take the slow reference; "
-            "run `pip install .` in it",
+            "fdkernels is imported from a source tree that was not built, so CPU tensors take the slow "
+            "reference; run `pip install .` in it",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -101,7 +101,7 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not layers:
         raise ValueError("features must contain at least one layer, got an empty sequence")
     for index, layer in enumerate(layers):
-        _check_layer(_name(index, layers), layer)
+        _check_layer("features" if len(layers) == 1 else f"features[{index}]", layer)
     first = layers[0]
     for index, layer in enumerate(layers[1:], start=1):
         if layer.dim() != first.dim():
@@ -120,10 +120,6 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
                 f"{layer.device} for features[{index}]"
             )
     return layers
-
-
-def _name(index: int, layers: Sequence[object]) -> str:
-    return "features" if len(layers) == 1 else f"features[{index}]"
 
 
 def _check_layer(name: str, layer: object) -> None:
@@ -183,10 +179,6 @@ def check_mask(
         )
     if 0 in mask.shape[2:]:
         raise ValueError(f"mask must have at least one pixel, got shape {list(mask.shape)}")
-    for index, layer in enumerate(layers):
-        if not layer.numel() and 0 in layer.shape[2:]:
-            name = _name(index, layers)
-            raise ValueError(f"{name} must have at least one pixel, got shape {list(layer.shape)}")
     if mask.device != features.device:
         raise ValueError(f"mask must be on the device of the features, {features.device}, got {mask.device}")
     if ignore_index is not None:
@@ -254,8 +246,8 @@ def warn_if_detached(layers: Sequence[Tensor]) -> bool:
     does, its = ("does", "its") if len(detached) == 1 else ("do", "their")
     hint = "" if len(detached) == len(layers) else " (a frozen part of the network gives such features, too)"
     warnings.warn(
-        f"{named} {does} not require a gradient, so {its} loss cannot train the network; were they detached, or "
-        f"made under no_grad?{hint}",
+        f"{named} {does} not require a gradient, so {its} loss cannot train the network; were they detached, "
+        f"or made under no_grad?{hint}",
         stacklevel=3,
     )
     return True
@@ -380,7 +372,11 @@ def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
 
 def check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
     """Raise ValueError if a pair of `pairing` [K, 2] joins two samples of one domain (`domains` [N])."""
-    if values_are_readable(pairing) and not in_transform() and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any():
+    if (
+        values_are_readable(pairing)
+        and not in_transform()
+        and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any()
+    ):
         raise ValueError("pairing must join samples of different domains, got a pair of one domain")
 
 

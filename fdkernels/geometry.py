@@ -42,21 +42,23 @@ def channels_first(layers: list[Tensor], channel_dim: int) -> list[Tensor]:
 
     Raises:
         TypeError: channel_dim is not an integer.
-        ValueError: it is another axis.
+        ValueError: it is another axis, or a layer has no pixel.
     """
     if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
         raise TypeError(f"channel_dim must be an integer, got {type(channel_dim).__name__}")
-    if channel_dim == 1:
-        return layers
     rank = layers[0].dim()
     axis = channel_dim + rank if channel_dim < 0 else channel_dim
-    if axis == 1:
-        return layers
-    if axis != rank - 1:
+    if axis not in (1, rank - 1):
         raise ValueError(
-            f"channel_dim must be 1, for features [N, C, *S], or -1, for features [N, *S, C], got {channel_dim}"
+            "channel_dim must be 1, for features [N, C, *S], or -1, for features [N, *S, C], "
+            f"got {channel_dim}"
         )
-    return [layer.movedim(-1, 1) for layer in layers]
+    first = layers if axis == 1 else [layer.movedim(-1, 1) for layer in layers]
+    for index, layer in enumerate(first):
+        if not layer.numel() and 0 in layer.shape[2:]:
+            shape = list(layers[index].shape)
+            raise ValueError(f"{_name(index, layers)} must have at least one pixel, got shape {shape}")
+    return first
 
 
 def check_aspect(mask: Tensor, layers: Sequence[Tensor], aspect: str, channels_last: bool = False) -> None:
@@ -95,9 +97,12 @@ def check_aspect(mask: Tensor, layers: Sequence[Tensor], aspect: str, channels_l
     except TypeError:  # sizes that a compiler keeps symbolic have no hash
         misfit = _misfit_of(*shapes)
     if misfit is not None:
-        name = "features" if len(layers) == 1 else f"features[{misfit}]"
         full, shape = tuple(mask.shape[2:]), tuple(layers[misfit].shape)
-        raise ValueError(_sentence(name, full, shape, channels_last))
+        raise ValueError(_sentence(_name(misfit, layers), full, shape, channels_last))
+
+
+def _name(index: int, layers: Sequence[Tensor]) -> str:
+    return "features" if len(layers) == 1 else f"features[{index}]"
 
 
 def _misfit_of(mask: torch.Size, layers: tuple[torch.Size, ...]) -> int | None:

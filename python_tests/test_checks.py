@@ -89,8 +89,10 @@ MASKS = [
     Bad("none", {"mask": None}, TypeError, r"mask must be a tensor, got NoneType"),
     Bad("complex", {"mask": mask(2, 4, 4, dtype=torch.complex64)}, TypeError,
         r"mask must be bool, integer or floating point, got complex64"),
-    Bad("1.01", {"mask": mask(2, 4, 4) + 1.01}, ValueError, r"mask must have values in \[0, 1\], got .* 1.009"),
-    Bad("-0.01", {"mask": mask(2, 4, 4) - 0.01}, ValueError, r"mask must have values in \[0, 1\], got .* -0.009"),
+    Bad("1.01", {"mask": mask(2, 4, 4) + 1.01}, ValueError,
+        r"mask must have values in \[0, 1\], got .* 1.009"),
+    Bad("-0.01", {"mask": mask(2, 4, 4) - 0.01}, ValueError,
+        r"mask must have values in \[0, 1\], got .* -0.009"),
     Bad("1.01 in half precision", {"mask": mask(2, 4, 4, dtype=torch.float16) + 1.01}, ValueError,
         r"mask must have values in \[0, 1\], got values from 1.00"),
     Bad("two roundings above 1", {"mask": mask(2, 4, 4, dtype=torch.bfloat16) + 1.015625}, ValueError,
@@ -283,7 +285,9 @@ def test_a_network_that_needs_no_gradient_is_said_by_layer():
     trained, detached = features(2, 3, 4, 4).requires_grad_(), features(2, 3, 2, 2)
     with pytest.warns(UserWarning, match=r"^features\[1\] does not require a gradient, so its loss cannot"):
         assert checks.warn_if_detached([trained, detached])
-    with pytest.warns(UserWarning, match=r"^features\[0\], features\[1\] do not .* were they detached, or made "):
+    with pytest.warns(
+        UserWarning, match=r"^features\[0\], features\[1\] do not .* were they detached, or made "
+    ):
         assert checks.warn_if_detached([detached, detached])
 
 

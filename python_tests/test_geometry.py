@@ -58,7 +58,7 @@ def strided(full: Size, *strides: Size) -> list[Size]:
 
 
 def unet_without_padding(image: Size) -> list[Size]:
-    """The taps of Ronneberger's U-Net: two valid 3x3 convolutions a level; the last map has the logits' size."""
+    """The taps of Ronneberger's U-Net, two 3x3 convolutions a level; the last has the logits' size."""
     maps, size = [], image
     for _ in range(4):
         maps.append(tuple(extent - 4 for extent in size))
@@ -219,7 +219,9 @@ def test_channels_in_the_last_place_are_named_with_the_argument_for_them(full: S
 
 def test_the_sentence_names_the_layer_as_it_was_given():
     maps = [torch.zeros(2, 3, 32, 24), torch.zeros(2, 3, 24, 32)]
-    with pytest.raises(ValueError, match=r"size \[64, 48\] has not the aspect of features\[1\] \[2, 3, 24, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"size \[64, 48\] has not the aspect of features\[1\] \[2, 3, 24, 32\]"
+    ):
         fdk.feature_discrepancy_loss(maps, torch.zeros(2, 64, 48))
     swin = [torch.zeros(2, 32, 24, 32), torch.zeros(2, 16, 12, 64)]
     with pytest.raises(ValueError, match=r"the aspect of features\[0\] \[2, 32, 24, 32\]"):

@@ -142,7 +142,12 @@ def test_permuting_the_batch_permutes_the_entries(case: Case, random, convention
     order = list(range(case.batch))
     random.shuffle(order)
     features, mask = [F.detach().double() for F in case.features()], case.mask().detach()
-    options = {"convention": convention, "reduction": "none", "ignore_index": case.ignore_index, "aspect": "any"}
+    options = {
+        "convention": convention,
+        "reduction": "none",
+        "ignore_index": case.ignore_index,
+        "aspect": "any",
+    }
     plain = fdk.feature_discrepancy_loss(features, mask, eps=1e-6, **options)
     moved = fdk.feature_discrepancy_loss([F[order] for F in features], mask[order], eps=1e-6, **options)
     torch.testing.assert_close(plain[order], moved, rtol=1e-9, atol=1e-9)

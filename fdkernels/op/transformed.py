@@ -29,8 +29,8 @@ def run_transformed(
     """
     if call.group is not None:
         raise RuntimeError(
-            "group must be None inside torch.func's transforms and forward-mode differentiation, got a process "
-            "group; gather the region sums outside of them"
+            "group must be None inside torch.func's transforms and forward-mode differentiation, got a "
+            "process group; gather the region sums outside of them"
         )
     sums, masses = reference.sums(features, weights, call.pyramid, None, None, with_slopes=False)[:2]
     aliases = [layer.view_as(layer) for layer in features] if call.tap else []

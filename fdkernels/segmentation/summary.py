@@ -88,7 +88,9 @@ def describe(values: Iterable[float]) -> dict[str, Any]:
 def _of_set(rows: Sequence[SampleScores]) -> dict[str, Any]:
     pooled = None
     if rows:
-        pooled = pooled_scores({name: torch.tensor([row.counts[name] for row in rows], device="cpu") for name in COUNTS})
+        pooled = pooled_scores(
+            {name: torch.tensor([row.counts[name] for row in rows], device="cpu") for name in COUNTS}
+        )
     return {
         "images": len(rows),
         **{name: describe(row.scores[name] for row in rows) for name in (*SCORES, "foreground_share")},
