@@ -66,16 +66,15 @@ def check_aspect(mask: Tensor, layers: Sequence[Tensor], aspect: str, channels_l
 
     With S0 the size of the mask and S that of a layer, one of these must hold (one axis has no aspect):
 
-    - one stride f serves all axes, S0_d = f·S_d up to f - 1 pixels, which repeated halving to either side can
-      leave of an odd size, or up to 2 % of the side (S0 and S exchanged where the layer is the finer one);
+    - one stride f serves all axes: S0_d / f is S_d up to less than a pixel, which repeated halving can leave of
+      an odd size, or up to 2 %. (For a layer finer than the mask, S_d = f·S0_d up to f - 1 pixels.)
     - the stride is a power of 2 and every axis lost, or gained, the same border of less than 3/4 of its
       length, up to as much: convolutions without padding, or with more of it;
     - the stride of each axis is a power of 2 of its own, not smaller for a longer axis: networks for
       anisotropic images. In two dimensions axes of one length then have one stride, and another layer of the
       call must fit in the first way.
 
-    Refused is, whatever the last three words of these say, a mask that one stride fits exactly only with its
-    axes in another order.
+    Refused is, even so, a mask that one stride fits better with its axes in another order.
 
     Args:
         mask: [N, 1, *S0].
@@ -118,7 +117,7 @@ def _first_misfit(full: _Size, sizes: tuple[_Size, ...]) -> int | None:
     for index in off:
         size = sizes[index]
         if _has_one_stride_in_another_order(full, size) or not (
-            _has_one_stride(full, size, _RELATIVE)
+            _has_about_one_stride(full, size)
             or _has_a_border(full, size)
             or ((len(full) == 3 or len(off) < len(sizes)) and _has_a_stride_per_axis(full, size))
         ):
@@ -131,15 +130,24 @@ def _ordered(full: _Size, size: _Size) -> tuple[_Size, _Size]:
     return (size, full) if all(s0 <= s for s0, s in zip(full, size, strict=True)) else (full, size)
 
 
-def _has_one_stride(full: _Size, size: _Size, relative: float = 0.0) -> bool:
-    """Whether some f ≥ 1 has |F - f·C| ≤ f - 1, or ≤ `relative`·F, on every axis of fine F and coarse C."""
-    lowest, highest = 1.0 - relative, math.inf
+def _has_one_stride(full: _Size, size: _Size) -> bool:
+    """Whether some f ≥ 1 has |F - f·C| ≤ f - 1 on every axis of fine F and coarse C: halvings do no more."""
+    lowest, highest = 1.0, math.inf
     for fine, coarse in zip(*_ordered(full, size), strict=True):
-        low, high = (fine + 1) / (coarse + 1), (fine - 1) / (coarse - 1) if coarse > 1 else math.inf
-        if relative:
-            low, high = min(low, fine / coarse * (1 - relative)), max(high, fine / coarse * (1 + relative))
-        lowest, highest = max(lowest, low), min(highest, high)
+        lowest = max(lowest, (fine + 1) / (coarse + 1))
+        highest = min(highest, (fine - 1) / (coarse - 1) if coarse > 1 else math.inf)
     return lowest <= highest
+
+
+def _has_about_one_stride(full: _Size, size: _Size) -> bool:
+    """Whether some f ≥ 1 has |S0_d / f - S_d| below `_RELATIVE`·S_d, or 1 in a coarser layer, on every axis."""
+    lowest, highest = 1 - _RELATIVE, math.inf
+    is_coarser = all(s <= s0 for s0, s in zip(full, size, strict=True))
+    for s0, s in zip(full, size, strict=True):
+        slack = max(float(is_coarser), _RELATIVE * s)
+        lowest = max(lowest, s0 / (s + slack))
+        highest = min(highest, s0 / (s - slack) if s > slack else math.inf)
+    return lowest < highest
 
 
 def _has_one_stride_in_another_order(full: _Size, size: _Size) -> bool:
@@ -177,16 +185,16 @@ def _sentence(name: str, full: _Size, shape: tuple[int, ...], channels_last: boo
     """Say what does not fit a layer [N, C, *S] of that shape, and what would."""
     size, channels = shape[2:], shape[1]
     given = [shape[0], *size, channels] if channels_last else list(shape)
-    unlike = f"a mask of size {list(full)} has not the aspect of {name} {given}"
+    unlike = f"a mask of size {list(full)} does not have the aspect of {name} {given}"
     otherwise = 'or pass aspect="any" if this is meant'
-    moved = (*size[1:], channels) if channels_last else (channels, *size[:-1])
-    if _first_misfit(full, (moved,)) is None:
-        seems, where = ("[N, C, *S]", 1) if channels_last else ("[N, *S, C]", -1)
-        return f"features seem to be {seems}: {unlike}; pass channel_dim={where}, {otherwise}"
     must = f"mask must have the aspect of the features: {unlike}"
     if len(full) == 3 and full[0] == 1:
         return f"{must}; a mask of volumes is [N, 1, D, H, W] or [N, D, H, W], {otherwise}"
     for order in itertools.permutations(full):
         if _has_one_stride(order, size):
             return f"{must}; its axes seem to be in another order: transpose it to {list(order)}, {otherwise}"
+    moved = (*size[1:], channels) if channels_last else (channels, *size[:-1])
+    if _first_misfit(full, (moved,)) is None:
+        seems, where = ("[N, C, *S]", 1) if channels_last else ("[N, *S, C]", -1)
+        return f"features seem to be {seems}: {unlike}; pass channel_dim={where}, {otherwise}"
     return f"{must}; resize or crop it as the images were, {otherwise}"

@@ -220,7 +220,7 @@ def test_channels_in_the_last_place_are_named_with_the_argument_for_them(full: S
 def test_the_sentence_names_the_layer_as_it_was_given():
     maps = [torch.zeros(2, 3, 32, 24), torch.zeros(2, 3, 24, 32)]
     with pytest.raises(
-        ValueError, match=r"size \[64, 48\] has not the aspect of features\[1\] \[2, 3, 24, 32\]"
+        ValueError, match=r"size \[64, 48\] does not have the aspect of features\[1\] \[2, 3, 24, 32\]"
     ):
         fdk.feature_discrepancy_loss(maps, torch.zeros(2, 64, 48))
     swin = [torch.zeros(2, 32, 24, 32), torch.zeros(2, 16, 12, 64)]
