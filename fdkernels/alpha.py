@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fdkernels import checks
+
 __all__ = ["ALPHA_RULES", "AlphaWatch", "Rule", "bounds_of"]
 
 ALPHA_RULES = ("ascent", "descent", "clipped", "ramp")
+# A warm start of so many training passes is worth a reminder.
+LONG_WARM_START = 1000
 
 
 def bounds_of(alpha_rule: str, alpha_max: float) -> tuple[float, float]:
@@ -50,7 +55,7 @@ class _Look(NamedTuple):
 
 
 class AlphaWatch:
-    """Warn about weights that do nothing: never stepped, held at 0, or another on every rank.
+    """Warn about weights that do nothing: never stepped, held at 0, of detached features, or one a rank.
 
     Looks every `patience` counted passes and compares with the look before. On a GPU the values travel to
     pinned memory and are compared at the next look, so that nothing waits for the device. Names each layer
@@ -64,6 +69,7 @@ class AlphaWatch:
         self._looks: list[_Look] = []
         self._rose: Tensor | None = None
         self._said: set[object] = set()
+        self._frozen_passes = 0
 
     def __reduce__(self) -> tuple[type[AlphaWatch], tuple[()]]:
         """Copy and pickle as a fresh one: a copy of the module goes its own way."""
@@ -76,7 +82,13 @@ class AlphaWatch:
         self._version = _version(alpha)
 
     def pass_by(
-        self, alpha: Tensor, losses: Tensor | None, target: Tensor, rule: Rule, grouped: bool
+        self,
+        alpha: Tensor,
+        losses: Tensor | None,
+        target: Tensor,
+        rule: Rule,
+        layers: Sequence[Tensor],
+        grouped: bool,
     ) -> None:
         """Count a training pass; every `patience` of them, look.
 
@@ -85,15 +97,32 @@ class AlphaWatch:
             losses: [L] of the pass before, or None.
             target: a scalar, inf where there is none.
             rule: how α moves.
+            layers: the features of the pass, [N, C_l, *S_l] each.
             grouped: whether the loss is that of a group of ranks, which gives all of them one gradient.
         """
         if self._passes % rule.patience == 0 and not (
             alpha.is_cuda and torch.cuda.is_current_stream_capturing()
         ):
-            if not grouped:
-                self._warn_of_ranks(alpha)
-            self._look(alpha.detach(), losses, target, rule)
+            if self._passes and "detached" not in self._said and checks.warn_if_detached(layers):
+                self._said.add("detached")
+            if rule.name != "ramp":
+                if not grouped:
+                    self._warn_of_ranks(alpha)
+                self._look(alpha.detach(), losses, target, rule)
         self._passes += 1
+
+    def pass_by_frozen(self) -> None:
+        """Count a training pass of a warm start; after many of them, call to mind that it is to end."""
+        if torch.compiler.is_compiling():
+            return
+        self._frozen_passes += 1
+        if self._frozen_passes == LONG_WARM_START:
+            self._warn(
+                "frozen",
+                f"the feature discrepancy loss has been frozen (active=False) for {LONG_WARM_START} training "
+                "passes and adds 0 to the loss; call crit.activate() to end the warm start, or "
+                "crit.freeze() if it is meant to last.",
+            )
 
     def _look(self, alpha: Tensor, losses: Tensor | None, target: Tensor, rule: Rule) -> None:
         losses = torch.full_like(alpha, float("nan")) if losses is None else losses.to(alpha.dtype)

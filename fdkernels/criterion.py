@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,13 +15,12 @@ from fdkernels.alpha import ALPHA_RULES, AlphaWatch, Rule, bounds_of
 from fdkernels.conventions import Convention, get_convention
 from fdkernels.loss import Partners, Settings, check_features_and_mask, losses_per_layer
 from fdkernels.taps import FeatureTaps
+from fdkernels.transforms import in_transform
 
 __all__ = ["FeatureDiscrepancyLoss"]
 
 # `target=None` looks at so many training passes.
 TARGET_PASSES = 10
-# A warm start of so many training passes is worth a reminder, unless `freeze()` began it.
-LONG_WARM_START = 1000
 
 
 class FeatureDiscrepancyLoss(nn.Module):
@@ -58,7 +56,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         ramp_steps: how many training passes `"ramp"` takes.
         active: False starts in the paper's first phase (warm start): α = 0 and frozen until `activate()`.
         patience: how many training passes an α may do nothing before the warning.
-        convention, exchange, group, mask_resize, ignore_index, eps, backend: as for
+        convention, exchange, group, mask_resize, aspect, channel_dim, ignore_index, eps, backend: as for
             `fdkernels.feature_discrepancy_loss`.
         reduction: `"mean"` or `"sum"` over the samples of a layer.
 
@@ -92,6 +90,8 @@ class FeatureDiscrepancyLoss(nn.Module):
         exchange: str = "none",
         group: dist.ProcessGroup | None = None,
         mask_resize: str | None = None,
+        aspect: str = "same",
+        channel_dim: int = 1,
         ignore_index: float | None = None,
         eps: float = 1e-12,
         reduction: str = "mean",
@@ -119,14 +119,16 @@ class FeatureDiscrepancyLoss(nn.Module):
         self.alpha_max = float(alpha_max)
         self.ramp_steps = ramp_steps
         self.settings = Settings(
-            get_convention(convention),
-            exchange,
-            mask_resize,
-            ignore_index,
-            eps,
-            reduction,
-            group,
-            backend,
+            convention=get_convention(convention),
+            exchange=exchange,
+            mask_resize=mask_resize,
+            ignore_index=ignore_index,
+            eps=eps,
+            reduction=reduction,
+            group=group,
+            backend=backend,
+            aspect=aspect,
+            channel_dim=channel_dim,
         )
         self.settings.check()
         start = torch.full((num_layers,), 0.0 if alpha_rule == "ramp" else self.alpha_init)
@@ -141,11 +143,10 @@ class FeatureDiscrepancyLoss(nn.Module):
         self.layer_losses: Tensor | None = None
         self._active = True  # `active` on the host
         self._watch = AlphaWatch()
-        self._warm_passes = 0
         self.target = target
         if not active:
             self.freeze()
-            self._warm_passes = 0
+        self._froze = False  # whether `freeze()` began the warm start
 
     @property
     def alpha(self) -> Tensor:
@@ -154,7 +155,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         if alpha is None:
             raise AttributeError(f"{type(self).__name__} has no alpha yet")
         # The step of the optimizer came after the last pass, so that α may lie beyond its bounds.
-        if isinstance(alpha, nn.Parameter) and not torch.compiler.is_compiling():
+        if isinstance(alpha, nn.Parameter) and not torch.compiler.is_compiling() and not in_transform():
             self.project_()
         return alpha
 
@@ -211,7 +212,7 @@ class FeatureDiscrepancyLoss(nn.Module):
     def freeze(self) -> None:
         """Begin the warm start: α = 0 and not trained; calls return 0 and still record `layer_losses`."""
         self._set_active(False)
-        self._warm_passes = -1  # no reminder: this warm start was asked for
+        self._froze = True
         with torch.no_grad():
             self.alpha.zero_()
 
@@ -292,16 +293,16 @@ class FeatureDiscrepancyLoss(nn.Module):
                 "move the module with crit.to(device)"
             )
         partners = Partners(pairing, domains, generator)
-        trains = self.training and torch.is_grad_enabled()
+        trains = self.training and torch.is_grad_enabled() and not in_transform()
         if not self._active:
-            if trains and count_step:
-                self._count_warm_pass()
+            if trains and count_step and not self._froze:
+                self._watch.pass_by_frozen()
             with torch.no_grad():
                 losses, _ = losses_per_layer(layers, mask, settings, partners)
             self.layer_losses = losses
             return losses.new_zeros(())
         if trains and count_step:
-            self._begin_step(alpha, grouped=settings.group is not None)
+            self._begin_step(alpha, layers, settings)
         taps = features if isinstance(features, FeatureTaps) else None
         losses, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
         self.layer_losses = losses.detach()
@@ -374,24 +375,14 @@ class FeatureDiscrepancyLoss(nn.Module):
             self.alpha_target.copy_(torch.where(first & lowest.isfinite(), found, self.alpha_target))
         self._has_target = True
 
-    def _begin_step(self, alpha: Tensor, grouped: bool) -> None:
+    def _begin_step(self, alpha: Tensor, layers: Sequence[Tensor], settings: Settings) -> None:
+        """Count a training pass over layers [N, C_l, *S_l], and move or project alpha [L]."""
+        if not torch.compiler.is_compiling():
+            grouped = settings.group is not None
+            self._watch.pass_by(alpha, self.layer_losses, self.alpha_target, self.rule, layers, grouped)
+        elif self.alpha_rule != "ramp":
+            self.project_()
         if self.alpha_rule == "ramp":
             risen = (self.steps / self.ramp_steps).clamp(max=1)
             alpha.copy_(self.alpha_max * risen.expand_as(alpha))
-        elif torch.compiler.is_compiling():
-            self.project_()
-        else:
-            self._watch.pass_by(alpha, self.layer_losses, self.alpha_target, self.rule, grouped)
         self.steps += 1
-
-    def _count_warm_pass(self) -> None:
-        if self._warm_passes < 0 or torch.compiler.is_compiling():
-            return
-        self._warm_passes += 1
-        if self._warm_passes == LONG_WARM_START:
-            warnings.warn(
-                f"the feature discrepancy loss has been frozen (active=False) for {LONG_WARM_START} training "
-                "passes and adds 0 to the loss; call crit.activate() to end the warm start, or crit.freeze() "
-                "if it is meant to last.",
-                stacklevel=5,
-            )

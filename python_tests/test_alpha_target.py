@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 import fdkernels as fdk
 from fdkernels import alpha as alpha_module
-from fdkernels.alpha import ALPHA_RULES
-from fdkernels.criterion import LONG_WARM_START, TARGET_PASSES
+from fdkernels.alpha import ALPHA_RULES, LONG_WARM_START
+from fdkernels.criterion import TARGET_PASSES
 
 MASK = torch.tensor([[1, 0]])
 
 
 def layer(loss: float) -> Tensor:
     """Features [1, 1, 2] whose loss under MASK is `loss`: ((F_0 - F_1) / 2)² = exp(-loss)."""
-    return torch.tensor([[[2 * math.exp(-loss / 2), 0.0]]])
+    return torch.tensor([[[2 * math.exp(-loss / 2), 0.0]]], requires_grad=True)
 
 
 def test_the_first_pass_sets_the_target_1_below_the_lowest_layer():
@@ -212,7 +212,7 @@ def test_validation_without_gradients_does_not_advance_a_ramp():
 
 def test_a_long_warm_start_is_called_to_mind_once():
     crit = fdk.FeatureDiscrepancyLoss(1, active=False)
-    crit._warm_passes = LONG_WARM_START - 1
+    crit._watch._frozen_passes = LONG_WARM_START - 1
     with pytest.warns(UserWarning, match=r"frozen \(active=False\) for 1000 training passes"):
         crit([layer(1.0)], MASK)
     crit([layer(1.0)], MASK)
@@ -220,7 +220,22 @@ def test_a_long_warm_start_is_called_to_mind_once():
     asked.freeze()
     for _ in range(3):
         asked([layer(1.0)], MASK)
-    assert asked._warm_passes < 0
+    assert asked._watch._frozen_passes == 0
+
+
+@pytest.mark.parametrize("rule", ALPHA_RULES)
+def test_features_that_were_detached_are_noticed_once(rule):
+    crit = fdk.FeatureDiscrepancyLoss(2, rule, patience=2, alpha_init=0.0 if rule == "ramp" else 0.5)
+
+    def train(passes: int) -> None:
+        for _ in range(passes):
+            crit([layer(1.0), layer(1.0).detach()], MASK)
+            with torch.no_grad():
+                crit.alpha.add_(0.01)
+
+    with pytest.warns(UserWarning, match=r"features\[1\] does not require a gradient"):
+        train(3)
+    train(9)  # a second warning would be an error here
 
 
 @pytest.mark.parametrize("keeper", ["nothing", "group", "wrapped", "ramp", "one rank"])
@@ -232,7 +247,7 @@ def test_ranks_that_would_train_their_own_alpha_are_warned_of(monkeypatch, keepe
         wrapper = alpha_module.DistributedDataParallel
         monkeypatch.setattr(wrapper, "_active_ddp_module", object())
     if keeper == "group":
-        crit._begin_step(crit.alpha, grouped=True)
+        crit._begin_step(crit.alpha, [layer(1.0)], crit.settings._replace(group=object()))
     elif keeper != "nothing":
         crit([layer(1.0)], MASK)
     else:

@@ -19,7 +19,7 @@ TRAINED = ("ascent", "descent", "clipped")
 
 def layer(loss: float) -> Tensor:
     """Features [1, 1, 2] whose loss under MASK is `loss`: ((F_0 - F_1) / 2)² = exp(-loss)."""
-    return torch.tensor([[[2 * math.exp(-loss / 2), 0.0]]])
+    return torch.tensor([[[2 * math.exp(-loss / 2), 0.0]]], requires_grad=True)
 
 
 def steps(

@@ -28,7 +28,7 @@ ALLOWED = {
     "transforms": set(),
     "checks": {"transforms"},
     "geometry": {"checks"},
-    "alpha": set(),
+    "alpha": {"checks"},
     "conventions": {"checks"},
     "exchange": {"checks"},
     "op": {*COMMON, "exchange"},
