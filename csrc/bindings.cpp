@@ -39,7 +39,7 @@ fdk::Losses as_losses(const fdk::Pyramid& pyramid, const fdk::Options& options, 
 // `sizes` must outlive the result.
 fdk::Masks as_masks(uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n,
                     const Extents& stride, bool has_ignore, double ignore_value, int64_t ignore_number,
-                    fdk::MaskResize resize, fdk::DType accumulate, const Words& sizes) {
+                    double tolerance, fdk::MaskResize resize, fdk::DType accumulate, const Words& sizes) {
   constexpr size_t kWords = sizeof(fdk::MaskSize) / sizeof(int64_t);
   fdk::require(sizes.size() % kWords == 0, "sizes of masks must be described by 6 words each");
   fdk::Masks made = {};
@@ -53,6 +53,7 @@ fdk::Masks as_masks(uintptr_t mask, fdk::DType dtype, int64_t batch, const Exten
   made.has_ignore = has_ignore;
   made.ignore_value = ignore_value;
   made.ignore_number = ignore_number;
+  made.tolerance = tolerance;
   made.accumulate = accumulate;
   made.sizes = reinterpret_cast<const fdk::MaskSize*>(sizes.data());
   made.num_sizes = static_cast<int64_t>(sizes.size() / kWords);
@@ -123,26 +124,26 @@ void bind_cpu(py::module_& m) {
   m.def(
       "cpu_masks",
       [](uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n, const Extents& stride,
-         bool has_ignore, double ignore_value, int64_t ignore_number, fdk::MaskResize resize, fdk::DType accumulate,
-         const Words& sizes, int num_threads) {
+         bool has_ignore, double ignore_value, int64_t ignore_number, double tolerance, fdk::MaskResize resize,
+         fdk::DType accumulate, const Words& sizes, int num_threads) {
         const fdk::Masks args = as_masks(mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value,
-                                         ignore_number, resize, accumulate, sizes);
+                                         ignore_number, tolerance, resize, accumulate, sizes);
         const py::gil_scoped_release release;
         fdk::cpu::masks(args, num_threads);
       },
       "mask"_a, "dtype"_a, "batch"_a, "size"_a, "stride_n"_a, "stride"_a, "has_ignore"_a, "ignore_value"_a,
-      "ignore_number"_a, "resize"_a, "accumulate"_a, "sizes"_a, "num_threads"_a);
+      "ignore_number"_a, "tolerance"_a, "resize"_a, "accumulate"_a, "sizes"_a, "num_threads"_a);
   m.def(
       "cpu_mask_is_valid",
       [](uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n, const Extents& stride,
-         bool has_ignore, double ignore_value, int64_t ignore_number, int num_threads) {
+         bool has_ignore, double ignore_value, int64_t ignore_number, double tolerance, int num_threads) {
         const fdk::Masks args = as_masks(mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value,
-                                         ignore_number, fdk::MaskResize::kArea, fdk::DType::kFloat32, {});
+                                         ignore_number, tolerance, fdk::MaskResize::kArea, fdk::DType::kFloat32, {});
         const py::gil_scoped_release release;
         return fdk::cpu::mask_is_valid(args, num_threads);
       },
       "mask"_a, "dtype"_a, "batch"_a, "size"_a, "stride_n"_a, "stride"_a, "has_ignore"_a, "ignore_value"_a,
-      "ignore_number"_a, "num_threads"_a);
+      "ignore_number"_a, "tolerance"_a, "num_threads"_a);
   m.def(
       "cpu_sums",
       [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,
@@ -203,14 +204,14 @@ void bind_cuda(py::module_& m) {
   m.def(
       "cuda_masks",
       [](uintptr_t mask, fdk::DType dtype, int64_t batch, const Extents& size, int64_t stride_n, const Extents& stride,
-         bool has_ignore, double ignore_value, int64_t ignore_number, fdk::MaskResize resize, fdk::DType accumulate,
-         const Words& sizes, int device, uintptr_t stream) {
+         bool has_ignore, double ignore_value, int64_t ignore_number, double tolerance, fdk::MaskResize resize,
+         fdk::DType accumulate, const Words& sizes, int device, uintptr_t stream) {
         const fdk::Masks args = as_masks(mask, dtype, batch, size, stride_n, stride, has_ignore, ignore_value,
-                                         ignore_number, resize, accumulate, sizes);
+                                         ignore_number, tolerance, resize, accumulate, sizes);
         fdk::cuda::masks(args, device, pointer(stream));
       },
       "mask"_a, "dtype"_a, "batch"_a, "size"_a, "stride_n"_a, "stride"_a, "has_ignore"_a, "ignore_value"_a,
-      "ignore_number"_a, "resize"_a, "accumulate"_a, "sizes"_a, "device"_a, "stream"_a);
+      "ignore_number"_a, "tolerance"_a, "resize"_a, "accumulate"_a, "sizes"_a, "device"_a, "stream"_a);
   m.def(
       "cuda_sums",
       [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,

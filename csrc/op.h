@@ -21,7 +21,7 @@ struct Layer {
   int64_t stride_n, stride_c, stride[3];
   const void* fg;       // [N, P] contiguous, weight of the foreground
   const void* bg;       // [N, P] contiguous, weight of the background, or null: 1 - fg
-  DType mask_dtype;     // of fg and bg: uint8 (0 or 1), float32 or float64
+  DType mask_dtype;     // of fg and bg: uint8 (0, 1, or any other for NaN), float32 or float64
   const void* upstream; // [N, C, d0, d1, d2], added by gradient, or null
   int64_t upstream_stride_n, upstream_stride_c, upstream_stride[3];
   void* grad_fg; // [N, P], written by mask_gradient in the accumulation dtype
@@ -42,12 +42,15 @@ struct Pyramid {
 
 enum class MaskResize { kArea, kMax, kNearest };
 
+// Of weights in bytes: the pixel holds a value that is no weight, which is NaN in a floating-point dtype.
+constexpr uint8_t kNoWeight = 255;
+
 // The weights of one size. fdkernels._C takes them as lists of 64-bit words; see `mask_size_fields`.
 struct MaskSize {
   void* fg;        // [N, P] contiguous, v·y
   void* bg;        // [N, P] contiguous, v·(1-y), or null without an ignored value
   int64_t size[3]; // d0, d1, d2; missing spatial dimensions have size 1 and come first
-  DType dtype;     // of fg and bg: uint8 where every weight is 0 or 1, else the accumulation dtype
+  DType dtype;     // of fg and bg: uint8 where every weight is 0, 1 or kNoWeight, else the accumulation dtype
 };
 static_assert(sizeof(MaskSize) == 6 * 8, "MaskSize is 6 words of 64 bits");
 
@@ -62,6 +65,8 @@ struct Masks {
   bool has_ignore;
   double ignore_value;   // for floating-point masks, rounded to their dtype
   int64_t ignore_number; // for integer masks
+  // How far a value may lie outside of [0, 1] and be taken as it is; beyond it, it counts as NaN.
+  double tolerance;
   DType accumulate;      // float32 or float64
   const MaskSize* sizes; // [num_sizes], host memory
   int64_t num_sizes;
@@ -103,7 +108,7 @@ namespace fdk::cpu {
 
 // Resizes a mask to the weights (M3) to (M5) of every size.
 void masks(const Masks& args, int num_threads);
-// Whether every pixel that is not ignored is in [0, 1], of integers 0 or 1. `sizes` is not read.
+// Whether every pixel that is not ignored is in [0, 1] to within the tolerance. `sizes` is not read.
 bool mask_is_valid(const Masks& args, int num_threads);
 // Sums and masses (R2) and, unless `losses` is null, the losses of these.
 void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses, int num_threads);

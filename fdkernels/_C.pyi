@@ -81,6 +81,7 @@ def cpu_masks(
     has_ignore: bool,
     ignore_value: float,
     ignore_number: int,
+    tolerance: float,
     resize: MaskResize,
     accumulate: DType,
     sizes: list[int],
@@ -96,6 +97,7 @@ def cpu_mask_is_valid(
     has_ignore: bool,
     ignore_value: float,
     ignore_number: int,
+    tolerance: float,
     num_threads: int,
 ) -> bool: ...
 def cpu_sums(
@@ -145,6 +147,7 @@ def cuda_masks(
     has_ignore: bool,
     ignore_value: float,
     ignore_number: int,
+    tolerance: float,
     resize: MaskResize,
     accumulate: DType,
     sizes: list[int],

@@ -29,6 +29,16 @@ _INTEGER_MASK_DTYPES = (
 _debug_depth = 0
 
 
+def mask_tolerance(dtype: torch.dtype) -> float:
+    """How far the values of a soft mask of that dtype may lie outside [0, 1], by rounding, and be taken.
+
+    About a hundred roundings of float32, as an antialiased resize, a blur or a sum of softmax channels may
+    add up; four above 1 in float16, and half of one in bfloat16, whose next number above 1 is 1.01. Powers of
+    two, so that the bounds are exact in the dtypes in which kernels compare.
+    """
+    return 2.0**-8 if dtype in (torch.float16, torch.bfloat16) else 2.0**-16
+
+
 class debug:
     """Check values on every device; each check synchronises: `with fdkernels.debug(): ...`."""
 

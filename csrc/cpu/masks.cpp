@@ -1,22 +1,15 @@
 // Masks on the CPU: computes every size from the whole mask, one row of cells at a time.
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "../layout.h"
-#include "half.h"
+#include "mask_rows.h"
 #include "parallel.h"
 
 namespace fdk::cpu {
 namespace {
-
-// Mask pixels that one item of work reads, roughly.
-constexpr int64_t kPixelsPerItem = 1 << 14;
-
-// Marks ignored pixels under `max`, where every valid value is at least 0.
-constexpr double kNotValid = -1;
 
 // The mask pixels of a cell along one dimension: (M2), or the one pixel of (M5).
 struct Range {
@@ -69,25 +62,6 @@ struct Accumulators {
   std::vector<float>& bg_of(float) { return bg_floats; }
 };
 
-// Calls body(i, pixel) for each pixel of a row. Contiguous rows have their own loop, which vectorises.
-template <class S, class Body>
-void for_each_pixel(const S* row, int64_t stride, int64_t width, const Body& body) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < width; ++i)
-      body(i, row[i]);
-  } else {
-    for (int64_t i = 0; i < width; ++i)
-      body(i, row[i * stride]);
-  }
-}
-
-// Returns row `row` of sample n, counted over (d0, d1).
-template <class S>
-const S* row_of(const Masks& mask, int64_t n, int64_t row) {
-  return static_cast<const S*>(mask.mask) + n * mask.stride_n + row / mask.size[1] * mask.stride[0] +
-         row % mask.size[1] * mask.stride[1];
-}
-
 template <class S, bool kIgnore, class A>
 void add_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* fg, A* bg) {
   for_each_pixel(row, stride, width, [&](int64_t i, const S& value) {
@@ -119,7 +93,7 @@ void write_row(const double* values, int64_t count, T* out) {
 }
 void write_row(const double* values, int64_t count, uint8_t* out) {
   for (int64_t i = 0; i < count; ++i)
-    out[i] = static_cast<uint8_t>(static_cast<int64_t>(values[i]));
+    out[i] = values[i] != values[i] ? kNoWeight : static_cast<uint8_t>(static_cast<int64_t>(values[i]));
 }
 
 void write_row(const double* values, int64_t count, void* out, DType dtype, int64_t at) {
@@ -174,13 +148,20 @@ void write_cells(const Masks& mask, double ignore_index, const MaskSize& layer, 
       bg_cells[i] /= height * cells.width[i];
   } else if (kIgnore) { // (M4)
     for (int64_t i = 0; i < out; ++i) {
-      bg_cells[i] = fg_cells[i] >= 0 ? 1 - fg_cells[i] : 0;
-      fg_cells[i] = fg_cells[i] < 0 ? 0 : fg_cells[i];
+      const bool valid = fg_cells[i] != kNotValid;
+      bg_cells[i] = valid ? 1 - fg_cells[i] : 0;
+      fg_cells[i] = valid ? fg_cells[i] : 0;
     }
   }
   const int64_t at = (n * layer.size[0] * layer.size[1] + row) * out;
   write_row(fg_cells, out, layer.fg, layer.dtype, at);
   if (kIgnore) write_row(bg_cells, out, layer.bg, layer.dtype, at);
+}
+
+template <class T, class A>
+T stored(A weight) {
+  if (std::is_same<T, uint8_t>::value && weight != weight) return static_cast<T>(kNoWeight);
+  return static_cast<T>(weight);
 }
 
 // Writes the weights of a pixel of a layer of the mask's own size, where every resize copies. Ignored pixels are
@@ -195,8 +176,8 @@ void copy_pixel(const S& value, const Masks& mask, double ignore_index, T& fg, T
     constexpr bool kWide = std::is_same<S, double>::value || std::is_same<T, double>::value;
     using A = typename std::conditional<kWide, double, float>::type;
     const A y = static_cast<A>(value), valid = !kIgnore || y != static_cast<A>(ignore_index); // (M1)
-    fg = static_cast<T>(y * valid);
-    if (kIgnore) bg = static_cast<T>((1 - y) * valid);
+    fg = stored<T>(y * valid);
+    if (kIgnore) bg = stored<T>((1 - y) * valid);
   }
 }
 
@@ -231,31 +212,6 @@ void write_any_row(const Masks& mask, double ignore_index, const MaskSize& layer
 
 using WriteRow = void (*)(const Masks&, double, const MaskSize&, const RowCells&, int64_t, int64_t, Accumulators&);
 
-// Calls body with a value of the type of the mask's elements.
-template <class Body>
-void with_dtype(const Masks& mask, const Body& body) {
-  switch (mask.dtype) {
-    case DType::kInt8:
-      return body(int8_t());
-    case DType::kInt16:
-      return body(int16_t());
-    case DType::kInt32:
-      return body(int32_t());
-    case DType::kInt64:
-      return body(int64_t());
-    case DType::kFloat32:
-      return body(float());
-    case DType::kFloat64:
-      return body(double());
-    case DType::kBFloat16:
-      return body(BFloat16());
-    case DType::kFloat16:
-      return body(Float16());
-    default:
-      return body(uint8_t());
-  }
-}
-
 WriteRow row_writer(const Masks& mask) {
   WriteRow chosen = nullptr;
   with_dtype(mask, [&](auto value) {
@@ -265,9 +221,8 @@ WriteRow row_writer(const Masks& mask) {
   return chosen;
 }
 
-} // namespace
-
-void masks(const Masks& mask, int num_threads) {
+// Writes the weights of every size of a mask whose values are weights, ignored or NaN.
+void resize(const Masks& mask, int num_threads) {
   const MaskSize* sizes = mask.sizes;
   const int64_t num_sizes = mask.num_sizes;
   const bool is_integer = mask.dtype >= DType::kUInt8;
@@ -304,42 +259,20 @@ void masks(const Masks& mask, int num_threads) {
   });
 }
 
-namespace {
-
-template <class S, bool kIgnore>
-bool row_is_valid(const S* row, int64_t stride, int64_t width, double ignore_index, int64_t ignore_number) {
-  int32_t all = 1;
-  for_each_pixel(row, stride, width, [&](int64_t, const S& value) {
-    if constexpr (std::is_integral<S>::value) {
-      all &= (value == 0) | (value == 1) | (kIgnore && value == static_cast<S>(ignore_number));
-    } else {
-      using A = typename std::conditional<std::is_same<S, double>::value, double, float>::type;
-      const A y = static_cast<A>(value);
-      all &= ((y >= 0) & (y <= 1)) | (kIgnore && y == static_cast<A>(ignore_index));
-    }
-  });
-  return all != 0;
-}
-
 } // namespace
 
-bool mask_is_valid(const Masks& mask, int num_threads) {
-  const int64_t rows = mask.size[0] * mask.size[1];
-  const int64_t per_item = std::max<int64_t>(kPixelsPerItem / std::max<int64_t>(mask.size[2], 1), 1);
-  const int64_t items = (rows + per_item - 1) / per_item;
-  std::atomic<bool> valid{true};
-  with_dtype(mask, [&](auto value) {
-    using S = decltype(value);
-    parallel_for(mask.batch * items, num_threads, [&](int64_t item) {
-      const int64_t n = item / items, begin = item % items * per_item;
-      for (int64_t row = begin; row < std::min(begin + per_item, rows); ++row) {
-        const S* line = row_of<S>(mask, n, row);
-        const auto look = mask.has_ignore ? row_is_valid<S, true> : row_is_valid<S, false>;
-        if (!look(line, mask.stride[2], mask.size[2], mask.ignore_value, mask.ignore_number)) valid = false;
-      }
-    });
-  });
-  return valid;
+void masks(const Masks& mask, int num_threads) {
+  if (mask_is_valid(mask, num_threads)) return resize(mask, num_threads);
+  const std::vector<double> copy = copy_with_nan(mask);
+  Masks copied = mask;
+  copied.mask = copy.data();
+  copied.dtype = DType::kFloat64;
+  copied.ignore_value = kNotValid;
+  copied.stride[2] = 1;
+  copied.stride[1] = mask.size[2];
+  copied.stride[0] = mask.size[1] * copied.stride[1];
+  copied.stride_n = mask.size[0] * copied.stride[0];
+  resize(copied, num_threads);
 }
 
 } // namespace fdk::cpu

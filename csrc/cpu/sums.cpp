@@ -137,16 +137,19 @@ int useful_threads(const Pyramid& pyramid, int num_threads) {
 
 // Adds up the partial sums [tile][channel][2] of one layer in the order of its tiles.
 template <class T>
-void second_pass(const Pyramid& pyramid, int64_t l, const Cut& cut, const double* partial, T* sums) {
+void second_pass(const Pyramid& pyramid, int64_t l, const Cut& cut, const double* partial, const T* masses, T* sums) {
   const int64_t channels = pyramid.layers[l].channels;
   for (int64_t n = 0; n < pyramid.batch; ++n) {
     T* fg = sums + n * pyramid.total_channels + cut.first_channel;
     T* bg = fg + pyramid.batch * pyramid.total_channels;
+    // 0, or NaN where a weight is: the kernels of the sums do not look at bytes that stand for NaN.
+    const double start[2] = {0.0 * masses[n * pyramid.num_layers + l],
+                             0.0 * masses[(pyramid.batch + n) * pyramid.num_layers + l]};
     for (int64_t first = 0, block = 0; first < channels; first += cut.tile_channels, ++block) {
       const int64_t count = std::min(cut.tile_channels, channels - first);
       const double* part = partial + (n * cut.tiles * cut.blocks + block) * cut.tile_channels * 2;
       for (int64_t c = 0; c < count; ++c) {
-        double total[2] = {0, 0};
+        double total[2] = {start[0], start[1]};
         for (int64_t tile = 0; tile < cut.tiles; ++tile) {
           total[0] += part[(tile * cut.blocks * cut.tile_channels + c) * 2];
           total[1] += part[(tile * cut.blocks * cut.tile_channels + c) * 2 + 1];
@@ -188,7 +191,8 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
 
   for (int64_t l = 0; l < pyramid.num_layers; ++l) {
     with_type(pyramid.accumulate, [&](auto zero) {
-      second_pass(pyramid, l, cuts[l], partial.get() + room[l], static_cast<decltype(zero)*>(sums));
+      using T = decltype(zero);
+      second_pass(pyramid, l, cuts[l], partial.get() + room[l], static_cast<const T*>(masses), static_cast<T*>(sums));
     });
   }
   if (losses != nullptr) cpu::losses(pyramid, sums, masses, *losses);

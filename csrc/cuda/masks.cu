@@ -69,10 +69,23 @@ __device__ bool is_ignored(const Masks& args, M pixel) {
   }
 }
 
+// Whether a value is in [0, 1] to within the tolerance; the bounds are exact in float.
+template <typename M>
+__device__ bool is_weight(const Masks& args, M pixel) {
+  if constexpr (std::is_integral_v<M>) {
+    return pixel == 0 || pixel == 1;
+  } else {
+    using Wide = std::conditional_t<std::is_same_v<M, double>, double, float>;
+    const auto y = widen<Wide>(pixel);
+    const auto tolerance = static_cast<Wide>(args.tolerance);
+    return y >= -tolerance && y <= 1 + tolerance;
+  }
+}
+
 template <typename Acc, typename M>
 __device__ Weight<Acc> weight_of(const Masks& args, M pixel) {
   const bool ignored = is_ignored(args, pixel);
-  const auto y = widen<Acc>(pixel);
+  const Acc y = is_weight(args, pixel) ? widen<Acc>(pixel) : static_cast<Acc>(NAN);
   if (args.resize == MaskResize::kMax) return {ignored ? Acc(-1) : y, 0};
   return ignored ? Weight<Acc>{0, 0} : Weight<Acc>{y, 1 - y};
 }
@@ -141,7 +154,7 @@ __device__ Weight<Acc> merge_lanes(MaskResize resize, Weight<Acc> sum, int32_t l
 template <typename Acc>
 __device__ void put(const SizeWork& size, void* weights, int64_t at, Acc weight) {
   if (size.binary) {
-    static_cast<uint8_t*>(weights)[at] = static_cast<uint8_t>(weight);
+    static_cast<uint8_t*>(weights)[at] = weight != weight ? kNoWeight : static_cast<uint8_t>(weight);
   } else {
     static_cast<Acc*>(weights)[at] = weight;
   }
@@ -183,8 +196,9 @@ __global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__
     sum.fg /= count;
     sum.bg /= count;
   } else if (args.resize == MaskResize::kMax && args.has_ignore) {
-    sum.bg = sum.fg >= 0 ? 1 - sum.fg : 0;
-    if (sum.fg < 0) sum.fg = 0; // all pixels of the cell are ignored
+    const bool none = sum.fg == Acc(-1); // all pixels of the cell are ignored
+    sum.bg = none ? 0 : 1 - sum.fg;
+    if (none) sum.fg = 0;
   }
   put(size, size.fg, item, sum.fg);
   if (size.bg) put(size, size.bg, item, sum.bg);

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fdkernels import _C
+from fdkernels.checks import mask_tolerance
 from fdkernels.conventions import EXCHANGES, MASK_RESIZES, NORMS, REDUCTIONS, REGION_WEIGHTS, Options
 from fdkernels.op.pyramid import Layer, Pyramid, Sums, Weights, weight_dtype
 
@@ -216,8 +217,8 @@ def readable(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def mask_arguments(
     mask: Tensor, ignore_index: float | None
-) -> tuple[int, _C.DType, int, list[int], int, list[int], bool, float, int]:
-    """The arguments from `mask` to `ignore_number` of the stub, for a mask [N, 1, *S0]."""
+) -> tuple[int, _C.DType, int, list[int], int, list[int], bool, float, int, float]:
+    """The arguments from `mask` to `tolerance` of the stub, for a mask [N, 1, *S0]."""
     shape, stride = mask.shape, mask.stride()
     missing = 5 - len(shape)
     value, number = 0.0, 0
@@ -235,6 +236,7 @@ def mask_arguments(
         ignore_index is not None,
         value,
         number,
+        mask_tolerance(mask.dtype),
     )
 
 

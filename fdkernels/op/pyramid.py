@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NO_WEIGHT",
     "Layer",
     "Pyramid",
     "Sums",
@@ -24,6 +25,9 @@ __all__ = [
 ]
 
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Of weights in bytes: the pixel holds a value that is no weight, which is NaN in a floating-point dtype.
+NO_WEIGHT = 255
 
 
 class Layer(NamedTuple):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fdkernels.checks import mask_tolerance
 from fdkernels.conventions import Options
-from fdkernels.op.pyramid import Pyramid, Sums, Weights, weight_dtype
+from fdkernels.op.pyramid import NO_WEIGHT, Pyramid, Sums, Weights, weight_dtype
 
 __all__ = ["gradient", "losses", "losses_of", "mask_gradient", "masks", "sums", "wide"]
 
@@ -38,20 +39,20 @@ def masks(
     ignore_index: float | None,
 ) -> Weights:
     """Resize a mask [N, 1, *S0] to the weights (M3) to (M5) [N, P] of each size; differentiable."""
+    y = _weights_or_nan(mask, dtype)
     if ignore_index is None and not mask.requires_grad:
-        resized = _resize_all(_in_readable_dtype(mask, dtype), sizes, mask_resize, dtype)
+        resized = _resize_all(y, sizes, mask_resize, dtype)
         return _stored(mask, sizes, dtype, mask_resize, resized, [])
     if ignore_index is None:
-        y = mask.to(dtype)
         valid = torch.ones_like(y)
     else:
         valid = (mask != ignore_index).to(dtype)  # (M1)
-        y = torch.where(valid != 0, mask.to(dtype), 0)
+        y = torch.where(valid != 0, y, 0)
     if mask_resize == "max":
         # -1 marks an ignored pixel; it stays only where a whole cell is ignored.
         resized = _resize_all(torch.where(valid != 0, y, -1), sizes, mask_resize, dtype)
-        fg = [largest.clamp(min=0) for largest in resized]
-        bg = [torch.where(largest >= 0, 1 - largest, 0) for largest in resized]
+        fg = [torch.where(largest != -1, largest, 0) for largest in resized]
+        bg = [torch.where(largest != -1, 1 - largest, 0) for largest in resized]
     else:
         both = torch.cat([valid * y, valid * (1 - y)], dim=1)  # [N, 2, *S0]
         resized = _resize_all(both, sizes, mask_resize, dtype)
@@ -71,14 +72,28 @@ def _stored(
     full = mask.shape[2:]
     dtypes = [weight_dtype(mask.dtype, size == full, dtype, mask_resize) for size in sizes]
     return Weights(
-        [w.flatten(1).contiguous().to(stored) for w, stored in zip(fg, dtypes, strict=True)],
-        [w.flatten(1).contiguous().to(stored) for w, stored in zip(bg, dtypes, strict=False)],
+        [_in_dtype(w.flatten(1).contiguous(), stored) for w, stored in zip(fg, dtypes, strict=True)],
+        [_in_dtype(w.flatten(1).contiguous(), stored) for w, stored in zip(bg, dtypes, strict=False)],
     )
 
 
-def _in_readable_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in a dtype that kernels read: uint8 for bool and integers, else the accumulation dtype."""
-    return mask.to(dtype if mask.dtype.is_floating_point else torch.uint8, copy=True)
+def _in_dtype(w: Tensor, stored: torch.dtype) -> Tensor:
+    return torch.where(w.isnan(), NO_WEIGHT, w).to(stored) if stored == torch.uint8 else w.to(stored)
+
+
+def _weights_or_nan(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of a mask in the accumulation dtype, NaN where they are not in [0, 1]."""
+    y = mask.to(dtype)
+    if mask.dtype == torch.bool:
+        return y
+    tolerance = mask_tolerance(mask.dtype)
+    # In the mask's own dtype, where torch has comparisons in it.
+    compared = y if mask.element_size() == 1 and mask.is_floating_point() else mask
+    if mask.is_floating_point():
+        is_weight = (compared >= -tolerance) & (compared <= 1 + tolerance)
+    else:
+        is_weight = (mask == 0) | (mask == 1)
+    return torch.where(is_weight, y, float("nan"))
 
 
 def _resize_all(
@@ -204,9 +219,14 @@ def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor
 
 def _both(weights: Weights, index: int, dtype: torch.dtype) -> Tensor:
     """The two weights (R1) of one layer, [2, N, P]."""
-    w_fg = weights.fg[index].to(dtype)
-    w_bg = weights.bg[index].to(dtype) if weights.bg else 1 - w_fg
+    w_fg = _as_number(weights.fg[index], dtype)
+    w_bg = _as_number(weights.bg[index], dtype) if weights.bg else 1 - w_fg
     return torch.stack([w_fg, w_bg])
+
+
+def _as_number(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored weight [N, P]. Of bytes, which are 0 or 1, any other stands for NaN."""
+    return torch.where(w > 1, float("nan"), w.to(dtype)) if w.dtype == torch.uint8 else w.to(dtype)
 
 
 def _valid(w: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fdkernels import checks
 from fdkernels.op import reference, registered
 from fdkernels.op.pyramid import Weights
 
@@ -32,7 +33,8 @@ def weights_of(
     - `"nearest"`: the pixel that nearest-exact sampling takes
 
     A floating-point mask that requires a gradient goes through the reference, which is differentiable. Layers
-    of one size share a tensor, and kernels read a mask in a dtype of theirs at its own size as it is.
+    of one size share a tensor, and kernels read a mask in a dtype of theirs at its own size as it is, a
+    floating-point one if its values have been checked: others become NaN outside [0, 1] here.
 
     Args:
         mask: [N, 1, *S0], checked.
@@ -48,7 +50,8 @@ def weights_of(
     if mask.requires_grad:
         return reference.masks(mask, sizes, dtype, mask_resize, ignore_index)
     as_is = _readable_as_is(mask, dtype) if ignore_index is None else None
-    plan = _plan if torch.compiler.is_compiling() else _cached_plan
+    compiling = torch.compiler.is_compiling()
+    plan = _plan if compiling else _cached_plan
     missing, indices = plan(tuple(sizes), None if as_is is None else mask.shape[2:])
     fg: list[Tensor] = [] if as_is is None else [as_is]
     bg: list[Tensor] = []
@@ -56,7 +59,7 @@ def weights_of(
         made = registered.masks(mask, missing, dtype, mask_resize, ignore_index, backend)
         fg, bg = fg + list(made.fg), list(made.bg)
     weights = Weights([fg[i] for i in indices], [bg[i] for i in indices] if bg else [])
-    if torch.compiler.is_compiling():
+    if compiling:
         # torch.compile does not trace an autograd function that is given one tensor twice.
         return Weights(*([weight.view_as(weight) for weight in of_all] for of_all in weights))
     return weights
@@ -90,5 +93,7 @@ def _find(size: torch.Size, sizes: Sequence[torch.Size]) -> int:
 def _readable_as_is(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The mask itself as [N, P] where kernels can read it, else None."""
     if mask.dtype not in (torch.bool, torch.uint8, dtype) or not mask.is_contiguous():
+        return None
+    if mask.dtype == dtype and not checks.values_are_readable(mask):
         return None
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).flatten(1)

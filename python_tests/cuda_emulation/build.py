@@ -53,6 +53,7 @@ SOURCES = {
     "cpu/isa/kernels.cpp": ["-O0"],
     "cpu/sums.cpp": ["-O0"],
     "cpu/masks.cpp": ["-O0"],
+    "cpu/mask_values.cpp": ["-O0"],
     "cpu/losses.cpp": ["-O0"],
     "cpu/parallel.cpp": ["-O0"],
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 import fdkernels as fdk
 from cases import NEAREST_SIZES, Case, cases
-from cuda_emulation.build import emulate
 from fdkernels.op.kernels import kernels_of
 from fdkernels.op.pyramid import weight_dtype
 from oracles import RESIZES, resize_mask
@@ -147,29 +145,18 @@ def by_float32(full: tuple[int, ...], size: tuple[int, ...]) -> list[tuple[int, 
     return list(itertools.product(*along))
 
 
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda", "cuda on the cpu"])
-def language(request):
-    """`masks` in each language and a device for it; the CUDA sources also compiled for the host."""
-    name = request.param
-    if name == "cuda on the cpu":
-        return emulate().backend.masks, "cpu"
-    if reason := fdk.backends()[name]:
-        pytest.skip(f"backend {name!r}: {reason}")
-    on_gpu = name == "cuda" or (name == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
-    return kernels_of(name).masks, "cuda" if on_gpu else "cpu"
-
-
 @pytest.mark.parametrize(("full", "size"), NEAREST_SIZES, ids=str)
 def test_nearest_takes_the_pixel_that_integers_name(language, full, size):
-    """At sizes where positions in float32 name another pixel; here each pixel holds its number."""
-    masks, device = language
+    """At sizes where positions in float32 name another pixel; here each pixel holds its share of the way."""
+    kernels, device = language
     wanted = pixels_at_centres(full, size)
     assert wanted != by_float32(full, size), "the sizes do not tell the two formulas apart"
     strides = [math.prod(full[dim + 1 :]) for dim in range(len(full))]
     numbers = [sum(i * step for i, step in zip(pixel, strides, strict=True)) for pixel in wanted]
-    mask = torch.arange(math.prod(full), dtype=torch.float64).view(1, 1, *full)
-    made = masks(mask.to(device), [torch.Size(size)], torch.float64, "nearest", None)
-    assert made.fg[0].tolist() == [numbers]
+    pixels = math.prod(full)
+    mask = torch.arange(pixels, dtype=torch.float64).view(1, 1, *full) / pixels
+    made = kernels.masks(mask.to(device), [torch.Size(size)], torch.float64, "nearest", None)
+    assert made.fg[0].tolist() == [[number / pixels for number in numbers]]
 
 
 @pytest.mark.parametrize(("full", "size"), NEAREST_SIZES, ids=str)

@@ -47,14 +47,15 @@ inline void split_pairs(const float* values, int64_t count, float* out) {
 
 // ---------------------------------------------------------------- pixels along the vector
 
-// Selects between the two values of a channel by binary weights; `bg` is read only if the layer stores it.
+// Selects between the two values of a channel by binary weights; `bg` is read only if the layer stores it. Both values
+// are NaN where a byte stands for NaN.
 template <bool kHasBg>
 inline void choose_row(const uint8_t* fg, const uint8_t* bg, int64_t count, uint16_t in_fg, uint16_t in_bg,
                        uint16_t* out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const uint16_t w = static_cast<uint16_t>(-fg[i]);
-    const uint16_t u = kHasBg ? static_cast<uint16_t>(-bg[i]) : static_cast<uint16_t>(~w);
+    const uint16_t w = fg[i] ? 0xFFFFu : 0u;
+    const uint16_t u = kHasBg ? (bg[i] ? 0xFFFFu : 0u) : static_cast<uint16_t>(~w);
     out[i] = static_cast<uint16_t>((w & in_fg) | (u & in_bg));
   }
 }

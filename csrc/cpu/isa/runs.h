@@ -40,6 +40,15 @@ inline void convert(const S* source, int64_t stride, int64_t count, T* out) {
   }
 }
 
+// Of the bytes of a binary mask, which are 0 or 1, any other stands for NaN.
+template <class T>
+inline void convert_bytes(const uint8_t* source, int64_t count, T* out) {
+  const T nan = static_cast<T>(bfloat16_to_float(0x7FC0));
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = source[i] > 1 ? nan : static_cast<T>(source[i]);
+}
+
 // Prefetches the run after this one, of the same length.
 inline void prefetch_after(const void* address, int64_t bytes) {
   const char* end = static_cast<const char*>(address) + bytes;
@@ -61,7 +70,7 @@ inline const T* load(const void* address, DType dtype, int64_t stride, int64_t c
       convert(static_cast<const double*>(address), stride, count, buffer);
       break;
     case DType::kUInt8:
-      convert(static_cast<const uint8_t*>(address), stride, count, buffer);
+      convert_bytes(static_cast<const uint8_t*>(address), count, buffer); // weights, which are contiguous
       break;
     case DType::kBFloat16:
       convert(static_cast<const BFloat16*>(address), stride, count, buffer);

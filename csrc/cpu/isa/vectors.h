@@ -49,7 +49,8 @@ inline Vector<T> load_vector(const T* source) {
   return value;
 }
 
-// Loads a vector of weights as T, from T or from the uint8 of a binary mask.
+// Loads a vector of weights as T, from T or from the uint8 of a binary mask. A byte beyond 1, which stands for NaN,
+// stays a number here: the second pass of the sums sees it in the mass and makes every sum of its sample NaN.
 inline Vector<float> load_weights(const float* source, float) { return load_vector(source); }
 inline Vector<double> load_weights(const double* source, double) { return load_vector(source); }
 template <class T>

@@ -77,14 +77,23 @@ __device__ void with_pack(const LayerWork& layer, Body body) {
   }
 }
 
+// A stored weight as a number. Of bytes, which are 0 or 1, any other stands for NaN.
+template <typename Acc, typename M>
+__device__ Acc as_weight(M stored) {
+  if constexpr (std::is_same_v<M, uint8_t>) {
+    if (stored > 1) return static_cast<Acc>(NAN);
+  }
+  return static_cast<Acc>(stored);
+}
+
 // Loads the weights of one pixel. Where the background is stored, both are 0 exactly for ignored pixels.
 template <typename Acc>
 __device__ Weights<Acc> weights_at(const LayerWork& layer, int64_t pixel) {
   Weights<Acc> weights;
   with_mask_type(layer.mask_dtype, [&](auto element) {
     using M = decltype(element);
-    weights.fg = static_cast<Acc>(static_cast<const M*>(layer.fg)[pixel]);
-    weights.bg = layer.bg ? static_cast<Acc>(static_cast<const M*>(layer.bg)[pixel]) : 1 - weights.fg;
+    weights.fg = as_weight<Acc>(static_cast<const M*>(layer.fg)[pixel]);
+    weights.bg = layer.bg ? as_weight<Acc>(static_cast<const M*>(layer.bg)[pixel]) : 1 - weights.fg;
   });
   return weights;
 }

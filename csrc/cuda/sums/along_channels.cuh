@@ -15,8 +15,8 @@ __device__ void stage_weights(const LayerWork& layer, int64_t first, int count, 
     const M* bg = static_cast<const M*>(layer.bg) + (layer.bg ? first : 0);
 #pragma unroll 4
     for (int i = threadIdx.x; i < count; i += kThreads) {
-      const Acc weight = static_cast<Acc>(fg[i]);
-      weights[i] = {weight, layer.bg ? static_cast<Acc>(bg[i]) : 1 - weight};
+      const Acc weight = as_weight<Acc>(fg[i]);
+      weights[i] = {weight, layer.bg ? as_weight<Acc>(bg[i]) : 1 - weight};
     }
   });
   __syncthreads();

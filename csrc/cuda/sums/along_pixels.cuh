@@ -44,7 +44,7 @@ struct PixelRun {
       }
 #pragma unroll
       for (int i = 0; i < kLoads * kCount; ++i)
-        weights[i] = packs[i / kCount].template get<Acc>(i % kCount);
+        weights[i] = as_weight<Acc>(packs[i / kCount].template get<M>(i % kCount));
     });
   }
 };

@@ -59,19 +59,25 @@ def weight_offset(n, P, is_byte, MASK: tl.constexpr, BYTES: tl.constexpr):
 
 
 @triton.jit
+def _of_bytes(stored, DTYPE: tl.constexpr):
+    """Weights stored as bytes: 0, 1, or any other for NaN."""
+    return tl.where(stored > 1, float("nan"), stored.to(DTYPE))
+
+
+@triton.jit
 def _load_weight(
     address, pixel, inside, is_byte, DTYPE: tl.constexpr,
     MASK: tl.constexpr, BYTES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Load a weight [BLOCK_P] from uint8 or a wider dtype; where both occur, one of two loads is masked."""
     if BYTES == "all":
-        weight = tl.load(as_pointer(address, tl.uint8, ALIGN) + pixel, mask=inside, other=0).to(DTYPE)
+        weight = _of_bytes(tl.load(as_pointer(address, tl.uint8, ALIGN) + pixel, mask=inside, other=0), DTYPE)
     elif BYTES == "none":
         weight = tl.load(as_pointer(address, MASK, ALIGN) + pixel, mask=inside, other=0).to(DTYPE)
     else:
         narrow = tl.load(as_pointer(address, tl.uint8, ALIGN) + pixel, mask=inside & is_byte, other=0)
         wide = tl.load(as_pointer(address, MASK, ALIGN) + pixel, mask=inside & (not is_byte), other=0)
-        weight = tl.where(is_byte, narrow.to(DTYPE), wide.to(DTYPE))
+        weight = tl.where(is_byte, _of_bytes(narrow, DTYPE), wide.to(DTYPE))
     return weight
 
 

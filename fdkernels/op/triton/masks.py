@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdkernels.op.pyramid import Weights, weight_dtype
+from fdkernels.checks import mask_tolerance
+from fdkernels.op.pyramid import NO_WEIGHT, Weights, weight_dtype
 from fdkernels.op.triton.launch import (
     DTYPES,
     all_some_none,
@@ -40,6 +41,7 @@ _MAX_ROW = 32
 _WARPS = 8
 # From here on products of sizes and offsets in a sample need 64 bits.
 _WIDE = 2**30
+_NO_WEIGHT = tl.constexpr(NO_WEIGHT)
 
 
 @triton.jit
@@ -63,7 +65,8 @@ def _ratio(a, b):
 @triton.jit
 def _store_weight(address, offsets, inside, weight, is_byte, DTYPE: tl.constexpr, BYTES: tl.constexpr):
     if BYTES != "none":
-        tl.store(as_pointer(address, tl.uint8, 1) + offsets, weight.to(tl.uint8), mask=inside & is_byte)
+        byte = tl.where(weight != weight, _NO_WEIGHT, weight).to(tl.uint8)
+        tl.store(as_pointer(address, tl.uint8, 1) + offsets, byte, mask=inside & is_byte)
     if BYTES != "all":
         tl.store(as_pointer(address, DTYPE, 1) + offsets, weight, mask=inside & (not is_byte))
 
@@ -72,8 +75,8 @@ def _store_weight(address, offsets, inside, weight, is_byte, DTYPE: tl.constexpr
 def _make_cells(  # noqa: PLR0912
     mask_ptr, program, fg, bg, sizes, rows, is_byte,
     full_0, full_1, full_2, stride_n, stride_0, stride_1, stride_2,
-    DTYPE: tl.constexpr, MODE: tl.constexpr, IGNORE: tl.constexpr, BYTES: tl.constexpr, WIDE: tl.constexpr,
-    ROW: tl.constexpr, CELLS: tl.constexpr,
+    DTYPE: tl.constexpr, MODE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, ROW: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     size_0 = sizes[0].to(index)
@@ -117,7 +120,12 @@ def _make_cells(  # noqa: PLR0912
                         valid = in_cell & (value.to(tl.float32) != IGNORE)
                 else:
                     valid = in_cell
-                weight = value.to(DTYPE)
+                if value.dtype.is_floating():
+                    compared = value if value.dtype == tl.float64 else value.to(tl.float32)
+                    is_weight = (compared >= -TOLERANCE) & (compared <= 1 + TOLERANCE)
+                else:
+                    is_weight = (value == 0) | (value == 1)
+                weight = tl.where(is_weight, value.to(DTYPE), float("nan"))
                 if MODE == "max":
                     # A NaN is the largest number, as in torch.
                     larger = (weight > best) | (weight != weight)
@@ -132,9 +140,10 @@ def _make_cells(  # noqa: PLR0912
         w_fg = tl.max(tl.where(best != best, 0, best), axis=1)  # [CELLS]
         w_bg = w_fg
         if HAS_BG:
-            w_bg = tl.where((w_fg < 0) | has_nan, 0, 1 - w_fg)
-            w_fg = tl.maximum(w_fg, 0)
+            w_bg = tl.where(w_fg == LOWEST, 0, 1 - w_fg)
+            w_fg = tl.where(w_fg == LOWEST, 0, w_fg)
         w_fg = tl.where(has_nan, float("nan"), w_fg)
+        w_bg = tl.where(has_nan, float("nan"), w_bg)
     else:
         pixels = ((z_end - z_first) * (y_end - y_first) * (x_end - x_first)).to(DTYPE)
         w_fg = _ratio(tl.sum(sum_fg, axis=1), pixels)
@@ -148,8 +157,8 @@ def _make_cells(  # noqa: PLR0912
 def masks_kernel(
     mask_ptr, starts, tables, all_sizes, all_rows,
     full_0, full_1, full_2, stride_n, stride_0, stride_1, stride_2,
-    DTYPE: tl.constexpr, MODE: tl.constexpr, IGNORE: tl.constexpr, BYTES: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_SHAPES: tl.constexpr, LANES: tl.constexpr,
+    DTYPE: tl.constexpr, MODE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, BLOCK_SHAPES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     layer = layer_of(starts, program)
@@ -161,7 +170,7 @@ def masks_kernel(
             _make_cells(
                 mask_ptr, program - start.to(tl.int32), fg, bg, sizes, rows, is_byte != 0,
                 full_0, full_1, full_2, stride_n, stride_0, stride_1, stride_2,
-                DTYPE, MODE, IGNORE, BYTES, WIDE, BLOCK_SHAPES[i], LANES // BLOCK_SHAPES[i],
+                DTYPE, MODE, IGNORE, TOLERANCE, BYTES, WIDE, BLOCK_SHAPES[i], LANES // BLOCK_SHAPES[i],
             )  # fmt: skip
 
 
@@ -212,8 +221,8 @@ def masks(
             *(tuple(per_layer_table(of[i][dim] for i in layers) for dim in range(3))
                 for of in (all_sizes, all_rows)),
             *all_full, mask.stride(0), *[0] * missing, *mask.stride()[2:],
-            DTYPE=DTYPES[dtype], MODE=mask_resize, IGNORE=ignore, BYTES=all_some_none(columns[4]), WIDE=wide,
-            BLOCK_SHAPES=tuple(block_shapes), LANES=_LANES,
+            DTYPE=DTYPES[dtype], MODE=mask_resize, IGNORE=ignore, TOLERANCE=mask_tolerance(mask.dtype),
+            BYTES=all_some_none(columns[4]), WIDE=wide, BLOCK_SHAPES=tuple(block_shapes), LANES=_LANES,
             num_warps=_WARPS,
         )  # fmt: skip
     return Weights(fg, bg)
