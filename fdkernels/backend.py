@@ -15,6 +15,8 @@ from fdkernels.transforms import in_transform
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 _OLDEST_TRITON = (3, 4)
+# Older interpreters make a number of an array with one element at every loop, which numpy refuses from then on.
+_INTERPRETS_WITH_NEW_NUMPY, _NEW_NUMPY = (3, 7), (2, 4)
 
 # Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context
 # variable would not reach, and torch.compile guards on a global.
@@ -171,14 +173,25 @@ def _probe_triton() -> str | None:
         triton = importlib.import_module("triton")
     except ImportError as error:
         return f"Triton could not be imported ({error})"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+    found = _release(triton.__version__)
+    if found < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         return f"the kernels take tuples of layers, which need Triton {oldest}; this is {triton.__version__}"
+    numpy = importlib.import_module("numpy")
+    if _interpreting() and found < _INTERPRETS_WITH_NEW_NUMPY and _release(numpy.__version__) >= _NEW_NUMPY:
+        return (
+            f"Triton {triton.__version__} interprets no loops under numpy {numpy.__version__}; install Triton "
+            f"{'.'.join(map(str, _INTERPRETS_WITH_NEW_NUMPY))} or numpy<{'.'.join(map(str, _NEW_NUMPY))}"
+        )
     if _interpreting() or torch.cuda.is_available():
         return None
     return (
         "torch finds no CUDA device; with TRITON_INTERPRET=1 in the environment the kernels are interpreted"
     )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def _probe_cuda() -> str | None:

@@ -96,8 +96,8 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     Raises:
         TypeError: `features` is neither a tensor nor a list or tuple of tensors, or a layer is not
             dense float32, float64, bfloat16 or float16.
-        ValueError: there is no layer, a layer does not have 1 to 3 spatial dimensions, or the layers
-            differ in rank, batch size or device.
+        ValueError: there is no layer, a layer does not have 1 to 3 spatial dimensions, a channel and a pixel,
+            or the layers differ in rank, batch size or device.
     """
     if isinstance(features, Tensor):
         layers = [features]
@@ -142,6 +142,10 @@ def _check_layer(name: str, layer: object) -> None:
     if not 3 <= layer.dim() <= 5:
         raise ValueError(
             f"{name} must have shape [N, C, *S] with 1 to 3 spatial dimensions, got {list(layer.shape)}"
+        )
+    if 0 in layer.shape[1:]:  # a batch without samples has a loss of 0
+        raise ValueError(
+            f"{name} must have at least one channel and one pixel, got shape {list(layer.shape)}"
         )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -73,6 +76,23 @@ def test_a_triton_without_tuples_is_refused_by_its_version(monkeypatch):
     assert backend_module._PROBES["triton"]() is None
 
 
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "available"),
+    [("3.4.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0", "2.10.1", False), ("3.7.1", "2.4.6", True)],
+)
+def test_an_interpreter_that_the_numpy_here_ends_is_refused_by_their_versions(
+    monkeypatch, triton_version, numpy_version, available
+):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton_version))
+    monkeypatch.setattr(numpy, "__version__", numpy_version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reason = backend_module._PROBES["triton"]()
+    wanted = f"Triton {triton_version} interprets no loops under numpy {numpy_version}; install Triton 3.7 or numpy<2.4"
+    assert reason == (None if available else wanted)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # compiled kernels do without numpy
+    assert "numpy" not in (backend_module._PROBES["triton"]() or "")
+
+
 def test_auto_never_takes_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert auto_backend("cpu") != "triton"
@@ -127,7 +147,7 @@ def test_backward_of_a_call_uses_the_backend_of_its_forward(backend, device):
     features = torch.randn(2, 3, 4, device=device, requires_grad=True)
     with recorded_calls(backend) as calls:  # in which no other backend can be called
         with fdk.use_backend(backend):
-            loss = fdk.feature_discrepancy_loss(features, torch.rand(2, 4, device=device))
+            loss = fdk.feature_discrepancy_loss(features, torch.rand(2, 4, device=device) > 0.5)
         loss.backward()
     assert calls.names == ["sums", "gradient"]  # the mask has the size of the layer
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fdkernels as fdk
 from cases import Case, cases
 from fdkernels.op.pyramid import accumulate_dtype
 from fdkernels.op.weights import weights_of
@@ -34,7 +35,7 @@ def test_the_weights_of_every_layer_are_those_of_its_size(backend, device, for_a
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.float32], ids=lambda d: str(d)[6:])
 def test_a_mask_that_kernels_read_is_not_copied_at_its_own_size(backend, device, mask_dtype):
     mask = torch.ones(2, 1, 4, 4, dtype=mask_dtype, device=device)
-    with recorded_calls(backend) as calls:
+    with fdk.debug(), recorded_calls(backend) as calls:  # so that values are checked on every device
         weights = weights_of(mask, [torch.Size((4, 4))] * 2, torch.float32, "area", None, backend)
     assert calls.names == []
     assert {weight.data_ptr() for weight in weights.fg} == {mask.data_ptr()}

@@ -7,7 +7,15 @@ import triton.language as tl
 
 from fdkernels.op.triton.launch import as_pointer
 
-__all__ = ["load_weights", "pixel_offsets", "sizes_of", "strides_of", "tile_of", "weight_offset"]
+__all__ = [
+    "load_weights",
+    "pixel_offsets",
+    "sizes_of",
+    "strides_of",
+    "tile_of",
+    "weight_offset",
+    "where_scalar",
+]
 
 
 @triton.jit
@@ -51,6 +59,12 @@ def sizes_of(strides, index: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constex
 
 
 @triton.jit
+def where_scalar(mask, condition):
+    """The mask of a block where a scalar condition holds, else False; the interpreter makes integers of it."""
+    return (mask & condition) != 0
+
+
+@triton.jit
 def weight_offset(n, P, is_byte, MASK: tl.constexpr, BYTES: tl.constexpr):
     """The offset of the weights of sample n, in bytes."""
     SIZE: tl.constexpr = 1 if BYTES == "all" else MASK.primitive_bitwidth // 8
@@ -75,8 +89,9 @@ def _load_weight(
     elif BYTES == "none":
         weight = tl.load(as_pointer(address, MASK, ALIGN) + pixel, mask=inside, other=0).to(DTYPE)
     else:
-        narrow = tl.load(as_pointer(address, tl.uint8, ALIGN) + pixel, mask=inside & is_byte, other=0)
-        wide = tl.load(as_pointer(address, MASK, ALIGN) + pixel, mask=inside & (not is_byte), other=0)
+        of_bytes, of_others = where_scalar(inside, is_byte), where_scalar(inside, not is_byte)
+        narrow = tl.load(as_pointer(address, tl.uint8, ALIGN) + pixel, mask=of_bytes, other=0)
+        wide = tl.load(as_pointer(address, MASK, ALIGN) + pixel, mask=of_others, other=0)
         weight = tl.where(is_byte, _of_bytes(narrow, DTYPE), wide.to(DTYPE))
     return weight
 

@@ -22,6 +22,7 @@ from fdkernels.op.triton.access import (
     strides_of,
     tile_of,
     weight_offset,
+    where_scalar,
 )
 from fdkernels.op.triton.launch import (
     access_of_layers,
@@ -89,7 +90,7 @@ def _write_tile(
             offsets = pixel_offsets(pixel, size_1, size_2, u_0, u_1, u_p, DIMS)
             grad += tl.load(
                 upstream_ptr + (upstream_channel_offsets[:, None] + offsets[None, :]),
-                mask=in_block & has_upstream,
+                mask=where_scalar(in_block, has_upstream),
                 other=0,
             ).to(dtype)
         if tl.bfloat16 == DTYPE:

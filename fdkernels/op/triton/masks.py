@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fdkernels.checks import mask_tolerance
 from fdkernels.op.pyramid import NO_WEIGHT, Weights, weight_dtype
+from fdkernels.op.triton.access import where_scalar
 from fdkernels.op.triton.launch import (
     DTYPES,
     all_some_none,
@@ -66,9 +67,9 @@ def _ratio(a, b):
 def _store_weight(address, offsets, inside, weight, is_byte, DTYPE: tl.constexpr, BYTES: tl.constexpr):
     if BYTES != "none":
         byte = tl.where(weight != weight, _NO_WEIGHT, weight).to(tl.uint8)
-        tl.store(as_pointer(address, tl.uint8, 1) + offsets, byte, mask=inside & is_byte)
+        tl.store(as_pointer(address, tl.uint8, 1) + offsets, byte, mask=where_scalar(inside, is_byte))
     if BYTES != "all":
-        tl.store(as_pointer(address, DTYPE, 1) + offsets, weight, mask=inside & (not is_byte))
+        tl.store(as_pointer(address, DTYPE, 1) + offsets, weight, mask=where_scalar(inside, not is_byte))
 
 
 @triton.jit
