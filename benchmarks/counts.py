@@ -295,7 +295,8 @@ def byte_counts(case: Case) -> list[Pass]:
     """The bytes of a call, from its shapes: every tensor once for each pass that reads or writes it.
 
     The mask is read once, at the size of the image, and every size below it is made from it; kernels read a
-    weight of the mask's own size as it is. Pixels to ignore need a second weight of each size.
+    weight of the mask's own size as it is (a float one where its values were checked, as here on a CPU).
+    Pixels to ignore need a second weight of each size.
     """
     accumulate = 8 if case.dtype == torch.float64 else 4
     batch = case.layers[0][0]

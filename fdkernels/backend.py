@@ -15,7 +15,7 @@ from fdkernels.transforms import in_transform
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 _OLDEST_TRITON = (3, 4)
-# Older interpreters make a number of an array with one element at every loop, which numpy refuses from then on.
+# Older interpreters make a number of an array of one element at every loop, which newer numpy refuses.
 _INTERPRETS_WITH_NEW_NUMPY, _NEW_NUMPY = (3, 7), (2, 4)
 
 # Process-wide, like the flags of torch.backends: backward runs in threads of its own, which a context
@@ -179,9 +179,10 @@ def _probe_triton() -> str | None:
         return f"the kernels take tuples of layers, which need Triton {oldest}; this is {triton.__version__}"
     numpy = importlib.import_module("numpy")
     if _interpreting() and found < _INTERPRETS_WITH_NEW_NUMPY and _release(numpy.__version__) >= _NEW_NUMPY:
+        newer, older = (".".join(map(str, v)) for v in (_INTERPRETS_WITH_NEW_NUMPY, _NEW_NUMPY))
         return (
-            f"Triton {triton.__version__} interprets no loops under numpy {numpy.__version__}; install Triton "
-            f"{'.'.join(map(str, _INTERPRETS_WITH_NEW_NUMPY))} or numpy<{'.'.join(map(str, _NEW_NUMPY))}"
+            f"Triton {triton.__version__} interprets no loops under numpy {numpy.__version__}; "
+            f"install Triton {newer} or numpy<{older}"
         )
     if _interpreting() or torch.cuda.is_available():
         return None

@@ -78,7 +78,12 @@ def test_a_triton_without_tuples_is_refused_by_its_version(monkeypatch):
 
 @pytest.mark.parametrize(
     ("triton_version", "numpy_version", "available"),
-    [("3.4.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0", "2.10.1", False), ("3.7.1", "2.4.6", True)],
+    [
+        ("3.4.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0", "2.10.1", False),
+        ("3.7.1", "2.4.6", True),
+    ],
 )
 def test_an_interpreter_that_the_numpy_here_ends_is_refused_by_their_versions(
     monkeypatch, triton_version, numpy_version, available
@@ -87,8 +92,8 @@ def test_an_interpreter_that_the_numpy_here_ends_is_refused_by_their_versions(
     monkeypatch.setattr(numpy, "__version__", numpy_version)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     reason = backend_module._PROBES["triton"]()
-    wanted = f"Triton {triton_version} interprets no loops under numpy {numpy_version}; install Triton 3.7 or numpy<2.4"
-    assert reason == (None if available else wanted)
+    wanted = f"Triton {triton_version} interprets no loops under numpy {numpy_version}"
+    assert reason == (None if available else f"{wanted}; install Triton 3.7 or numpy<2.4")
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # compiled kernels do without numpy
     assert "numpy" not in (backend_module._PROBES["triton"]() or "")
 

@@ -208,6 +208,28 @@ def test_evaluation(compiled, how, ignore_index, num_layers):
     torch.testing.assert_close(got, entries(mask, *features))
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.uint8, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_loss_of_a_wrong_mask_is_nan_where_a_graph_checks_no_values(compiled, backend, mask_dtype):
+    if reason := fdk.backends()[backend]:
+        pytest.skip(reason)
+
+    def loss(features: list[Tensor], mask: Tensor) -> Tensor:
+        return fdk.feature_discrepancy_loss(features, mask, backend=backend)
+
+    binary = (torch.arange(3 * 64).view(3, 8, 8) % 7 < 3).to(mask_dtype)
+    void, classes = binary.clone(), binary.clone()
+    void[1, 2, 5:7], classes[2, 4, 4] = 255, 2
+    fast = compiled(loss)
+    wanted = fast(layers(), binary)
+    assert wanted.isfinite()
+    for wrong in (binary * 255, void, classes):
+        for features in (layers(), layers()[:1], layers()[1:]):
+            made = fast(features, wrong)
+            assert made.isnan()
+            assert all(grad.isnan().any() for grad in torch.autograd.grad(made, features))
+
+
 def test_sizes_may_change_from_call_to_call(compiled):
     def loss(features: Tensor, mask: Tensor) -> Tensor:
         return fdk.feature_discrepancy_loss(features, mask, reduction="sum")

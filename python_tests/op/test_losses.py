@@ -11,7 +11,7 @@ from torch import Tensor
 
 import oracles
 from cases import SumsCase, sums_cases
-from fdkernels.conventions import Options
+from fdkernels.conventions import Options, get_convention
 from fdkernels.op.kernels import kernels_of
 from fdkernels.op.pyramid import describe
 from oracles import Formula
@@ -327,3 +327,22 @@ def test_the_same_bits_twice(backend, device, exchange):
     )
     for first, second in zip(run(case, backend, device), run(case, backend, device), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("convention", "loss", "slope_fg", "slope_bg"),
+    # Φ = 2 and Β = 4, so x = -2 and z = 6: D = 4 and 4/36.
+    [("definition4", -math.log(4), 1, -1), ("lemma7", math.log(3), 2 / 3, -1 / 3)],
+)
+def test_channels_that_cancel_are_added_in_float64_by_hand(language, convention, loss, slope_fg, slope_bg):
+    """In float32 the ones beside 2^26 would be lost."""
+    kernels, device = language
+    fg, bg = [2.0**26, 1, -(2.0**26), 1], [1, -(2.0**26), 2.0**26, 3]
+    sums = torch.tensor([[fg], [bg]], device=device)
+    masses = torch.ones(2, 1, 1, device=device)
+    options = get_convention(convention).options("none", "mean", 1e-12)
+    pyramid = describe([torch.empty(1, 4, 2, device=device)])
+    losses, slopes = kernels.losses(sums, masses, pyramid, options, None)
+    assert losses.tolist() == [pytest.approx(loss, rel=1e-6)]
+    assert slopes[0].tolist() == [[pytest.approx(slope_fg, rel=1e-6)] * 4]
+    assert slopes[1].tolist() == [[pytest.approx(slope_bg, rel=1e-6)] * 4]

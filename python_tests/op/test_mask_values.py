@@ -113,7 +113,8 @@ def test_bytes_beyond_1_are_nan_in_everything_of_their_sample(language, dtype, l
         out = kernels.sums([features], weights, pyramid, options, None, True)
         (grad,) = kernels.gradient(out.slopes, None, weights, [], pyramid)
         assert out.losses.isnan().all()
-        for numbers in (out.sums.transpose(0, 1), out.masses.transpose(0, 1), out.slopes.transpose(0, 1), grad):
+        by_sample = [numbers.transpose(0, 1) for numbers in (out.sums, out.masses, out.slopes)]
+        for numbers in (*by_sample, grad):
             assert numbers[0].isnan().all()
             assert numbers[1].isfinite().all()
 

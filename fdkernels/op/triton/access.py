@@ -60,8 +60,8 @@ def sizes_of(strides, index: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constex
 
 @triton.jit
 def where_scalar(mask, condition):
-    """The mask of a block where a scalar condition holds, else False; the interpreter makes integers of it."""
-    return (mask & condition) != 0
+    """The mask of a block where a scalar condition holds, else False."""
+    return (mask & condition) != 0  # the interpreter has integers on the left
 
 
 @triton.jit
