@@ -298,7 +298,7 @@ def train_steps(config: Any, steps: int) -> list[float]:
     from fdkernels.segmentation.console import quiet_lightning
     from fdkernels.segmentation.module import SegmentationModule
     from fdkernels.segmentation.profiling import StepClock
-    from fdkernels.segmentation.train import make_trainer
+    from fdkernels.segmentation.trainer import make_trainer
 
     torch.manual_seed(0)
     module = SegmentationModule.from_config(config)
@@ -309,7 +309,7 @@ def train_steps(config: Any, steps: int) -> list[float]:
     batches = [{"image": images / 2, "mask": mask}] * (WARM_UP + steps)
     clock = StepClock()
     with quiet_lightning():
-        trainer = make_trainer(config, [clock], max_epochs=1, logger=False)
+        trainer = make_trainer(config, [clock], max_epochs=1)
         loaders = [torch.utils.data.DataLoader(part, batch_size=None) for part in (batches, batches[:1])]
         trainer.fit(module, *loaders)
     return clock.fits[-1][WARM_UP:]

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fdkernels.commands.options import options_named
+
 
 class Phases(str, Enum):
     """Values of --phase."""
@@ -32,6 +34,7 @@ class Part(str, Enum):
     test = "test"
 
 
+@options_named()
 def evaluate(
     context: typer.Context,
     run: Annotated[
@@ -106,13 +109,12 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
 ) -> None:
     """Score a run's best models image by image: worst-off, best-off and all, and L_fd by layer."""
-    from rich.console import Console
-
-    from fdkernels.segmentation.config import one_of
     from fdkernels.segmentation.console import scores_table
     from fdkernels.segmentation.data import ReadingRules
     from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate_weights
     from fdkernels.segmentation.evaluation import evaluate as evaluate_run
+    from fdkernels.segmentation.fields import one_of
+    from fdkernels.segmentation.terminal import terminal
 
     _check_options(context, run, weights)
     if output is None and run is not None:
@@ -151,12 +153,12 @@ def evaluate(
             rules=ReadingRules(mask_values, image_bits),
             options=options,
         )
-    console = Console()
+    console = terminal()
     for problem in found.summary.get("skipped", []):
-        console.print(f"Skipped: {problem}", highlight=False, markup=False)
+        console.print(f"Skipped: {problem}", soft_wrap=True)
     for name in found.summary["phases"]:
         console.print(scores_table(found.summary, name))
-    console.print(f"samples.csv and summary.json are in {output}.", highlight=False, markup=False)
+    console.print(f"samples.csv and summary.json are in {output}.", soft_wrap=True)
 
 
 _OF_RUNS = ("phase", "part", "against")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
 
+from fdkernels.commands.options import options_named
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.presets import preset_fields
-from fdkernels.segmentation.runfiles import is_first_process, read_json
+from fdkernels.segmentation.runfiles import is_first_process
+from fdkernels.segmentation.saved_runs import read_config
+from fdkernels.segmentation.signals import ending_on_signals
+from fdkernels.segmentation.terminal import terminal
 
 # Fields that may differ from the run that is resumed: paths, and what only changes the time.
 _FREE_ON_RESUME = ("data", "novel_data", "output", "workers", "accelerator", "tensorboard")
@@ -37,10 +41,29 @@ def train(
     **options: Any,
 ) -> None:
     """Train in the paper's two phases and test the best model of each."""
-    # Here, as Lightning takes seconds to import.
+    output = Path(options["output"])
+    console = terminal(quiet=not is_first_process())
+    try:
+        with ending_on_signals(), options_named():
+            config, metrics = _train(context, preset, resume, options)
+    except (SystemExit, KeyboardInterrupt):  # of a signal, and Lightning's way and Python's to end on Ctrl-C
+        if (output / "config.json").exists():
+            hint = f"Continue with: fdkernels train --output {shlex.quote(str(output))} --resume"
+        else:
+            hint = "The training had not begun; start it again with the same command."
+        console.print(f"Interrupted. {hint}", soft_wrap=True)
+        raise
+    # Here, as torch and Lightning take seconds to import.
     from fdkernels.segmentation.console import results_table
-    from fdkernels.segmentation.train import train as train_and_test
 
+    console.print(results_table(metrics, config.fd_loss))
+    console.print(f"Weights, logs and results are in {output}.", soft_wrap=True)
+
+
+def _train(
+    context: typer.Context, preset: str | None, resume: bool, options: Mapping[str, Any]
+) -> tuple[TrainingConfig, dict[str, Any]]:
+    """Make the configuration from the options, train, and return both."""
     fields = {name: _as_field(name, value) for name, value in options.items()}
     given = {name: value for name, value in fields.items() if _was_given(context, name)}
     if preset is not None:
@@ -51,14 +74,9 @@ def train(
         raise ValueError("--data must name the folder of the data set, got nothing")
     else:
         config = TrainingConfig(**{**fields, **given})
-    console = Console(quiet=not is_first_process())
-    try:
-        metrics = train_and_test(config, resume=resume)
-    except (SystemExit, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C, and Python's
-        console.print(f"Interrupted. Continue with: fdkernels train --output {config.output} --resume")
-        raise
-    console.print(results_table(metrics, config.fd_loss))
-    console.print(f"Weights, logs and results are in {config.output}.")
+    from fdkernels.segmentation.train import train as train_and_test
+
+    return config, train_and_test(config, resume=resume)
 
 
 def _with_fields(written: inspect.Signature) -> inspect.Signature:
@@ -116,7 +134,7 @@ def _resumed(output: Path, given: Mapping[str, Any]) -> TrainingConfig:
     """
     if not (output / "config.json").exists():
         raise ValueError(f"output {output} holds no run to resume: there is no config.json")
-    saved = TrainingConfig.from_json(read_json(output / "config.json"))
+    saved = read_config(output / "config.json")
     for name, value in given.items():
         before = getattr(saved, name)
         if name not in _FREE_ON_RESUME and value != before:

@@ -16,6 +16,37 @@ from fdkernels.segmentation.runfiles import replacing
 
 # A checkpoint of the largest network takes about a second to write.
 SECONDS_BETWEEN = 60.0
+# Lightning and torch list all that does not fit, over many lines.
+_LONGEST_REASON = 200
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without executing anything.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not what a run writes.
+    """
+    try:
+        loaded = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+    except Exception as error:
+        # Without torch's own words: it advises weights_only=False, which executes what the file holds.
+        raise foreign_checkpoint(path, type(error).__name__) from error
+    if isinstance(loaded, dict):
+        return loaded
+    raise foreign_checkpoint(path, type(loaded).__name__)
+
+
+def foreign_checkpoint(path: str | os.PathLike[str], reason: Exception | str) -> ValueError:
+    """Make the error about a checkpoint that is not as a run writes it."""
+    if isinstance(reason, Exception):
+        words = " ".join(str(reason).split())
+        reason = f"{type(reason).__name__}: {words[:_LONGEST_REASON]}"
+    return ValueError(
+        f"checkpoint {path} is damaged, or fdkernels did not write it ({reason}); nothing in it was "
+        "executed. Put back the file that the run wrote, or remove it to train that phase from its beginning"
+    )
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -34,8 +65,7 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        return loaded
+        return read_checkpoint(path, map_location)
 
 
 class SaveBestAndLast(ModelCheckpoint):
@@ -104,4 +134,4 @@ class SaveBestAndLast(ModelCheckpoint):
             self._saved_at = time.monotonic()
 
 
-__all__ = ["SaveBestAndLast", "WholeFiles"]
+__all__ = ["SaveBestAndLast", "WholeFiles", "foreign_checkpoint", "read_checkpoint"]

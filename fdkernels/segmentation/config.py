@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,10 @@ from fdkernels import models
 from fdkernels.alpha import ALPHA_RULES
 from fdkernels.backend import BACKENDS
 from fdkernels.conventions import CONVENTIONS, EXCHANGES
-from fdkernels.segmentation.data import DATASETS, ReadingRules
+from fdkernels.models.blocks import SIZE_DIVISOR
+from fdkernels.segmentation.data import DATASETS, ReadingRules, cores
 from fdkernels.segmentation.data.foreground import parse_mask_values
+from fdkernels.segmentation.fields import FieldError, check_fields, one_of, option
 
 PHASES = ("warm", "active")
 FOLDS = 5
@@ -22,21 +23,43 @@ ON_PROBLEM = ("refuse", "skip")
 _RECORDED = frozenset({"versions"})
 
 
-def one_of(names: Iterable[str]) -> str:
-    """List names in a sentence: "a, b or c"."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
+# Absurd numbers are refused before anything starts, as some would bring the machine to a halt; the bounds
+# are far beyond what anybody trains with.
+_SIZE: dict[str, Any] = {"at_least": 2 * SIZE_DIVISOR, "at_most": 4096, "multiple_of": SIZE_DIVISOR}
+_RATE: dict[str, Any] = {"above": 0, "at_most": 10}
+_NAME: dict[str, Any] = {"pattern": r"[A-Za-z0-9][\w.-]{0,99}", "meaning": "a name of letters, digits and -"}
+# Without the characters that no path holds.
+_FOLDER: dict[str, Any] = {
+    "pattern": r"[^\x00\ud800-\udc7f\udd00-\udfff]*",
+    "meaning": "the path of a folder",
+}
+_VALUES: dict[str, Any] = {
+    "pattern": r"[0-9 ,-]{1,200}",
+    "meaning": 'values of the mask such as "1", "1,2" or "128-255"',
+}
+_STRATEGIES = (
+    *("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"),
+    *("ddp_spawn", "ddp_fork", "ddp_notebook"),
+)
+_PRECISIONS = (
+    *("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"),
+    *("32", "bf16", "16", "64"),
+)
 
 
-def _option(text: str, default: Any = dataclasses.MISSING, *, shown: str | None = None) -> Any:
-    """Declare a field with its meaning, which is also the help of its option on the command line.
+def check_processes(field: str, count: int) -> None:
+    """Refuse more processes than this machine bears: each takes hundreds of MiB and waits for the others.
 
     Args:
-        text: the meaning, one clause.
-        default: of the field; without one it must be given.
-        shown: what the help shows in place of the default None.
+        field: that asks for them, for the message.
+        count: how many.
+
+    Raises:
+        FieldError: there are more than four a core.
     """
-    return dataclasses.field(default=default, metadata={"help": text, "shown": shown})
+    most = 4 * cores()
+    if count > most:
+        raise FieldError(field, f"must be at most {most} on this machine with {cores()} cores, got {count}")
 
 
 @dataclass(frozen=True)
@@ -51,107 +74,128 @@ class TrainingConfig:
         ValueError: a number is out of its range, a name is unknown, or fields do not go together.
     """
 
-    dataset: str = _option(f"Data set: {one_of(DATASETS)}, which is your own images/ and masks/.")
-    data: str = _option("Folder of the data set.")
-    output: str = _option("Folder of the run, such as runs/first.")
-    model: str = _option(f"Network: {one_of(models.names())}.", "unet")
-    base_channels: int | None = _option("Width of the first level.", None, shown="as published")
-    size: int | None = _option(
-        "Side in pixels that images are resized to.", None, shown="that of the data set"
+    dataset: str = option(f"Data set: {one_of(DATASETS)}, which is your own images/ and masks/.", **_NAME)
+    data: str = option("Folder of the data set.", **_FOLDER)
+    output: str = option("Folder of the run, such as runs/first.", **_FOLDER)
+    model: str = option(f"Network: {one_of(models.names())}.", "unet", choices=tuple(models.names()))
+    base_channels: int | None = option(
+        "Width of the first level.", None, shown="as published", at_least=1, at_most=512
     )
-    batch_size: int = _option("Images a batch and device.", 4)
-    accumulate: int = _option("Batches whose gradients make one step of the optimizer.", 1)
-    epochs_warm: int = _option("Epochs of phase one, every alpha at 0.", 100)
-    epochs_active: int = _option("Epochs of phase two, the loss acting.", 75)
-    lr: float | None = _option("Adam's learning rate for the network.", None, shown="that of the data set")
-    alpha_lr: float = _option("Adam's learning rate for alpha.", 1e-3)
-    alpha_target: float | None = _option(
-        "Layer loss at which ascent stops raising alpha.", None, shown="set by the first steps of phase two"
+    size: int | None = option(
+        f"Side in pixels that images are resized to, a multiple of {SIZE_DIVISOR}.",
+        None,
+        shown="that of the data set",
+        **_SIZE,
     )
-    alpha_rule: str = _option(f"How alpha moves: {one_of(ALPHA_RULES)}.", "ascent")
-    convention: str = _option(f"Reading of the paper: {one_of(CONVENTIONS)}.", "paper")
-    exchange: str = _option(
-        f"Cross-sample term: {one_of(EXCHANGES)}; pooled needs a second data set.", "none"
+    batch_size: int = option("Images a batch and device.", 4, at_least=1, at_most=4096)
+    accumulate: int = option(
+        "Batches whose gradients make one step of the optimizer.", 1, at_least=1, at_most=10_000
     )
-    fd_loss: bool = _option("Train with the loss, or the same two phases without.", True)
-    backend: str = _option(f"Backend of the loss: {one_of(('auto', *BACKENDS))}.", "auto")
-    fold: int | str | None = _option(
+    epochs_warm: int = option("Epochs of phase one, every alpha at 0.", 100, at_least=0, at_most=100_000)
+    epochs_active: int = option("Epochs of phase two, the loss acting.", 75, at_least=0, at_most=100_000)
+    lr: float | None = option(
+        "Adam's learning rate for the network.", None, shown="that of the data set", **_RATE
+    )
+    alpha_lr: float = option("Adam's learning rate for alpha.", 1e-3, **_RATE)
+    alpha_target: float | None = option(
+        "Layer loss at which ascent stops raising alpha.",
+        None,
+        shown="set by the first steps of phase two",
+        at_least=-1000,
+        at_most=1000,
+    )
+    alpha_rule: str = option(f"How alpha moves: {one_of(ALPHA_RULES)}.", "ascent", choices=ALPHA_RULES)
+    convention: str = option(
+        f"Reading of the paper: {one_of(CONVENTIONS)}.", "paper", choices=tuple(CONVENTIONS)
+    )
+    exchange: str = option(
+        f"Cross-sample term: {one_of(EXCHANGES)}; pooled needs a second data set.",
+        "none",
+        choices=tuple(EXCHANGES),
+    )
+    fd_loss: bool = option("Train with the loss, or the same two phases without.", True)
+    backend: str = option(
+        f"Backend of the loss: {one_of(('auto', *BACKENDS))}.", "auto", choices=("auto", *BACKENDS)
+    )
+    fold: int | str | None = option(
         f"1 to {FOLDS}: train on that fold of a cross-validation; all: on each, one after the other.",
         None,
         shown="one split 70-20-10",
+        choices=(*range(1, FOLDS + 1), "all"),
     )
-    on_problem: str = _option("Files that cannot be used: refuse the run, or skip them.", "refuse")
-    mask_values: str | None = _option(
+    on_problem: str = option(
+        "Files that cannot be used: refuse the run, or skip them.", "refuse", choices=ON_PROBLEM
+    )
+    mask_values: str | None = option(
         "Stored values of masks that are foreground, such as 1, 1,2 or 128-255; the others are background.",
         None,
         shown="what is not 0, or above half of white; labels are refused",
+        **_VALUES,
     )
-    image_bits: int | None = _option(
-        "How many bits 16-bit images use, 9 to 16.", None, shown="what the files say"
+    image_bits: int | None = option(
+        "How many bits 16-bit images use, 9 to 16.", None, shown="what the files say", at_least=9, at_most=16
     )
-    novel_dataset: str | None = _option(
-        "Second data set; its images are added to the training set, not to validation and test.", None
+    novel_dataset: str | None = option(
+        "Second data set; its images are added to the training set, not to validation and test.",
+        None,
+        **_NAME,
     )
-    novel_data: str | None = _option("Folder of the second data set.", None)
-    novel_mask_values: str | None = _option(
-        "mask_values of the second data set.", None, shown="as for the first without mask_values"
+    novel_data: str | None = option("Folder of the second data set.", None, **_FOLDER)
+    novel_mask_values: str | None = option(
+        "mask_values of the second data set.", None, shown="as for the first without mask_values", **_VALUES
     )
-    novel_images: int | None = _option("Number of its images, drawn by the seed.", None, shown="all")
-    seed: int = _option("Seed of split, weights, order and augmentation.", 0)
-    workers: int | None = _option("Processes that read images.", None, shown="by the number of images")
-    accelerator: str = _option("cpu, cuda, mps or auto.", "auto")
-    devices: str = _option("How many devices, their numbers (0,2), or auto.", "1")
-    num_nodes: int = _option("Hosts that train together.", 1)
-    strategy: str = _option("As Lightning names it; auto is ddp on several devices.", "auto")
-    sync_batchnorm: bool | None = _option(
+    novel_images: int | None = option(
+        "Number of its images, drawn by the seed.", None, shown="all", at_least=1, at_most=10**7
+    )
+    # numpy takes no larger seed.
+    seed: int = option("Seed of split, weights, order and augmentation.", 0, at_least=0, at_most=2**32 - 1)
+    workers: int | None = option(
+        "Processes that read images.",
+        None,
+        shown="by the number of images",
+        at_least=0,
+        at_most=1024,
+    )
+    accelerator: str = option(
+        "cpu, cuda, mps or auto.", "auto", choices=("auto", "cpu", "cuda", "gpu", "mps")
+    )
+    devices: str = option(
+        "How many devices, their numbers (0,2), or auto.",
+        "1",
+        pattern=r"auto|-1|[1-9][0-9]{0,2}|[0-9]{1,3},|[0-9]{1,3}(,[0-9]{1,3})+",
+        meaning='a text with their number, such as "2", their numbers, such as "0,2", or "auto"',
+    )
+    num_nodes: int = option("Hosts that train together.", 1, at_least=1, at_most=1024)
+    strategy: str = option(
+        "As Lightning names it; auto is ddp on several devices.", "auto", choices=_STRATEGIES
+    )
+    sync_batchnorm: bool | None = option(
         "Batch norm over the samples of all devices, so that they equal one with the whole batch.",
         None,
         shown="on GPUs",
     )
-    precision: str = _option("32-true, bf16-mixed or 16-mixed.", "32-true")
-    channels_last: bool = _option("Keep images and features in the channels_last format.", False)
-    compile: bool = _option("Run the network through torch.compile.", False)
-    tensorboard: bool = _option("Write logs for TensorBoard beside the CSV files.", True)
-    limit_batches: int | None = _option(
-        "At most so many batches an epoch, of each part, to try things out.", None, shown="all"
+    precision: str = option("32-true, bf16-mixed or 16-mixed.", "32-true", choices=_PRECISIONS)
+    channels_last: bool = option("Keep images and features in the channels_last format.", False)
+    compile: bool = option("Run the network through torch.compile.", False)
+    tensorboard: bool = option("Write logs for TensorBoard beside the CSV files.", True)
+    limit_batches: int | None = option(
+        "At most so many batches an epoch, of each part, to try things out.",
+        None,
+        shown="all",
+        at_least=1,
+        at_most=10**7,
     )
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        check_fields(self)
         if self.epochs_warm + self.epochs_active == 0:
             raise ValueError("epochs_warm and epochs_active must not both be 0")
-        if self.model not in models.names():
-            raise ValueError(f"model must be one of {', '.join(models.names())}, got {self.model}")
-        if self.fold not in (None, "all", *range(1, FOLDS + 1)):
-            raise ValueError(f"fold must be 1 to {FOLDS}, or all, got {self.fold}")
-        if self.on_problem not in ON_PROBLEM:
-            raise ValueError(f'on_problem must be "refuse" or "skip", got "{self.on_problem}"')
         self._check_exchange()
         if self.novel_mask_values is not None:
             parse_mask_values(self.novel_mask_values, "novel_mask_values")
         _ = self.rules  # raises ValueError where one is out of its range
 
-    def _check_numbers(self) -> None:
-        for name in (
-            *("batch_size", "size", "base_channels", "limit_batches"),
-            *("novel_images", "num_nodes", "accumulate"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("epochs_warm", "epochs_active", "seed", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
-        for name in ("lr", "alpha_lr"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-
     def _check_exchange(self) -> None:
-        if self.exchange not in EXCHANGES:
-            names = one_of(f'"{name}"' for name in EXCHANGES)
-            raise ValueError(f'exchange must be {names}, got "{self.exchange}"')
         if (self.novel_dataset is None) != (self.novel_data is None):
             raise ValueError(
                 "novel_dataset and novel_data must be given together, the name of the second data set "
@@ -206,7 +250,7 @@ class TrainingConfig:
         for field in ("dataset", "novel_dataset"):
             name = getattr(self, field)
             if name is not None and name not in DATASETS:
-                raise ValueError(f"{field} must be one of {', '.join(DATASETS)}, got {name}")
+                raise FieldError(field, f"must be {one_of(DATASETS)}, got {name!r}")
         preset = DATASETS[self.dataset]
         return dataclasses.replace(
             self,
@@ -223,15 +267,21 @@ class TrainingConfig:
         """Read the configuration from the content of config.json.
 
         Raises:
-            ValueError: a field is unknown or missing.
+            ValueError: a field is unknown, missing, or holds what it cannot; the message names it.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known - _RECORDED):
-            raise ValueError(f"the configuration has unknown fields: {', '.join(unknown)}")
-        try:
-            return cls(**{name: value for name, value in fields.items() if name in known})
-        except TypeError as error:
-            raise ValueError(f"the configuration is incomplete: {error}") from error
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - set(known) - _RECORDED):
+            raise ValueError(
+                f"unknown fields: {', '.join(unknown)}; a run of a newer version needs that version"
+            )
+        missing = [
+            name
+            for name, field in known.items()
+            if field.default is dataclasses.MISSING and name not in fields
+        ]
+        if missing:
+            raise ValueError(f"missing fields: {', '.join(missing)}")
+        return cls(**{name: value for name, value in fields.items() if name in known})
 
 
-__all__ = ["FOLDS", "ON_PROBLEM", "PHASES", "TrainingConfig", "one_of"]
+__all__ = ["FOLDS", "ON_PROBLEM", "PHASES", "TrainingConfig", "check_processes"]

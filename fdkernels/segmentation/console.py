@@ -1,4 +1,4 @@
-"""Output at the terminal: progress of a run, tables of results, no chatter."""
+"""Output at the terminal: what a run computes, tables of results, no chatter."""
 
 from __future__ import annotations
 
@@ -11,21 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 import fdkernels as fdk
 from fdkernels.backend import resolve
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.run_data import RunData
+from fdkernels.segmentation.terminal import terminal
 
 # Warnings that do not concern the user: the loaders choose their workers by the size of the data,
 # the folder of a resumed run is not empty, scores are equal on all ranks before they are logged,
@@ -97,83 +89,14 @@ class RunHeader(Callback):
     def __init__(self, config: TrainingConfig, data: RunData, console: Console | None = None) -> None:
         self.config = config
         self.data = data
-        self.console = console or Console()
+        self.console = console or terminal()
         self._said = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._said:
             text = run_text(self.config, self.data, trainer.strategy.root_device, trainer.world_size)
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
         self._said = True
-
-
-class PhaseProgress(Callback):
-    """Show one live line for a phase: steps, time left, L_seg and validation Dice of the last epoch.
-
-    Where the output is no terminal (a log file), print a plain line after about every tenth of the epochs
-    instead. (Lightning's RichProgressBar shows a bar an epoch and leaves nothing in a log file.)
-    """
-
-    def __init__(self, title: str, console: Console | None = None) -> None:
-        self.title = title
-        self.console = console or Console()
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("{task.description:<21}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[scores]}"),
-            console=self.console,
-        )
-        self._progress.start()
-        epochs = trainer.max_epochs or 1
-        self._task = self._progress.add_task(
-            self.title,
-            total=epochs * int(trainer.num_training_batches),
-            completed=trainer.current_epoch * int(trainer.num_training_batches),
-            scores="",
-        )
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if self._progress is not None:
-            self._progress.advance(self._task)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
-        metrics = trainer.callback_metrics
-        scores = f"L_seg {float(metrics['train/segmentation_loss']):.3f}"
-        if "val/dice" in metrics:
-            scores += f", validation Dice {float(metrics['val/dice']):.3f}"
-        if self._progress is not None:
-            self._progress.update(self._task, scores=scores)
-        elif epoch == epochs or epoch % max(1, epochs // 10) == 0:
-            self.console.print(f"{self.title}, epoch {epoch}/{epochs}: {scores}", highlight=False)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
 
 PHASE_TITLES = {"warm": "phase 1, alpha = 0", "active": "phase 2, alpha active"}
@@ -298,7 +221,6 @@ def _with_deviation(described: Mapping[str, Any]) -> str:
 
 
 __all__ = [
-    "PhaseProgress",
     "RunHeader",
     "phase_title",
     "quiet_lightning",

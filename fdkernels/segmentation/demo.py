@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fdkernels.segmentation.config import TrainingConfig
@@ -19,6 +18,7 @@ from fdkernels.segmentation.demo_data import PATCH, write_patches
 from fdkernels.segmentation.demo_figure import draw_comparison
 from fdkernels.segmentation.profiling import train_measured
 from fdkernels.segmentation.runfiles import write_json
+from fdkernels.segmentation.terminal import terminal
 
 RUNS = {"without_loss": "without the loss", "with_loss": "with the loss"}
 
@@ -110,13 +110,12 @@ def run_demo(
         By arm in `RUNS` the results of `train_measured`, one a seed, as in results.json.
     """
     output = Path(output)
-    console = Console()
+    console = terminal()
     patches = output / "patches"
     split = write_patches(patches)
     console.print(
         f"Patches of {PATCH}x{PATCH}: {len(split.train)} for training, "
-        f"{len(split.validation)} for validation, {len(split.test)} for testing",
-        highlight=False,
+        f"{len(split.validation)} for validation, {len(split.test)} for testing"
     )
     runs = output / "runs"
     results: Results = {name: [] for name in RUNS}
@@ -141,21 +140,20 @@ def run_demo(
                 workers=0,
                 accelerator=accelerator,
             )
-            console.print(f"\nTraining {title}, seed {seed} ({number} of {len(seeds)})", highlight=False)
+            console.print(f"\nTraining {title}, seed {seed} ({number} of {len(seeds)})")
             results[name].append(_in_own_process(config, split))
     write_json(output / "results.json", results)
     picture = output / "demo.png"
     draw_comparison(picture, split.test, {RUNS[name]: runs / name / f"seed_{seeds[0]}" for name in RUNS})
     console.print()
     console.print(results_table(results))
-    console.print(summary(results), highlight=False)
+    console.print(summary(results))
     console.print(
         "Seconds per step: median over phase two of forward, backward and optimizer. Peak memory: the whole "
         "training process, including libraries"
         + (" (on the GPU: its tensors)." if results["with_loss"][0]["peak_gpu_memory"] else ".")
     )
-    for label, path in (("Picture", picture), ("Numbers", output / "results.json")):
-        console.print(f"{label}: {path}", highlight=False, markup=False)
+    console.print(f"Picture: {picture}\nNumbers: {output / 'results.json'}", soft_wrap=True)
     return results
 
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 import fdkernels
-from fdkernels.segmentation.config import PHASES
+from fdkernels.segmentation.config import PHASES, TrainingConfig, check_processes
 from fdkernels.segmentation.data import DATASETS, ReadingRules
 from fdkernels.segmentation.data.reading import load_pair
+from fdkernels.segmentation.fields import check_field
 from fdkernels.segmentation.prediction_masks import (
     keep_pictures,
     png_names,
@@ -40,6 +40,7 @@ from fdkernels.segmentation.sample_table import write_samples
 from fdkernels.segmentation.saved_runs import SavedRun, find_runs, load_network
 from fdkernels.segmentation.scoring import Candidate, SampleScores, score
 from fdkernels.segmentation.summary import of_phase
+from fdkernels.segmentation.terminal import terminal
 
 PICTURES = ("masks", "overlays")
 CONTENTS = ("samples.csv", "summary.json", "baseline.csv", *PICTURES)
@@ -72,10 +73,9 @@ class EvaluationOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {self.workers}")
+        for name in ("batch_size", "workers"):
+            check_field(TrainingConfig, name, getattr(self, name))
+        check_processes("workers", self.workers or 0)
         if self.output is None and (self.masks or self.overlays):
             raise ValueError("output must name a folder where masks or overlays are asked for, got None")
 
@@ -196,6 +196,9 @@ def evaluate_weights(
     options = options or EvaluationOptions()
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset}")
+    given = {"size": size, "base_channels": base_channels, "convention": convention, "on_problem": on_problem}
+    for name, value in given.items():
+        check_field(TrainingConfig, name, value)
     load_network(weights, model, base_channels)  # before the images are read, which may take long
     found = DATASETS[dataset].samples(data, on_problem, rules)
     root = Path(data)
@@ -368,7 +371,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def _is_shown(options: EvaluationOptions) -> bool:
-    return options.progress and Console().is_terminal
+    return options.progress and terminal().is_terminal
 
 
 def _prediction_writer(

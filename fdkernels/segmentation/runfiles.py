@@ -117,8 +117,20 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last where brackets are nested thousandfold
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: the file is missing, not JSON, or holds something else.
+    """
+    content = read_json(path)
+    if isinstance(content, dict):
+        return content
+    raise ValueError(f"{path} must hold an object with fields, got {type(content).__name__}")
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -129,13 +141,25 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the state dict in a safetensors file, on the CPU."""
-    return load_file(path)
+    """Read the state dict in a safetensors file, on the CPU.
+
+    Nothing is executed: other formats, which may hold code, are refused.
+
+    Raises:
+        ValueError: the file is missing, or no whole safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights must name a safetensors file, got {path}, which does not exist")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f"weights {path} must be a whole safetensors file: {error}") from error
 
 
 __all__ = [
     "is_first_process",
     "read_json",
+    "read_object",
     "read_weights",
     "remove_unfinished",
     "replacing",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from torch import Tensor
 
 import fdkernels
 from fdkernels import models
@@ -18,7 +18,13 @@ from fdkernels.models import SegmentationNetwork
 from fdkernels.segmentation.config import PHASES, TrainingConfig
 from fdkernels.segmentation.data import SegmentationSample, Split
 from fdkernels.segmentation.data.scan import raise_problems
-from fdkernels.segmentation.runfiles import read_json, read_weights, remove_unfinished, write_json
+from fdkernels.segmentation.runfiles import (
+    read_json,
+    read_object,
+    read_weights,
+    remove_unfinished,
+    write_json,
+)
 
 PARTS = ("train", "validation", "test")
 
@@ -40,7 +46,7 @@ def begin_run(config: TrainingConfig, described: Mapping[str, Any], resume: bool
     written = folder / "split.json"
     if resume and written.exists():
         # Skipped files are told with the path of the data, which may have been moved.
-        before, now = ({**content, "skipped": []} for content in (read_json(written), described))
+        before, now = ({**content, "skipped": []} for content in (read_object(written), described))
         if before != now:
             raise ValueError(
                 f"data {config.data} no longer splits as {written} says; resume with the files that "
@@ -154,15 +160,48 @@ def read_run(folder: str | Path, fold: int | None = None) -> SavedRun:
     written = folder / "config.json"
     if not written.exists():
         raise ValueError(f"run {folder} holds no run: there is no config.json and no fold-1")
-    fields = read_json(written)
+    return SavedRun(folder, read_config(written), fold)
+
+
+def read_config(path: Path) -> TrainingConfig:
+    """Read config.json of a run.
+
+    Raises:
+        ValueError: the file cannot be read, or a field in it cannot be used; the message names both.
+    """
+    fields = read_object(path)
     try:
-        config = TrainingConfig.from_json(dict(fields))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{written} cannot be used by fdkernels {fdkernels.__version__}: {error}; a run of a newer "
-            "version needs that version"
-        ) from error
-    return SavedRun(folder, config, fold)
+        return TrainingConfig.from_json(fields)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used by fdkernels {fdkernels.__version__}: {error}") from error
+
+
+def read_result(path: Path, layers: Sequence[str] = ()) -> dict[str, Any]:
+    """Read result.json of a finished phase.
+
+    Args:
+        path: the file.
+        layers: names of the layers whose loss it holds.
+
+    Raises:
+        ValueError: the file cannot be read, or lacks a number that `train` writes.
+    """
+    result = read_object(path)
+    for where, names in (
+        (None, ("epochs", "best_epoch", "validation_dice")),
+        ("test", ("dice", "iou", "images")),
+        ("final_layer_losses", layers),
+    ):
+        part = result if where is None else result.get(where)
+        for name in names:
+            value = part.get(name) if isinstance(part, dict) else None
+            if type(value) not in (int, float):
+                field = name if where is None else f"{where}.{name}"
+                raise ValueError(
+                    f"{path} must hold a number as {field}, got {value!r}; remove the file to test that "
+                    "phase again"
+                )
+    return result
 
 
 def find_runs(folder: str | Path) -> list[SavedRun]:
@@ -191,27 +230,44 @@ def _entries(folder: Path) -> list[Path]:
 def load_network(weights: str | Path, model: str, base_channels: int | None = None) -> SegmentationNetwork:
     """Load a network with weights from a safetensors file, in evaluation mode, on the CPU.
 
-    Nothing is executed: other formats, which may hold code, are refused.
-
     Raises:
         ValueError: the file is missing, no safetensors file, or does not fit the network.
     """
-    weights = Path(weights)
     network = models.create(model, base_channels=base_channels)
-    if not weights.is_file():
-        raise ValueError(f"weights must name a safetensors file, got {weights}, which does not exist")
-    try:
-        network.load_state_dict(read_weights(weights))
-    except SafetensorError as error:
-        raise ValueError(f"weights {weights} must be a whole safetensors file: {error}") from error
-    except RuntimeError as error:
-        width = "as published" if base_channels is None else base_channels
-        problems = [line.strip() for line in str(error).splitlines()[1:]]
-        raise ValueError(
-            f"weights {weights} do not fit {model} with base_channels {width}: {problems[0]}"
-            + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-        ) from error
+    fill_network(network, read_weights(Path(weights)), f"weights {weights} do not fit {model}")
     return network.eval()
 
 
-__all__ = ["PARTS", "SavedRun", "begin_run", "check_free", "find_runs", "load_network", "read_run"]
+def fill_network(network: SegmentationNetwork, state: Mapping[str, Tensor], refusal: str) -> None:
+    """Give a network the weights of a state dict.
+
+    Args:
+        network: is given them.
+        state: tensors of any shape by name.
+        refusal: begins the error, such as "weights PATH do not fit unet".
+
+    Raises:
+        ValueError: they do not fit the network.
+    """
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:  # the last two: no state dict at all
+        problems = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise ValueError(
+            f"{refusal} with base_channels {network.base_channels}: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+        ) from error
+
+
+__all__ = [
+    "PARTS",
+    "SavedRun",
+    "begin_run",
+    "check_free",
+    "fill_network",
+    "find_runs",
+    "load_network",
+    "read_config",
+    "read_result",
+    "read_run",
+]

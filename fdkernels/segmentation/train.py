@@ -6,8 +6,8 @@ A run lies in one folder:
     warm/  active/                   one folder a phase
         best.ckpt  best.safetensors  the epoch with the highest validation Dice
         last.ckpt                    from where the phase is resumed
-        logs/version_N/metrics.csv   losses, Dice, alpha and L of each layer, by epoch
-        tensorboard/version_N/       the same for TensorBoard
+        logs/version_0/metrics.csv   losses, Dice, alpha and L of each layer, a row an epoch
+        tensorboard/version_0/       the same for TensorBoard
         result.json                  written when the phase is complete
     metrics.json                     the results of both phases, written last
 
@@ -20,36 +20,33 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import signal
 import statistics
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from rich.console import Console
 from torch import Tensor
 
-from fdkernels.segmentation.checkpoints import SaveBestAndLast, WholeFiles
-from fdkernels.segmentation.config import PHASES, TrainingConfig
-from fdkernels.segmentation.console import PhaseProgress, RunHeader, phase_title, quiet_lightning
-from fdkernels.segmentation.data import Split, derive_seed
-from fdkernels.segmentation.module import SeedSteps, SegmentationModule
-from fdkernels.segmentation.run_data import RunData, RunLoaders, find_data, split_data
-from fdkernels.segmentation.runfiles import (
-    is_first_process,
-    read_json,
-    read_weights,
-    write_json,
-    write_weights,
+from fdkernels.segmentation.checkpoints import (
+    SaveBestAndLast,
+    foreign_checkpoint,
+    read_checkpoint,
 )
-from fdkernels.segmentation.saved_runs import begin_run, check_free
-
-# How long a run that is broken off waits for TensorBoard's writer.
-_SECONDS_TO_CLOSE = 5.0
+from fdkernels.segmentation.config import PHASES, TrainingConfig
+from fdkernels.segmentation.console import RunHeader, phase_title, quiet_lightning
+from fdkernels.segmentation.data import Split, derive_seed
+from fdkernels.segmentation.logs import EpochLog
+from fdkernels.segmentation.module import SeedSteps, SegmentationModule
+from fdkernels.segmentation.progress import PhaseProgress
+from fdkernels.segmentation.run_data import RunData, RunLoaders, find_data, split_data
+from fdkernels.segmentation.runfiles import is_first_process, read_weights, write_json, write_weights
+from fdkernels.segmentation.saved_runs import begin_run, check_free, fill_network, read_result
+from fdkernels.segmentation.signals import ending_on_signals
+from fdkernels.segmentation.terminal import terminal
+from fdkernels.segmentation.trainer import check_possible, make_trainer
 
 
 def train(
@@ -73,29 +70,43 @@ def train(
     Raises:
         ValueError: the data cannot be used or split, and as `train_run`.
         RuntimeError: as `train_run`.
+        SystemExit: SIGTERM or SIGHUP has come, with 128 + its number, or Ctrl-C while Lightning trains.
 
     References:
         Section A.4: 5-fold cross-validation.
     """
     config = config.resolved()
-    runs = split_data(config, *find_data(config))
-    first = is_first_process()
-    if progress and first:
-        found = next(iter(runs.values()))
-        for sentence in (*(f"Left out: {each}" for each in found.skipped), *found.notes):
-            Console(stderr=True).print(sentence, highlight=False, markup=False)
-    if config.fold != "all":
+    # Before the images are read, which takes minutes where there are many.
+    check_possible(config)
+    if is_first_process() and not resume:
+        check_free(Path(config.output))
+    with ending_on_signals():
+        runs = split_data(config, *find_data(config))
+        if progress and is_first_process():
+            found = next(iter(runs.values()))
+            for sentence in (*(f"Left out: {each}" for each in found.skipped), *found.notes):
+                terminal(stderr=True).print(sentence, soft_wrap=True)
+        if config.fold == "all":
+            return _train_folds(config, runs, callbacks, resume, progress)
         (data,) = runs.values()
         return train_run(config, data, callbacks=callbacks, resume=resume, progress=progress)
-    output = Path(config.output)
-    if first and not resume:
-        check_free(output)
+
+
+def _train_folds(
+    config: TrainingConfig,
+    runs: Mapping[int | None, RunData],
+    callbacks: Sequence[Callback],
+    resume: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Train a run for each fold, and return the content of folds.json."""
+    output, first = Path(config.output), is_first_process()
     if first:
         write_json(output / "config.json", config.as_json())
     results = []
     for fold, data in runs.items():
         if progress and first:
-            Console().print(f"\nFold {fold} of {len(runs)}", highlight=False)
+            terminal().print(f"\nFold {fold} of {len(runs)}")
         own = dataclasses.replace(config, fold=fold, output=str(output / f"fold-{fold}"))
         results.append(train_run(own, data, callbacks=callbacks, resume=resume, progress=progress))
     summary = summarize_folds(results)
@@ -129,9 +140,16 @@ def train_run(
         ValueError: the folder already holds a run and `resume` is False; it is resumed with another
             split than before; or the network or the loss does not know a name in the configuration.
         RuntimeError: the training loss is no longer finite.
+        SystemExit: as `train`.
     """
-    if isinstance(data, Split):
-        data = RunData(data)
+    with ending_on_signals():
+        data = RunData(data) if isinstance(data, Split) else data
+        return _train_run(config, data, callbacks, resume, progress)
+
+
+def _train_run(
+    config: TrainingConfig, data: RunData, callbacks: Sequence[Callback], resume: bool, progress: bool
+) -> dict[str, Any]:
     first = is_first_process()
     seed_everything(config.seed, workers=True, verbose=False)
     module = SegmentationModule.from_config(config)
@@ -173,11 +191,13 @@ def _train_phase(
     folder = Path(config.output) / phase
     written = folder / "result.json"
     result: dict[str, Any]
-    if resume and written.exists():
-        result = read_json(written)
-        module.model.load_state_dict(read_weights(folder / "best.safetensors"))
-        return result
     criterion, names = module.criterion, module.model.tap_names
+    if resume and written.exists():
+        result = read_result(written, () if criterion is None else names)
+        best_weights = folder / "best.safetensors"
+        refusal = f"weights {best_weights} do not fit {config.model}"
+        fill_network(module.model, read_weights(best_weights), refusal)
+        return result
     if criterion is not None and phase == "warm":
         criterion.freeze()
     elif criterion is not None:
@@ -185,19 +205,19 @@ def _train_phase(
         criterion.activate()
 
     loaders = RunLoaders(config, data, seed=derive_seed(config.seed, PHASES.index(phase)))
-    saved = SaveBestAndLast(folder)
+    log, saved = EpochLog(folder, config.tensorboard), SaveBestAndLast(folder)
     trainer = make_trainer(
-        config,
-        [SeedSteps(loaders.seed), *callbacks, saved],
-        max_epochs=config.epochs(phase),
-        logger=_loggers(folder, config),
+        config, [SeedSteps(loaders.seed), *callbacks, log, saved], max_epochs=config.epochs(phase)
     )
-    trainer.fit(
-        module,
-        datamodule=loaders,
-        ckpt_path=saved.last if resume and saved.last.exists() else None,
-        weights_only=True,
-    )
+    last = saved.last if resume and saved.last.exists() else None
+    try:
+        with _ending_ranks(trainer):
+            trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
+    except Exception as error:
+        # Until training has begun, Lightning takes the checkpoint apart and stumbles over whatever it lacks.
+        if last is None or log.begun or str(last) in str(error):
+            raise
+        raise foreign_checkpoint(last, error) from error
 
     layers: dict[str, Any] = {}
     if criterion is not None:
@@ -207,18 +227,18 @@ def _train_phase(
         }
     if criterion is not None and phase == "active":
         layers["alpha_target"] = criterion.target
-    best: dict[str, Any] = torch.load(saved.best, map_location="cpu", weights_only=True)
-    weights = _network(best)
+    described, weights = _best(saved.best)
+    fill_network(module.model, weights, f"checkpoint {saved.best} does not fit {config.model}")
     if trainer.is_global_zero:
-        described = {"model": config.model, "phase": phase, "epoch": str(best["epoch"] + 1)}
-        write_weights(folder / "best.safetensors", weights, described)
-    module.model.load_state_dict(weights)
-    (scores,) = make_trainer(config, [], logger=False).test(module, datamodule=loaders, verbose=False)
+        header = {"model": config.model, "phase": phase, "epoch": str(described["best_epoch"])}
+        write_weights(folder / "best.safetensors", weights, header)
+    tester = make_trainer(config, [])
+    with _ending_ranks(tester):
+        (scores,) = tester.test(module, datamodule=loaders, verbose=False)
     test: dict[str, Any] = {name.removeprefix("test/"): value for name, value in scores.items()}
     result = {
         "epochs": config.epochs(phase),
-        "best_epoch": best["epoch"] + 1,
-        "validation_dice": best["validation_dice"],
+        **described,
         "test": {**test, "images": int(test["images"])},
         "weights": f"{phase}/best.safetensors",
         "checkpoint": f"{phase}/best.ckpt",
@@ -229,77 +249,33 @@ def _train_phase(
     return result
 
 
-def make_trainer(config: TrainingConfig, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
-    """Make Lightning's Trainer on the devices of the configuration.
-
-    Args:
-        config: devices, precision, accumulation and limits.
-        callbacks: Lightning's; checkpoints are written by them alone.
-        settings: further arguments of the Trainer.
-    """
-    return Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
-        precision=cast("Any", config.precision),  # Lightning checks it against its own list
-        callbacks=list(callbacks),
-        plugins=[WholeFiles()],
-        default_root_dir=config.output,
-        accumulate_grad_batches=config.accumulate,
-        use_distributed_sampler=False,  # the loaders know their rank
-        # Without deterministic=True: on a CPU a step is deterministic as it is, on a GPU it would cost speed.
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        enable_progress_bar=False,  # `PhaseProgress` shows one line a phase, Lightning's a bar an epoch
-        enable_model_summary=False,
-        num_sanity_val_steps=0,  # an epoch later validation runs anyway
-        log_every_n_steps=1,
-        limit_train_batches=config.limit_batches,
-        limit_val_batches=config.limit_batches,
-        limit_test_batches=config.limit_batches,
-        sync_batchnorm=_syncs_batchnorm(config),
-        **settings,
-    )
+@contextmanager
+def _ending_ranks(trainer: Trainer) -> Iterator[None]:
+    """End the processes that the Trainer has started where the block fails: they would wait, or train on."""
+    try:
+        yield
+    except BaseException:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        raise
 
 
-def _syncs_batchnorm(config: TrainingConfig) -> bool:
-    """Take the choice of the configuration, else True on GPUs: on a CPU torch has no such layer."""
-    if config.sync_batchnorm is not None:
-        return config.sync_batchnorm
-    return config.accelerator != "cpu" and torch.cuda.is_available()
-
-
-class InterruptibleTensorBoard(TensorBoardLogger):
-    """Lightning's TensorBoardLogger, which after Ctrl-C ends within seconds.
-
-    A Ctrl-C while a value is handed to TensorBoard's writer thread can leave that thread asleep with the
-    value unwritten, and closing the log would wait for it for ever.
-    """
-
-    def finalize(self, status: str) -> None:
-        if status == "success":
-            super().finalize(status)
-            return
-        closing = threading.Thread(target=super().finalize, args=(status,), daemon=True)
-        closing.start()
-        closing.join(timeout=_SECONDS_TO_CLOSE)
-
-
-def _loggers(folder: Path, config: TrainingConfig) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
-    if config.tensorboard:
-        loggers.append(InterruptibleTensorBoard(folder, name="tensorboard"))
-    return loggers
-
-
-def _network(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Take the network's state dict out of the module's."""
-    prefix = "model."
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(prefix)
-    }
+def _best(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read best.ckpt: what the result says of it, and the network's state dict."""
+    checkpoint, prefix = read_checkpoint(path), "model."
+    try:
+        weights = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        described = {
+            "best_epoch": int(checkpoint["epoch"]) + 1,
+            "validation_dice": float(checkpoint["validation_dice"]),
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise foreign_checkpoint(path, error) from error
+    return described, weights
 
 
 def summarize_folds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -331,8 +307,6 @@ def _scores(phase: Mapping[str, Any]) -> dict[str, float]:
 
 
 __all__ = [
-    "InterruptibleTensorBoard",
-    "make_trainer",
     "summarize_folds",
     "train",
     "train_run",

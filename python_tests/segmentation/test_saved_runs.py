@@ -93,7 +93,7 @@ def test_a_configuration_of_a_newer_version_is_refused(run):
 @pytest.mark.parametrize("content", [None, [1], "text"])
 def test_a_configuration_that_is_none_is_refused(run, content):
     write_json(run / "config.json", content)
-    with pytest.raises(ValueError, match=r"config\.json cannot be used"):
+    with pytest.raises(ValueError, match=r"config\.json must hold an object with fields, got"):
         read_run(run)
 
 

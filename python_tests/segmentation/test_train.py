@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fdkernels import models
-from fdkernels.segmentation import train as train_module
+from fdkernels.segmentation import logs
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.module import SegmentationModule
 from fdkernels.segmentation.runfiles import read_json, read_weights
@@ -131,12 +131,12 @@ def test_without_tensorboard_there_is_no_such_folder(config, tmp_path):
 
 
 def test_a_broken_run_does_not_wait_for_ever_for_tensorboard(tmp_path, monkeypatch):
-    logger = train_module.InterruptibleTensorBoard(tmp_path, name="tensorboard")
+    logger = logs.InterruptibleTensorBoard(tmp_path, name="tensorboard")
     logger.log_metrics({"train/loss": 1.0}, step=0)
     release, begun = threading.Event(), threading.Event()
     # As after a Ctrl-C within a write: the writer thread never says that it is done.
     monkeypatch.setattr(logger.experiment, "flush", lambda: (begun.set(), release.wait(60)))
-    monkeypatch.setattr(train_module, "_SECONDS_TO_CLOSE", 0.2)
+    monkeypatch.setattr(logs, "_SECONDS_TO_CLOSE", 0.2)
     start = time.monotonic()
     logger.finalize("failed")
     assert begun.is_set()
@@ -282,7 +282,7 @@ def test_resuming_with_other_data_is_refused(run, config, tmp_path):
         ({"convention": "none"}, "convention"),
         ({"alpha_rule": "up"}, "alpha_rule"),
         ({"backend": "fpga"}, "backend"),
-        ({"size": 40}, "multiples of 16"),
+        ({"size": 40}, "a multiple of 16 from 32 to 4096, got 40; try 32 or 48"),
     ],
 )
 def test_a_wrong_choice_can_be_corrected_in_the_same_folder(config, tmp_path, changes, message):

@@ -14,6 +14,7 @@ from fdkernels.segmentation.data import ad, busi, dsb2018, folder, monuseg, tnbc
 from fdkernels.segmentation.data.augment import random_symmetry
 from fdkernels.segmentation.data.dataset import SegmentationDataset
 from fdkernels.segmentation.data.loaders import (
+    cores,
     default_workers,
     derive_seed,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "SegmentationDataset",
     "SegmentationSample",
     "Split",
+    "cores",
     "default_workers",
     "derive_seed",
     "random_symmetry",

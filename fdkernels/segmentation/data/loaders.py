@@ -16,12 +16,16 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(images: int) -> int:
     """Return the worker processes for a loader of that many images: 0 below 32, else one per core up to 4."""
     if images < _TINY:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, _MOST_WORKERS)
+    return min(cores(), _MOST_WORKERS)
 
 
-__all__ = ["default_workers", "derive_seed"]
+__all__ = ["cores", "default_workers", "derive_seed"]
