@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
-from fdkernels.info import info_text
+from fdkernels.info import info_text, version_text
 
-# Modules of the extras, with the extra that brings them.
-_EXTRAS = {
-    **dict.fromkeys(
-        (
-            *("defusedxml", "lightning", "matplotlib", "PIL", "rich", "safetensors"),
-            *("tensorboard", "tifffile", "torchmetrics", "typer"),
-        ),
-        "train",
-    ),
-    **dict.fromkeys(("pydicom", "scipy"), "dicom"),
-    "skimage": "demo",
-}
+# Packages of the extras, and the extras that a command needs, as the README names them.
+_PACKAGES = frozenset(
+    {
+        *("defusedxml", "lightning", "matplotlib", "PIL", "pydicom", "rich", "safetensors", "scipy"),
+        *("skimage", "tensorboard", "tifffile", "torchmetrics", "typer"),
+    }
+)
+_EXTRAS = {"prepare": "train,dicom", "demo": "demo"}
 _USAGE = "usage: fdkernels info | train | evaluate | prepare | demo"
 
 
-def _missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Name the extra that brings the missing module; None if none does."""
-    return _EXTRAS.get((error.name or "").partition(".")[0])
+def _install(arguments: list[str]) -> str:
+    """Say what to install for a command."""
+    extra = _EXTRAS.get(next((word for word in arguments if not word.startswith("-")), ""), "train")
+    return f"pip install 'fdkernels[{extra}]', or in its sources pip install '.[{extra}]'"
+
+
+def _is_of_an_extra(error: ModuleNotFoundError) -> bool:
+    return (error.name or "").partition(".")[0] in _PACKAGES
 
 
 def _say(message: str) -> None:
     print(f"fdkernels: {message}", file=sys.stderr)
 
 
-def _without_typer(arguments: list[str], extra: str) -> int:
-    """Print `info` in plain text; for other commands print the packages to install."""
-    if arguments == ["info"]:
-        print(info_text())
+def _without_typer(arguments: list[str]) -> int:
+    """Print `info` and the version in plain text; for other commands print the packages to install."""
+    plain = {"info": info_text, "--version": version_text}
+    if len(arguments) == 1 and arguments[0] in plain:
+        print(plain[arguments[0]]())
         return 0
-    _say(f"this command needs further packages: pip install 'fdkernels[{extra}]'\n{_USAGE}")
+    _say(f"this command needs further packages: {_install(arguments)}\n{_USAGE}")
     return 1
 
 
@@ -46,21 +49,22 @@ def main() -> int:
     An error that a user can correct is shown as one sentence, with exit code 1. FDKERNELS_TRACEBACK=1 in
     the environment shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the encoding lacks end no command
     traceback_wanted = os.environ.get("FDKERNELS_TRACEBACK", "0") not in ("", "0")
     try:
         from fdkernels.cli import app
     except ModuleNotFoundError as error:
-        extra = _missing_extra(error)
-        if extra is None:
+        if not _is_of_an_extra(error):
             raise
-        return _without_typer(sys.argv[1:], extra)
+        return _without_typer(sys.argv[1:])
     try:
         app(prog_name="fdkernels")
     except ModuleNotFoundError as error:
-        extra = _missing_extra(error)
-        if extra is None or traceback_wanted:
+        if not _is_of_an_extra(error) or traceback_wanted:
             raise
-        _say(f"{error.name} is not installed: pip install 'fdkernels[{extra}]'")
+        _say(f"{error.name} is not installed: {_install(sys.argv[1:])}")
         return 1
     except Exception as error:
         if traceback_wanted or not _is_for_the_user(error):

@@ -10,7 +10,7 @@ import typer
 from fdkernels.commands.evaluate import evaluate
 from fdkernels.commands.prepare import prepare
 from fdkernels.commands.train import train
-from fdkernels.info import info_text
+from fdkernels.info import info_text, version_text
 
 app = typer.Typer(
     help="The feature discrepancy loss as fused kernels, and networks trained with it.",
@@ -22,6 +22,22 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(prepare)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version_text())
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()

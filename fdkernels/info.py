@@ -6,8 +6,14 @@ import platform
 
 import torch
 
+from fdkernels._version import __version__
 from fdkernels.backend import auto_backend, backends
 from fdkernels.build_info import build_info
+
+
+def version_text() -> str:
+    """Return the name and the version: "fdkernels 0.1.0"."""
+    return f"fdkernels {__version__}"
 
 
 def info_text() -> str:
@@ -24,7 +30,7 @@ def info_text() -> str:
     if torch.cuda.is_available():
         device = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     lines = [
-        f"fdkernels {built['version']}",
+        version_text(),
         f"Python {platform.python_version()}, torch {torch.__version__}",
         f"CPU threads: {torch.get_num_threads()}",
         f"CUDA devices: {device}",
@@ -48,4 +54,4 @@ def info_text() -> str:
     return "\n".join(lines)
 
 
-__all__ = ["info_text"]
+__all__ = ["info_text", "version_text"]

@@ -16,6 +16,17 @@ from fdkernels.segmentation.runfiles import replacing
 
 # A checkpoint of the largest network takes about a second to write.
 SECONDS_BETWEEN = 60.0
+_RESUMED_FROM = frozenset(
+    {
+        "state_dict",
+        "optimizer_states",
+        "loops",
+        "callbacks",
+        "epoch",
+        "global_step",
+        "pytorch-lightning_version",
+    }
+)
 # Lightning and torch list all that does not fit, over many lines.
 _LONGEST_REASON = 200
 
@@ -65,7 +76,11 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return read_checkpoint(path, map_location)
+        loaded = read_checkpoint(path, map_location)
+        # Lightning does without some of them, and would begin anew or forget the best score.
+        if lacking := sorted(_RESUMED_FROM - set(loaded)):
+            raise foreign_checkpoint(path, f"it lacks {', '.join(lacking)}")
+        return loaded
 
 
 class SaveBestAndLast(ModelCheckpoint):
@@ -114,6 +129,12 @@ class SaveBestAndLast(ModelCheckpoint):
         super().load_state_dict(
             {**kept, "dirpath": self.dirpath, "kth_best_model_path": path, "kth_value": score}
         )
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.state_key not in checkpoint["callbacks"]:
+            raise KeyError(self.state_key)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before, dice = self.best_model_score, trainer.callback_metrics.get("val/dice")

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -118,7 +119,7 @@ def check_field(owner: type, name: str, value: Any) -> None:
         FieldError: the value is not allowed.
     """
     limits: Limits = owner.__dataclass_fields__[name].metadata["limits"]  # type: ignore[attr-defined]
-    kinds = _kinds(get_type_hints(owner)[name])
+    kinds = _kinds(owner)[name]
     # An integer is as good as a number with a fraction; True is an int to Python, but not here.
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
     fits = fits and (bool in kinds or not isinstance(value, bool))
@@ -128,8 +129,14 @@ def check_field(owner: type, name: str, value: Any) -> None:
     raise FieldError(name, f"must be {expected}, got {_shown(value)}{limits.nearest(value)}")
 
 
-def _kinds(hint: Any) -> tuple[type, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+@cache
+def _kinds(owner: type) -> dict[str, tuple[type, ...]]:
+    """Take the types of each field, without the bar between them, from the hints of a dataclass."""
+    hints = get_type_hints(owner)
+    return {
+        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        for name, hint in hints.items()
+    }
 
 
 def _shown(value: Any) -> str:

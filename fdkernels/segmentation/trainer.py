@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from fdkernels.backend import resolve
 from fdkernels.segmentation.checkpoints import WholeFiles
 from fdkernels.segmentation.config import TrainingConfig, check_processes
+from fdkernels.segmentation.console import quiet_lightning
 from fdkernels.segmentation.fields import FieldError
 from fdkernels.segmentation.module import SegmentationModule
 
@@ -34,7 +35,8 @@ def check_possible(config: TrainingConfig) -> None:
     _check_output(config.output)
     with torch.device("meta"):  # no memory for weights, and no random numbers drawn
         SegmentationModule.from_config(config)
-    trainer = make_trainer(config, [])
+    with quiet_lightning():
+        trainer = make_trainer(config, [])
     device = trainer.strategy.root_device
     if device.type == "cpu":
         check_processes("devices", trainer.num_devices)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
-from fdkernels.segmentation.config import TrainingConfig
+from fdkernels.segmentation import config as config_module
+from fdkernels.segmentation.config import TrainingConfig, check_processes
+from fdkernels.segmentation.fields import FieldError, check_field
+from fdkernels.segmentation.saved_runs import read_config
 
 CONFIG = TrainingConfig("tnbc", "data", "out")
 
@@ -68,3 +72,79 @@ def test_a_file_with_other_fields_is_refused():
         TrainingConfig.from_json({**CONFIG.as_json(), "colour": 1})
     with pytest.raises(ValueError, match="missing fields: output"):
         TrainingConfig.from_json({"dataset": "tnbc", "data": "x"})
+
+
+ODD = [
+    *(None, "", "x", "eight", "3", "../../etc", "[/x]", "\0", "\ud800", "a" * 10_000),
+    *(True, False, -1, 0, 1, 3, 250, 10**9, 10**400, -(10**30)),
+    *(0.5, -0.0, 1e30, float("nan"), float("inf"), float("-inf")),
+    *([], [1], {}, {"a": 1}, [[[]]]),
+]
+# What of these a field may hold, None and its own default aside.
+LEGAL = {
+    **dict.fromkeys(
+        ("data", "output", "novel_data"), ("", "x", "eight", "3", "../../etc", "[/x]", "a" * 10_000)
+    ),
+    **dict.fromkeys(("dataset", "novel_dataset"), ("x", "eight", "3")),
+    **dict.fromkeys(("base_channels", "batch_size", "accumulate", "num_nodes"), (1, 3, 250)),
+    **dict.fromkeys(("novel_images", "limit_batches"), (1, 3, 250)),
+    **dict.fromkeys(("epochs_warm", "epochs_active", "workers"), (0, 1, 3, 250)),
+    **dict.fromkeys(("lr", "alpha_lr"), (1, 3, 0.5)),
+    **dict.fromkeys(("fd_loss", "channels_last", "compile", "tensorboard", "sync_batchnorm"), (True, False)),
+    "alpha_target": (-1, 0, 1, 3, 250, 0.5, -0.0),
+    "seed": (0, 1, 3, 250, 10**9),
+    "fold": (1, 3),
+    "devices": ("3",),
+}
+FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+
+
+def _equal(one, other):
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_takes_what_it_means_and_refuses_the_rest_by_name(name):
+    optional = FIELDS[name].default is None
+    for value in ODD:
+        legal = any(_equal(value, one) for one in LEGAL.get(name, ())) or (optional and value is None)
+        if legal:
+            check_field(TrainingConfig, name, value)
+            continue
+        with pytest.raises(FieldError, match=f"^{name} must be ") as refused:
+            dataclasses.replace(CONFIG, **{name: value})
+        assert refused.value.field == name
+        assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_file_with_a_wrong_field_is_refused_by_the_name_of_both(tmp_path, name):
+    path = tmp_path / "config.json"
+    for value in ODD:
+        path.write_text(json.dumps({**CONFIG.as_json(), name: value}))
+        try:
+            read_config(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} ")  # noqa: PT017 - some values are taken
+            assert name in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "nul", '{"seed": 1' + "0" * 5000 + "}", "\xff"])
+def test_a_file_that_is_no_configuration_is_refused_by_its_name(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: "):
+        read_config(path)
+
+
+def test_the_sizes_that_work_are_named():
+    for size, near in ((250, "240 or 256"), (33, "32 or 48"), (31, "32"), (4095, "4080 or 4096")):
+        with pytest.raises(ValueError, match=f"a multiple of 16 from 32 to 4096, got {size}; try {near}$"):
+            dataclasses.replace(CONFIG, size=size)
+
+
+def test_processes_are_bounded_by_the_cores_of_the_machine(monkeypatch):
+    monkeypatch.setattr(config_module, "cores", lambda: 2)
+    check_processes("workers", 8)
+    with pytest.raises(FieldError, match="workers must be at most 8 on this machine with 2 cores, got 9"):
+        check_processes("workers", 9)
