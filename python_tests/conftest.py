@@ -15,8 +15,10 @@ import fdkernels as fdk
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
+# How fast examples are drawn is the machine's affair, and that of what runs beside the tests.
+_SPEED = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("local", deadline=None, max_examples=25, suppress_health_check=_SPEED)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("local"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI", "false") != "false" else "local")
 
 

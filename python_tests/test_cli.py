@@ -3,8 +3,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.runfiles import read_json
 from tiny_data import make_tiny, write_tiny_tnbc
 
+ROOT = Path(__file__).resolve().parents[1]
 SHORT = [
     "--base-channels=2",
     "--size=32",
@@ -240,21 +243,112 @@ def test_info_works_without_typer(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == info_text()
 
 
-@pytest.mark.parametrize("arguments", [["train", "--output", "x"], ["demo"], []])
-def test_other_commands_without_typer_say_what_to_install(monkeypatch, capsys, arguments):
+EXTRAS = {"train": "train", "evaluate": "train", "prepare": "train,dicom", "demo": "demo"}
+
+
+@pytest.mark.parametrize("command", [*EXTRAS, None])
+def test_other_commands_without_typer_say_what_to_install(monkeypatch, capsys, command):
     _without(monkeypatch, "typer")
-    assert _main(monkeypatch, *arguments) == 1
-    assert "pip install 'fdkernels[train]'" in capsys.readouterr().err
+    assert _main(monkeypatch, *([] if command is None else [command, "--output", "x"])) == 1
+    extra = EXTRAS.get(command, "train")
+    said = capsys.readouterr().err
+    assert f"pip install 'fdkernels[{extra}]', or in its sources pip install '.[{extra}]'" in said
 
 
-@pytest.mark.parametrize(("module", "extra"), [("lightning", "train"), ("skimage", "demo")])
-def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, module, extra):
+@pytest.mark.parametrize(
+    ("module", "command"), [("lightning", "train"), ("skimage", "demo"), ("lightning", "demo")]
+)
+def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, module, command):
     _without(monkeypatch, module)
-    command = ["demo"] if extra == "demo" else ["train", "--data", tmp_path]
-    assert _main(monkeypatch, *command, "--output", tmp_path / "x") == 1
+    options = ["--data", tmp_path, "--size=32"] if command == "train" else []
+    assert _main(monkeypatch, command, *options, "--output", tmp_path / "x") == 1
     said = capsys.readouterr().err
     assert said.startswith(f"fdkernels: {module}")
-    assert f"is not installed: pip install 'fdkernels[{extra}]'" in said
+    assert f"is not installed: pip install 'fdkernels[{EXTRAS[command]}]', or in its sources" in said
+
+
+def test_the_readme_names_the_extras_of_the_hints():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for extra in ("train", "train,dicom"):
+        assert f"pip install '.[{extra}]'" in readme
+
+
+def test_the_version_is_printed_with_and_without_typer(monkeypatch, capsys):
+    assert _invoke("--version").output == f"fdkernels {fdk.__version__}\n"
+    _without(monkeypatch, "typer")
+    assert _main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"fdkernels {fdk.__version__}\n"
+
+
+WRONG = {
+    "--size=250": "--size must be a multiple of 16 from 32 to 4096, got 250; try 240 or 256",
+    "--workers=1000000": "--workers must be an integer from 0 to 1024, got 1000000",
+    "--workers=1024": "--workers must be at most ",
+    "--devices=999": "--devices must be at most ",
+    "--batch-size=1000000000": "--batch-size must be an integer from 1 to 4096, got 1000000000",
+    "--epochs-warm=1000000000": "--epochs-warm must be an integer from 0 to 100000, got 1000000000",
+    "--base-channels=1000000": "--base-channels must be an integer from 1 to 512, got 1000000",
+    "--accumulate=0": "--accumulate must be an integer from 1 to 10000, got 0",
+    "--precision=8": "--precision must be 32-true, ",
+    "--strategy=x": "--strategy must be auto, ddp, ",
+    "--backend=fpga": "--backend must be auto, cuda, triton, cpu or reference, got 'fpga'",
+    "--convention=x": "--convention must be paper, ",
+    "--lr=nan": "--lr must be a number above 0 and at most 10, got nan",
+    "--dataset=cats": "--dataset must be tnbc, ",
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_a_wrong_option_is_refused_by_its_name_before_the_data_is_read(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", tmp_path / "none", "--output", tmp_path / "run", "--size=32", "--accelerator=cpu"]
+    with pytest.raises(ValueError, match=f"^{re.escape(WRONG[option])}"):
+        _invoke("train", *options, option)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--accelerator=cuda"], "CUDAAccelerator"),
+        (["--backend=cuda"], "backend='cuda' "),
+        (["--model=attention_unet", "--base-channels=3"], "base_channels must be even"),
+    ],
+)
+def test_what_the_machine_or_network_cannot_do_is_refused_before_the_data_is_read(tmp_path, options, message):
+    if torch.cuda.is_available() and "cuda" in options[0]:
+        pytest.skip("this machine can")
+    fixed = ["--data", tmp_path / "none", "--output", tmp_path / "run", "--size=32"]
+    with pytest.raises(Exception, match=message):
+        _invoke(
+            "train", *fixed, *([] if "--accelerator=cuda" in options else ["--accelerator=cpu"]), *options
+        )
+
+
+def test_a_file_in_place_of_the_output_is_refused_before_the_data_is_read(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"--output must be a folder, got \S+/file/run, where \S+/file is a file"
+    ):
+        _invoke("train", "--data", tmp_path / "none", "--output", tmp_path / "file" / "run", "--size=32")
+
+
+@pytest.mark.parametrize("option", ["--size=250", "--batch-size=0", "--workers=1000000", "--base-channels=0"])
+def test_evaluate_refuses_a_wrong_option_by_its_name(tmp_path, option):
+    arguments = ["--weights", tmp_path / "none", "--model=unet", "--dataset=tnbc", "--data", tmp_path]
+    with pytest.raises(ValueError, match=f"^{option.partition('=')[0]} must be "):
+        _invoke("evaluate", *arguments, "--output", tmp_path / "out", option)
+
+
+@pytest.mark.parametrize("name", ["[lr=1e-3]", "a[/b]", "[bold]:fire:[/]", "[link=x]y"])
+def test_names_with_brackets_and_colons_are_printed_as_they_are(data, tmp_path, name):
+    folder = tmp_path / name
+    options = [*SHORT, "--epochs-active=0", "--limit-batches=1", "--no-tensorboard"]
+    trained = _invoke("train", "--data", data, "--output", folder, *options)
+    assert trained.exit_code == 0
+    assert trained.output.splitlines()[-1] == f"Weights, logs and results are in {folder}."
+    scored = _invoke("evaluate", folder, "--device=cpu")
+    assert scored.output.splitlines()[-1] == f"samples.csv and summary.json are in {folder}/evaluation."
 
 
 def test_python_m_fdkernels_info_runs(tmp_path):

@@ -241,3 +241,15 @@ def test_every_public_name_is_documented(name):
         value = importlib.import_module("fdkernels.models")
     if not isinstance(value, str | dict):
         assert (value.__doc__ or "").strip()
+
+
+def test_one_function_makes_the_console():
+    """A console of rich's own takes brackets in names for its markup."""
+    made = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("Console", "rich.print", "rich.console.Console")
+    }
+    assert made == {"fdkernels.segmentation.terminal"}
