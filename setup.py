@@ -12,7 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -20,6 +22,18 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def _described(report: dict[str, Any]) -> str:
+    """Say what is compiled, and how long that takes: minutes where nvcc compiles for several GPUs."""
+    if not report["cpp"]:
+        return "nothing is compiled; PyTorch and Triton compute"
+    parts = [f"C++ kernels ({', '.join(report['isa'])})"]
+    if report["cuda"]:
+        parts.append(
+            f"CUDA kernels for {', '.join(report['cuda_archs'])} (minutes; FDKERNELS_CUDA_ARCHS chooses)"
+        )
+    return f"compiling {' and '.join(parts)}, as far as they have changed since the last build here"
 
 
 class CleanBuild(build):
@@ -34,13 +48,18 @@ class CMakeBuild(build_ext):
     """`build_ext` that builds and installs the module and `_build_report.json` with CMake."""
 
     def run(self) -> None:
-        folder = Path(self.build_temp).resolve() / "cmake"
+        # Not in setuptools' folder, which is a new one for each editable install, so that nothing is compiled
+        # again before it has changed.
+        folder = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         in_place = self.inplace or self.editable_mode
         prefix = ROOT if in_place else Path(self.build_lib).resolve()
         self._cmake("-S", ROOT, "-B", folder, *self._configuration(folder))
+        report = json.loads((folder / "_build_report.json").read_text(encoding="utf-8"))
+        sys.stdout.write(f"fdkernels: {_described(report)}\n")
+        sys.stdout.flush()
         self._cmake("--build", folder, "--config", "Release")
         self._cmake("--install", folder, "--config", "Release", "--prefix", prefix)
-        if not json.loads((folder / "_build_report.json").read_text(encoding="utf-8"))["cpp"]:
+        if not report["cpp"]:
             self.distribution.ext_modules = []
 
     def _configuration(self, folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from types import TracebackType
 
 import torch
@@ -199,13 +200,37 @@ def _probe_cuda() -> str | None:
     reason = _extension_reason()
     if reason is not None:
         return reason
-    if not importlib.import_module("fdkernels._C").with_cuda:
+    extension = importlib.import_module("fdkernels._C")
+    if not extension.with_cuda:
         return "fdkernels was built without CUDA; `fdkernels info` says why"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if torch.version.cuda is None:
         return "this torch drives its devices through ROCm, not CUDA"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(extension.cuda_archs, capability):
+            number = "{}{}".format(*capability)
+            return (
+                f"fdkernels was built for {extension.cuda_archs}, and {torch.cuda.get_device_name(index)} is "
+                f"sm_{number}; install it again here, or with FDKERNELS_CUDA_ARCHS={number}"
+            )
     return None
+
+
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for archs such as "sm_80,compute_80" runs on a GPU.
+
+    Machine code runs on its own generation from its number on, PTX on all later GPUs, and code for 90a on
+    that GPU alone.
+    """
+    for kind, major, minor, only in re.findall(r"(sm|compute)_(\d+)(\d)(a?)", archs):
+        built = (int(major), int(minor))
+        if built == capability or (not only and built < capability and kind == "compute"):
+            return True
+        if not only and built < capability and built[0] == capability[0]:
+            return True
+    return False
 
 
 _PROBES = {

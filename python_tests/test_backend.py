@@ -167,3 +167,42 @@ def test_use_backend_refuses_what_is_not_here(unavailable):
     unavailable("cpu", "there is no compiler")
     with pytest.raises(RuntimeError, match="backend='cpu' is not available here: there is no compiler"):
         fdk.use_backend("cpu")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("sm_80,compute_80", (8, 0), True),
+        ("sm_80", (8, 6), True),  # machine code runs within its generation
+        ("sm_80", (9, 0), False),
+        ("sm_86", (8, 0), False),
+        ("sm_80,compute_80", (12, 0), True),  # PTX is compiled for later GPUs
+        ("sm_90,compute_90", (7, 5), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a,compute_90", (10, 0), True),
+        ("sm_100,compute_100", (12, 0), True),
+        ("sm_120", (10, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_code_runs_on_the_gpus_that_it_was_built_for(archs, capability, runs):
+    assert backend_module.runs_on(archs, capability) == runs
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for_is_the_reason(monkeypatch):
+    extension = SimpleNamespace(with_cuda=True, cuda_archs="sm_90,compute_90")
+    monkeypatch.setattr(backend_module, "_extension_reason", lambda: None)
+    monkeypatch.setattr(backend_module.importlib, "import_module", lambda name: extension)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_capability": (7, 5),
+        "get_device_name": "Tesla T4",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *index, value=value: value)
+    reason = backend_module._probe_cuda()
+    assert reason is not None
+    assert "built for sm_90,compute_90, and Tesla T4 is sm_75; install it again here" in reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert backend_module._probe_cuda() is None
