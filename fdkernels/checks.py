@@ -64,17 +64,6 @@ def values_are_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or _debug_depth > 0
 
 
-def mask_tolerance(dtype: torch.dtype) -> float:
-    """By how much rounding may put a soft mask outside [0, 1], as resizing, blurring and sums of softmax do.
-
-    1e-5 for float32 and float64, one unit in the last place of 1 for float16 (2^-10) and bfloat16 (2^-7), and
-    0 for others.
-    """
-    if dtype in (torch.float32, torch.float64):
-        return 1e-5
-    return torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0.0
-
-
 def one_of(argument: str, value: object, allowed: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of the `allowed` names."""
     if value not in allowed:

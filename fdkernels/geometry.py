@@ -42,7 +42,7 @@ def channels_first(layers: list[Tensor], channel_dim: int) -> list[Tensor]:
 
     Raises:
         TypeError: channel_dim is not an integer.
-        ValueError: it is another axis, or a layer has no pixel.
+        ValueError: it is another axis.
     """
     if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
         raise TypeError(f"channel_dim must be an integer, got {type(channel_dim).__name__}")
@@ -53,12 +53,7 @@ def channels_first(layers: list[Tensor], channel_dim: int) -> list[Tensor]:
             "channel_dim must be 1, for features [N, C, *S], or -1, for features [N, *S, C], "
             f"got {channel_dim}"
         )
-    first = layers if axis == 1 else [layer.movedim(-1, 1) for layer in layers]
-    for index, layer in enumerate(first):
-        if not layer.numel() and 0 in layer.shape[2:]:
-            shape = list(layers[index].shape)
-            raise ValueError(f"{_name(index, layers)} must have at least one pixel, got shape {shape}")
-    return first
+    return layers if axis == 1 else [layer.movedim(-1, 1) for layer in layers]
 
 
 def check_aspect(mask: Tensor, layers: Sequence[Tensor], aspect: str, channels_last: bool = False) -> None:

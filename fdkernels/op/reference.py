@@ -86,10 +86,9 @@ def _weights_or_nan(mask: Tensor, dtype: torch.dtype) -> Tensor:
     y = mask.to(dtype)
     if mask.dtype == torch.bool:
         return y
-    tolerance = mask_tolerance(mask.dtype)
-    # In the mask's own dtype, where torch has comparisons in it.
-    compared = y if mask.element_size() == 1 and mask.is_floating_point() else mask
     if mask.is_floating_point():
+        tolerance = mask_tolerance(mask.dtype)
+        compared = y if mask.element_size() == 1 else mask  # torch does not compare in 8 bits
         is_weight = (compared >= -tolerance) & (compared <= 1 + tolerance)
     else:
         is_weight = (mask == 0) | (mask == 1)
