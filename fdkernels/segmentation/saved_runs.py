@@ -234,17 +234,24 @@ def load_network(weights: str | Path, model: str, base_channels: int | None = No
         ValueError: the file is missing, no safetensors file, or does not fit the network.
     """
     network = models.create(model, base_channels=base_channels)
-    fill_network(network, read_weights(Path(weights)), f"weights {weights} do not fit {model}")
+    fill_network(network, read_weights(Path(weights)), f"weights {weights}", model, base_channels)
     return network.eval()
 
 
-def fill_network(network: SegmentationNetwork, state: Mapping[str, Tensor], refusal: str) -> None:
+def fill_network(
+    network: SegmentationNetwork,
+    state: Mapping[str, Tensor],
+    source: str,
+    model: str,
+    base_channels: int | None,
+) -> None:
     """Give a network the weights of a state dict.
 
     Args:
         network: is given them.
         state: tensors of any shape by name.
-        refusal: begins the error, such as "weights PATH do not fit unet".
+        source: where they are from, for the error: "weights PATH".
+        model, base_channels: of which the network was made.
 
     Raises:
         ValueError: they do not fit the network.
@@ -252,9 +259,10 @@ def fill_network(network: SegmentationNetwork, state: Mapping[str, Tensor], refu
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:  # the last two: no state dict at all
+        width = "as published" if base_channels is None else base_channels
         problems = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         raise ValueError(
-            f"{refusal} with base_channels {network.base_channels}: {problems[0]}"
+            f"{source} do not fit {model} with base_channels {width}: {problems[0]}"
             + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
         ) from error
 

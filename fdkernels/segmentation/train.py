@@ -194,9 +194,8 @@ def _train_phase(
     criterion, names = module.criterion, module.model.tap_names
     if resume and written.exists():
         result = read_result(written, () if criterion is None else names)
-        best_weights = folder / "best.safetensors"
-        refusal = f"weights {best_weights} do not fit {config.model}"
-        fill_network(module.model, read_weights(best_weights), refusal)
+        path = folder / "best.safetensors"
+        fill_network(module.model, read_weights(path), f"weights {path}", config.model, config.base_channels)
         return result
     if criterion is not None and phase == "warm":
         criterion.freeze()
@@ -228,7 +227,7 @@ def _train_phase(
     if criterion is not None and phase == "active":
         layers["alpha_target"] = criterion.target
     described, weights = _best(saved.best)
-    fill_network(module.model, weights, f"checkpoint {saved.best} does not fit {config.model}")
+    fill_network(module.model, weights, f"weights in {saved.best}", config.model, config.base_channels)
     if trainer.is_global_zero:
         header = {"model": config.model, "phase": phase, "epoch": str(described["best_epoch"])}
         write_weights(folder / "best.safetensors", weights, header)
