@@ -63,8 +63,8 @@ def check_aspect(mask: Tensor, layers: Sequence[Tensor], aspect: str, channels_l
 
     - one stride f serves all axes: S0_d / f is S_d up to less than a pixel, which repeated halving can leave
       of an odd size, or up to 2 %. (For a layer finer than the mask, S_d = f·S0_d up to f - 1 pixels.)
-    - the stride is a power of 2 and every axis lost, or gained, the same border of less than 3/4 of its
-      length, up to as much: convolutions without padding, or with more of it;
+    - the stride f is a power of 2, and all axes lost, or gained, the same border up to f - 1 pixels, of less
+      than 3/4 of their length: convolutions without padding, or with more of it;
     - the stride of each axis is a power of 2 of its own, not smaller for a longer axis: networks for
       anisotropic images. In two dimensions axes of one length then have one stride, and another layer of the
       call must fit in the first way.
@@ -135,7 +135,7 @@ def _has_one_stride(full: _Size, size: _Size) -> bool:
 
 
 def _has_about_one_stride(full: _Size, size: _Size) -> bool:
-    """Whether some f ≥ 1 has |S0_d / f - S_d| below `_RELATIVE`·S_d, or 1 in a coarser layer, on all axes."""
+    """Whether some f ≥ 1 has |S0_d / f - S_d| below `_RELATIVE`·S_d, or below 1 in coarser layers."""
     lowest, highest = 1 - _RELATIVE, math.inf
     is_coarser = all(s <= s0 for s0, s in zip(full, size, strict=True))
     for s0, s in zip(full, size, strict=True):
