@@ -45,7 +45,7 @@ def candidate(samples, network):
 
 def _features(seed=0, samples=3):
     generator = torch.Generator().manual_seed(seed)
-    sizes = ((2, 8, 8), (4, 4, 4), (3, 3, 5))
+    sizes = ((2, 8, 8), (4, 4, 4), (3, 3, 3))
     layers = [torch.randn(samples, *size, generator=generator) for size in sizes]
     return layers, torch.randint(2, (samples, 1, 8, 8), generator=generator).float()
 
