@@ -44,6 +44,21 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes
 	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(int(not torch.cuda.is_available()))") \
 		$(BIN)/pytest -m slow
 
+# Checks that take long, each beside the tests of `make test` and of no CI; docs/ has what their last runs gave.
+.PHONY: test-matrix sanitize fuzz
+test-matrix: $(VENV)/.dev ## Test one wheel beside each torch and Python, into docs/versions.md (hours, gigabytes)
+	cd python_tests && $(abspath $(BIN))/python -m matrix.run
+
+sanitize: $(VENV)/.dev ## Test the C++ and the emulated CUDA kernels under sanitizers (needs g++)
+	cd python_tests && PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/python -m sanitize.run
+
+FUZZ_CASES ?= 100000
+FUZZ_FIRST ?= 0
+fuzz: $(VENV)/.dev ## Try FUZZ_CASES random calls of the op and as many broken files, from seed FUZZ_FIRST
+	cd python_tests; failed=0; for part in op files; do \
+		$(abspath $(BIN))/python -m fuzz.$$part --cases $(FUZZ_CASES) --first $(FUZZ_FIRST) || failed=1; \
+	done; exit $$failed
+
 # What is measured lies in a folder for the kind of machine: a new run takes the place of the last one. Training steps
 # under torch.compile and autocast are those of one network, as CPUs are slow at both.
 .PHONY: bench bench-full bench-instructions bench-report

@@ -283,12 +283,14 @@ def truth(
     features: Sequence[Tensor],
     mask: Tensor,
     upstream: Callable[[Tensor], Tensor] = torch.ones_like,
+    moves: int = 4,
     **options: Any,
 ) -> Truth:
     """The loss, its gradients (features, then mask and layer weights where they ask for one), and bands.
 
     The loss is a logarithm of a difference: how far it moves when each sum moves by `unit` of what was added
-    up is what its conditioning allows. The bands are that, found by moving products, sums and masses.
+    up is what its conditioning allows. The bands are that, found by moving products, sums and masses so many
+    times; without moves they are those of a well-conditioned loss.
     """
     weights = options.pop("layer_weights", None)
     u = unit(*(layer.dtype for layer in features))
@@ -319,7 +321,7 @@ def truth(
     value, grads = run(exactly)
     loss_band = 2 * u * (value.abs() + 1)  # the logarithm turns relative errors into absolute ones
     bands = [2 * u * _row_max(grad) for grad in grads]
-    for _ in range(4):
+    for _ in range(moves):
         shaken, shaken_grads = run(move)
         loss_band = torch.maximum(loss_band, (shaken - value).abs())
         bands = [
