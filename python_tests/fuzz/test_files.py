@@ -1,4 +1,4 @@
-"""The fuzzer of files: a seed is a file, whole ones are read, and what is neither read nor refused is found."""
+"""The fuzzer of files: whole files are read, and what is neither read nor refused by name is found."""
 
 from __future__ import annotations
 

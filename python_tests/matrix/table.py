@@ -12,9 +12,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "versions.md"
 HEAD = """# Versions
 
 Written by `make test-matrix`: the wheel of a Python is built once, with the CPU kernels, and installed
-unchanged beside each torch; then the tests of the op, the loss and the module run there, Triton's kernels
-under its interpreter. Skipped are tests of what a version or the machine lacks: a GPU, a newer Triton.
-`python_tests/matrix/test_versions.py` holds pyproject.toml and the README to this table.
+unchanged beside each torch; then the tests of the op, the loss, the module and the taps run there, also under
+`torch.compile` and with Triton's kernels interpreted. What a version or the machine lacks (a GPU, a newer
+Triton) is skipped. `python_tests/matrix/test_versions.py` holds pyproject.toml and the README to this table.
 
 """
 

@@ -86,7 +86,7 @@ def configure(folder: Path, sanitizers: str, *targets: str) -> Path:
     python = f"-DPython_EXECUTABLE={sys.executable}"
     log = folder / f"{build.name}.log"
     need(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *named, python], log)
-    need(["cmake", "--build", str(build), "--parallel", "2", "--target", *targets], log)
+    need(["cmake", "--build", str(build), "--target", *targets], log)
     return build
 
 
