@@ -7,7 +7,7 @@
 A seed is one call: shapes, dtypes, strides, mask, convention, exchange, reduction. Its loss and gradients
 are compared on every backend that runs on the CPU (Triton's interpreter with --backends triton). The band
 is the tests': what rounding of sums explains, found by moving them; where a value leaves that, all moves at
-once (fuzz.bands) decide.
+once (bands.py) decide.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 
 import fdkernels as fdk
 import oracles
+from bands import widest
 from cases import ALL_LAYOUTS, FEATURE_DTYPES, MASK_DTYPES, Case
-from fuzz.bands import widest
 from fuzz.parallel import in_parallel
 
 MASK_LAYOUTS = ("contiguous", "contiguous", "turned", "strided")

@@ -9,8 +9,8 @@ import torch
 
 import fdkernels as fdk
 import oracles
+from bands import Interval, widest
 from fuzz import op
-from fuzz.bands import Interval, widest
 
 
 def interval(low: float, high: float) -> Interval:

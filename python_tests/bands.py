@@ -217,8 +217,17 @@ class Layer:
         return found  # type: ignore[return-value]
 
 
-def stacked(intervals: Sequence[Interval]) -> Interval:
-    return Interval(torch.stack([x.low for x in intervals]), torch.stack([x.high for x in intervals]))
+def stacked(intervals: Sequence[Interval], dim: int = 0) -> Interval:
+    return Interval(*(torch.stack(ends, dim) for ends in zip(*intervals, strict=True)))
+
+
+def _feature_gradient(g_fg: Interval, g_bg: Interval, fg: Tensor, bg: Tensor, rounding: Tensor) -> Interval:
+    """g_fg·w_fg + g_bg·w_bg, [N, C, P] of [N, C] and [N, P]; weights are rounded, but not below 0."""
+    total = _interval(0.0)
+    for g, w in ((g_fg, fg), (g_bg, bg)):
+        rounded = Interval((w - rounding).clamp(min=0), w + rounding)
+        total = total + g[:, :, None] * rounded[:, None]
+    return total
 
 
 def widest(
@@ -226,79 +235,68 @@ def widest(
     features: Sequence[Tensor],
     mask: Tensor,
     upstream: Callable[[Tensor], Tensor],
-    **options: Any,
+    *,
+    convention: str | Formula = "paper",
+    exchange: str = "none",
+    pairing: Tensor | None = None,
+    layer_weights: Tensor | None = None,
+    mask_resize: str | None = None,
+    ignore_index: float | None = None,
+    eps: float = 1e-12,
+    reduction: str = "mean",
 ) -> Truth:
     """The truth of a call with the bands of interval arithmetic, which no rounding within `unit` leaves."""
-    convention, reduction = options["convention"], options["reduction"]
     formula = oracles.formula_of(convention)
-    how = options["mask_resize"] or ("max" if convention == "released" else "area")
-    u = oracles.unit(*(layer.dtype for layer in features))
     over_batch = formula.norm == "batch"
-    given = options["layer_weights"]
-    layer_weights = (
-        torch.ones(len(features), dtype=torch.float64) if given is None else given.detach().double()
-    )
-    partners = [] if options["pairing"] is None else options["pairing"].tolist()
+    how = mask_resize or ("max" if convention == "released" else "area")
+    u = oracles.unit(*(layer.dtype for layer in features))
+    alpha = torch.ones(len(features)) if layer_weights is None else layer_weights.detach()
     G = upstream(truth.loss).double()
-    m = mask.detach().double().requires_grad_()
-    squeezed = m.squeeze(1) if m.dim() == features[0].dim() else m
+    wide = mask.detach().cpu().double().requires_grad_()
+    squeezed = wide.squeeze(1) if wide.dim() == features[0].dim() else wide
 
-    loss: Interval | None = None
-    parts, of_weights, of_features, of_mask = [], [], [], torch.zeros_like(m, dtype=torch.float64)
-    start = 0
-    for index, layer in enumerate(features):
-        F = layer.detach().double()
-        sums = oracles.region_sums(layer.detach(), mask.detach(), how, options["ignore_index"])
-        at = Layer(sums, formula, options["exchange"], partners, options["eps"], u)
-        size = at.C if over_batch else at.N
-        if reduction == "none":
-            along = G[start : start + size] if over_batch else (G[:, index] if len(features) > 1 else G)
-            start += size
-            before = along
+    losses, of_features, of_weights, of_mask = [], [], [], torch.zeros_like(wide)
+    first = 0  # entry of the layer, where they stand in a row
+    for index, (layer, weight) in enumerate(zip(features, alpha.cpu().double(), strict=True)):
+        F = layer.detach().cpu().double()
+        sums = oracles.region_sums(F.to(layer.dtype), mask.detach().cpu(), how, ignore_index)
+        here = Layer(sums, formula, exchange, [] if pairing is None else pairing.tolist(), eps, u)
+        size = here.C if over_batch else here.N
+        share = 1.0  # of an entry in the result
+        if reduction == "mean":
+            counted = (here.C if any(here.counts) else 0) if over_batch else sum(here.counts)
+            share = 1 / max(counted, 1) / (len(features) if layer_weights is None else 1)
+        if reduction != "none":
+            slopes = G.expand(size) * share
+        elif over_batch:
+            slopes = G[first : first + size]
         else:
-            counted = size if over_batch else sum(at.counts)
-            share = max(counted if not over_batch or any(at.counts) else 1, 1) if reduction == "mean" else 1
-            share = share * (len(features) if reduction == "mean" and given is None else 1)
-            before = G.expand(size) / share
-        entries = at.entries(before * layer_weights[index])
-        if reduction == "none":
-            parts.append(entries * layer_weights[index])
-        else:
-            part = (entries * (layer_weights[index] / share)).sum()
-            loss = part if loss is None else loss + part
-        of_weights.append((entries * before).sum())
-        S_fg, S_bg, M_fg, M_bg = (stacked(part) for part in at.gradients())
-        y, v = oracles.resize_mask(squeezed, layer.shape[2:], how, options["ignore_index"])
+            slopes = G if len(features) == 1 else G[:, index]
+        first += size
+        entries = here.entries(slopes * weight)
+        losses.append(entries * (weight * share))
+        of_weights.append((entries * slopes).sum())
+        g_fg, g_bg, g_fg_mass, g_bg_mass = (stacked(part) for part in here.gradients())
+        y, v = oracles.resize_mask(squeezed, layer.shape[2:], how, ignore_index)
         fg, bg = (v * y).detach(), (v * (1 - y)).detach()
-        rounding = 2 * u * v.detach()  # of a weight, which lies in [0, 1]
-        w_fg, w_bg = (Interval((w - rounding).clamp(min=0), w + rounding) for w in (fg, bg))
-        grad = S_fg[:, :, None] * Interval(w_fg.low[:, None], w_fg.high[:, None])
-        grad = grad + S_bg[:, :, None] * Interval(w_bg.low[:, None], w_bg.high[:, None])
+        grad = _feature_gradient(g_fg, g_bg, fg, bg, 2 * u * v)
         of_features.append(Interval(grad.low.view(F.shape), grad.high.view(F.shape)))
         if mask.requires_grad:
-            inside = torch.where(v.detach()[:, None] > 0, F.flatten(2), 0.0)
-            difference = S_fg - S_bg
-            per_cell = (Interval(difference.low[:, :, None], difference.high[:, :, None]) * inside).sum(1)
-            masses = M_fg - M_bg
-            per_cell = per_cell + Interval(masses.low[:, None], masses.high[:, None])
-            radius = (
-                per_cell.high - per_cell.low
-            ) * v.detach()  # distances from the truth, which lies inside
-            (pulled,) = torch.autograd.grad(y, m, radius, allow_unused=True, materialize_grads=True)
-            of_mask = of_mask + pulled
-    if reduction == "none":
-        if over_batch:
-            loss = Interval(torch.cat([p.low for p in parts]), torch.cat([p.high for p in parts]))
-        elif len(parts) == 1:
-            loss = parts[0]
-        else:
-            loss = Interval(torch.stack([p.low for p in parts], 1), torch.stack([p.high for p in parts], 1))
-    bands = [x.farthest(g) for x, g in zip(of_features, truth.grads, strict=False)]
-    rest = truth.grads[len(features) :]
-    if mask.requires_grad:
-        bands.append(of_mask)
-        rest = rest[1:]
-    if rest:
-        bands.append(stacked(of_weights).farthest(rest[0]))
-    bands = [torch.maximum(wide, narrow) for wide, narrow in zip(bands, truth.bands, strict=True)]
-    return Truth(truth.loss, torch.maximum(loss.farthest(truth.loss), truth.loss_band), truth.grads, bands)
+            inside = torch.where(v[:, None] > 0, F.flatten(2), 0.0)
+            of_y = ((g_fg - g_bg)[:, :, None] * inside).sum(1) + (g_fg_mass - g_bg_mass)[:, None]
+            # The truth lies inside: no value is farther from it than the interval is wide.
+            width = (of_y.high - of_y.low) * v
+            of_mask = of_mask + torch.autograd.grad(y, wide, width, materialize_grads=True)[0]
+
+    if reduction != "none":
+        box = stacked([part.sum() for part in losses]).sum()
+    elif over_batch:
+        box = Interval(*(torch.cat(ends) for ends in zip(*losses, strict=True)))
+    else:
+        box = losses[0] if len(losses) == 1 else stacked(losses, 1)
+    boxes = [x.farthest(grad) for x, grad in zip(of_features, truth.grads, strict=False)]
+    boxes += [of_mask] if mask.requires_grad else []
+    if len(boxes) < len(truth.grads):
+        boxes.append(stacked(of_weights).farthest(truth.grads[-1]))
+    bands = [torch.maximum(*pair) for pair in zip(boxes, truth.bands, strict=True)]
+    return truth._replace(loss_band=torch.maximum(box.farthest(truth.loss), truth.loss_band), bands=bands)
