@@ -305,9 +305,10 @@ class FeatureDiscrepancyLoss(nn.Module):
             self._begin_step(alpha, layers, settings)
         taps = features if isinstance(features, FeatureTaps) else None
         losses, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
-        self.layer_losses = losses.detach()
+        if not in_transform():  # what a transform has wrapped does not outlive it
+            self.layer_losses = losses.detach()
         if trains and self._finds_target and self.alpha_rule == "ascent":
-            self._find_target(self.layer_losses)
+            self._find_target(losses.detach())
         return self._weigh(alpha, losses)
 
     def extra_repr(self) -> str:

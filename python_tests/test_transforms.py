@@ -154,3 +154,21 @@ def test_compiled_transforms_give_what_eager_ones_give(transform):
     given = F if transform is func.grad else F[None]
     compiled = torch.compile(transform(loss), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(given), transform(loss)(given))
+
+
+def test_the_criterion_and_fused_taps_run_inside_a_transform():
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Conv2d(3, 1, 1))
+    crit = fdk.FeatureDiscrepancyLoss(1, alpha_init=0.5)
+    images, mask = torch.randn(2, 1, 4, 4), (torch.rand(2, 4, 4) > 0.5).float()
+    weights = dict(net.named_parameters())
+    with fdk.FeatureTaps(net, ["0"], fused=True) as taps:
+
+        def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            torch.func.functional_call(net, weights, (images,))
+            return crit(taps, mask)
+
+        got = torch.func.grad(loss)(weights)
+        assert crit.layer_losses is None
+        assert crit.steps == 0
+        wanted = torch.autograd.grad(loss(weights), net[0].weight)
+    torch.testing.assert_close(got["0.weight"], wanted[0])

@@ -53,8 +53,9 @@ class FeatureTaps:
     mask)`, not their features. The numbers are the same, and backward saves two transfers of each map: one
     pass reads the upstream gradient of a tapped output and writes its sum with the loss's gradient, as
     `fdkernels.tap` does. This serves the first such call of a forward pass; later calls, calls inside
-    torch.compile, and calls with a mask that requires a gradient use the features instead. A change in
-    place is then an error of the forward pass. Under torch.utils.checkpoint set `use_reentrant=False`.
+    torch.compile or torch.func's transforms, and calls with a mask that requires a gradient or with
+    `channel_dim=-1` use the features instead. A change in place is then an error of the forward pass. Under
+    torch.utils.checkpoint set `use_reentrant=False`.
 
     Args:
         model: any network.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fdkernels.op.autograd import Tap, TapSlot
+from fdkernels.transforms import in_transform
 
 
 class Output(NamedTuple):
@@ -231,8 +232,9 @@ class Keep(_Hook):
             recording.outputs[index] = []  # nothing can read them
             return None
         tapped: Tensor | None = None
-        # In a compiled graph the compiler fuses, or not; there are no autograd nodes of ours.
-        if not recording.fused or not output.requires_grad or torch.compiler.is_compiling():
+        # A compiled graph and torch.func's transforms have no autograd nodes of ours.
+        plain = torch.compiler.is_compiling() or in_transform()
+        if not recording.fused or not output.requires_grad or plain:
             without_grad = not torch.is_grad_enabled()
             recorded = Output(output, None, None, version_of(output), without_grad)
         else:
