@@ -205,8 +205,8 @@ def try_combination(chosen: Combination, python: str, wheel: Path, folder: Path)
         install = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", *requirements]
         done = subprocess.run(install, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            return row._replace(failed="not installed: " + reason)
+            reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            return row._replace(failed="not installed: " + (reasons or ["pip failed"])[0])
         return tested(row, venv, folder / f"{re.sub(r'[^0-9.]+', '_', str(chosen))}.xml")
     finally:
         shutil.rmtree(venv, ignore_errors=True)
