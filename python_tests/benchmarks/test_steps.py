@@ -12,8 +12,8 @@ from benchmarks.calls import MIN_ROUNDS
 from benchmarks.steps import OP, PLAIN, WITHOUT, Step, StepCase, disagreement
 from fdkernels import models
 
-TINY_STEPS = ("--batch=2", "--side=16", "--base-channels=2", "--budget=0")
-TINY = StepCase("unet", "eager", "cpu", batch=2, side=16, base_channels=2)
+TINY_STEPS = ("--batch=2", "--side=32", "--base-channels=2", "--budget=0")
+TINY = StepCase("unet", "eager", "cpu", batch=2, side=32, base_channels=2)
 
 
 @pytest.mark.parametrize("network", models.names())
@@ -37,7 +37,7 @@ def test_an_entry_has_all_contenders_or_the_reason(monkeypatch):
     assert entry["seconds"].keys() | entry["left_out"].keys() == set(steps.CONTENDERS)
     assert entry["ratios"].keys() == {f"{name}/without" for name in entry["seconds"] if name != WITHOUT}
     assert entry["rounds"] == 3 < MIN_ROUNDS
-    assert (entry["images"], entry["base_channels"]) == ("2x3x16x16", 2)
+    assert (entry["images"], entry["base_channels"]) == ("2x3x32x32", 2)
 
 
 def test_a_wrong_contender_is_named_and_nothing_is_timed(monkeypatch):
@@ -95,7 +95,7 @@ def test_each_preset_is_trained_without_and_with_the_loss(monkeypatch, tmp_path)
     for entry in content["measurements"]:
         assert entry["seconds"].keys() == {WITHOUT, OP}
         assert entry["ratios"].keys() == {"op/without"}
-        assert (entry["images"], entry["rounds"], entry["mode"]) == ("2x3x16x16", 2, "eager")
+        assert (entry["images"], entry["rounds"], entry["mode"]) == ("2x3x32x32", 2, "eager")
 
 
 def test_real_sizes_are_the_presets(monkeypatch):

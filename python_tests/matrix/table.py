@@ -14,7 +14,8 @@ HEAD = """# Versions
 Written by `make test-matrix`: the wheel of a Python is built once, with the CPU kernels, and installed
 unchanged beside each torch; then the tests of the op, the loss, the module and the taps run there, also under
 `torch.compile` and with Triton's kernels interpreted. What a version or the machine lacks (a GPU, a newer
-Triton) is skipped. `python_tests/matrix/test_versions.py` holds pyproject.toml and the README to this table.
+Triton) is skipped. `python_tests/matrix/test_versions.py` holds pyproject.toml to this table. A version that
+is not here has not been run on the present code.
 
 """
 

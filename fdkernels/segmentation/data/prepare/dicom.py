@@ -51,6 +51,7 @@ _DECODING_ERRORS = (
     EOFError,
     InvalidDicomError,
     LookupError,
+    MemoryError,  # an element that claims gigabytes
     NotImplementedError,
     OSError,
     RuntimeError,
