@@ -59,9 +59,10 @@ class debug:
 
 def values_are_readable(tensor: Tensor) -> bool:
     """Return whether values of `tensor` may be read: on the CPU or under `debug()`, never while compiling."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or _debug_depth > 0
+    device = tensor.device.type
+    return device == "cpu" or (_debug_depth > 0 and device != "meta")
 
 
 def one_of(argument: str, value: object, allowed: Collection[str]) -> None:
@@ -132,7 +133,7 @@ def _check_layer(name: str, layer: object) -> None:
         raise ValueError(
             f"{name} must have shape [N, C, *S] with 1 to 3 spatial dimensions, got {list(layer.shape)}"
         )
-    if 0 in layer.shape[1:]:  # a batch without samples has a loss of 0
+    if not layer.numel() and 0 in layer.shape[1:]:  # a batch without samples has a loss of 0
         raise ValueError(
             f"{name} must have at least one channel and one pixel, got shape {list(layer.shape)}"
         )

@@ -18,16 +18,17 @@ struct Bounds {
   bool hold(A y) const { return (y >= low) & (y <= high); }
 };
 
-// Whether all pixels are weights or ignored, to within the tolerance; counts bad pixels in integers of their own width,
-// so that the loop vectorises.
+// Whether all pixels are weights or ignored, to within the tolerance. In integers as wide as the pixels, so that the
+// loop vectorises.
 template <class S, bool kIgnore>
 bool row_is_valid(const Masks& mask, const S* row) {
   if constexpr (std::is_integral<S>::value) {
     const S ignored = static_cast<S>(mask.ignore_number);
     S bad = 0;
     for_each_pixel(row, mask.stride[2], mask.size[2], [&](int64_t, const S& value) {
-      const bool is_bad = ((value & ~S(1)) != 0) & (!kIgnore | (value != ignored));
-      bad |= static_cast<S>(is_bad);
+      const S other_bits = static_cast<S>(value & ~S(1));
+      const S counts = static_cast<S>(kIgnore ? -static_cast<S>(value != ignored) : -1); // all bits or none
+      bad |= static_cast<S>(other_bits & counts);
     });
     return bad == 0;
   } else {

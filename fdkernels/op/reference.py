@@ -41,7 +41,7 @@ def masks(
     """Resize a mask [N, 1, *S0] to the weights (M3) to (M5) [N, P] of each size; differentiable."""
     y = _weights_or_nan(mask, dtype)
     if ignore_index is None and not mask.requires_grad:
-        resized = _resize_all(y, sizes, mask_resize, dtype)
+        resized = _resize_all(y, sizes, mask_resize)
         return _stored(mask, sizes, dtype, mask_resize, resized, [])
     if ignore_index is None:
         valid = torch.ones_like(y)
@@ -50,12 +50,12 @@ def masks(
         y = torch.where(valid != 0, y, 0)
     if mask_resize == "max":
         # -1 marks an ignored pixel; it stays only where a whole cell is ignored.
-        resized = _resize_all(torch.where(valid != 0, y, -1), sizes, mask_resize, dtype)
+        resized = _resize_all(torch.where(valid != 0, y, -1), sizes, mask_resize)
         fg = [torch.where(largest != -1, largest, 0) for largest in resized]
         bg = [torch.where(largest != -1, 1 - largest, 0) for largest in resized]
     else:
         both = torch.cat([valid * y, valid * (1 - y)], dim=1)  # [N, 2, *S0]
-        resized = _resize_all(both, sizes, mask_resize, dtype)
+        resized = _resize_all(both, sizes, mask_resize)
         fg, bg = [w[:, :1] for w in resized], [w[:, 1:] for w in resized]
     return _stored(mask, sizes, dtype, mask_resize, fg, bg)
 
@@ -86,18 +86,14 @@ def _weights_or_nan(mask: Tensor, dtype: torch.dtype) -> Tensor:
     y = mask.to(dtype)
     if mask.dtype == torch.bool:
         return y
-    if mask.is_floating_point():
-        tolerance = mask_tolerance(mask.dtype)
-        compared = y if mask.element_size() == 1 else mask  # torch does not compare in 8 bits
-        is_weight = (compared >= -tolerance) & (compared <= 1 + tolerance)
-    else:
-        is_weight = (mask == 0) | (mask == 1)
-    return torch.where(is_weight, y, float("nan"))
+    if not mask.is_floating_point():
+        return torch.where((mask == 0) | (mask == 1), y, float("nan"))
+    tolerance = mask_tolerance(mask.dtype)
+    compared = y if mask.element_size() == 1 else mask  # torch has no comparisons in 8-bit floats
+    return torch.where((compared >= -tolerance) & (compared <= 1 + tolerance), y, float("nan"))
 
 
-def _resize_all(
-    mask: Tensor, sizes: Sequence[torch.Size], mask_resize: str, dtype: torch.dtype
-) -> list[Tensor]:
+def _resize_all(mask: Tensor, sizes: Sequence[torch.Size], mask_resize: str) -> list[Tensor]:
     """Resize [N, K, *S0] to each size, once, from the smallest earlier map that its cells nest in."""
     full = mask.shape[2:]
     made = [(full, mask)]
@@ -112,7 +108,7 @@ def _resize_all(
             elif mask_resize != "nearest" and _divides(size, larger) and _divides(larger, full):
                 source = candidate
         if found is None:
-            found = _resize(source.to(dtype), size, mask_resize)
+            found = _resize(source, size, mask_resize)
             made.append((size, found))
         resized.append(found)
     return resized

@@ -40,13 +40,17 @@ inline void convert(const S* source, int64_t stride, int64_t count, T* out) {
   }
 }
 
-// Of the bytes of a binary mask, which are 0 or 1, any other stands for NaN.
+// Converts the bytes of a binary mask, which are 0 or 1; any other stands for NaN. Such are rare, and looked for apart.
 template <class T>
 inline void convert_bytes(const uint8_t* source, int64_t count, T* out) {
-  const T nan = static_cast<T>(bfloat16_to_float(0x7FC0));
-#pragma omp simd
+  convert(source, 1, count, out);
+  uint8_t other_bits = 0;
+#pragma omp simd reduction(| : other_bits)
   for (int64_t i = 0; i < count; ++i)
-    out[i] = source[i] > 1 ? nan : static_cast<T>(source[i]);
+    other_bits |= source[i] & 0xFE;
+  for (int64_t i = 0; other_bits != 0 && i < count; ++i) {
+    if (source[i] > 1) out[i] = static_cast<T>(bfloat16_to_float(0x7FC0));
+  }
 }
 
 // Prefetches the run after this one, of the same length.
