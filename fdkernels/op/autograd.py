@@ -88,7 +88,7 @@ class Pass(torch.autograd.Function):
         ctx.save_for_backward(
             out.slopes, *kept, *weights.fg, *weights.bg, *(features if ctx.mask_gradient else ())
         )
-        ctx.call, ctx.has_bg, ctx.num_weights = call, bool(weights.bg), len(rest) - num_layers
+        ctx.call, ctx.has_bg, ctx.num_weights = call, len(weights.bg) > 0, len(rest) - num_layers
         ctx.set_materialize_grads(False)
         # Not views to autograd, which would refuse a change in place by the next layer.
         aliases = [layer.detach() for layer in features] if call.tap else []

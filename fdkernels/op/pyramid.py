@@ -48,7 +48,10 @@ class Layer(NamedTuple):
     @property
     def pixels(self) -> int:
         """P, the product of S."""
-        return torch.Size(self.shape[2:]).numel()
+        pixels = 1
+        for extent in self.shape[2:]:  # torch 2.6 makes no torch.Size of sizes that it keeps symbolic
+            pixels *= extent
+        return pixels
 
 
 @dataclass(frozen=True, eq=False)
