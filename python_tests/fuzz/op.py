@@ -115,7 +115,7 @@ def run_backend(
     backend: str, features: Sequence[Tensor], mask: Tensor, options: dict[str, Any], upstream: Any
 ) -> list[tuple[str, Tensor, float]]:
     """The loss and the gradients by name, each with the roundings of its dtype that it may have."""
-    loss = fdk.feature_discrepancy_loss(list(features), mask, **options, backend=backend)
+    loss = fdk.feature_discrepancy_loss(list(features), mask, **options, aspect="any", backend=backend)
     weights = options["layer_weights"]
     asks = weights is not None and weights.requires_grad
     inputs = [*features, *([mask] if mask.requires_grad else []), *([weights] if asks else [])]
