@@ -307,7 +307,7 @@ class FeatureDiscrepancyLoss(nn.Module):
         losses, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
         if not in_transform():  # what a transform has wrapped does not outlive it
             self.layer_losses = losses.detach()
-        if trains and self._finds_target and self.alpha_rule == "ascent":
+        if trains and count_step and self._finds_target and self.alpha_rule == "ascent":
             self._find_target(losses.detach())
         return self._weigh(alpha, losses)
 

@@ -104,6 +104,13 @@ def test_a_resumed_module_goes_on_finding_its_target():
     assert fixed.target == 5
 
 
+def test_passes_that_are_not_counted_do_not_set_the_target():
+    crit = fdk.FeatureDiscrepancyLoss(1, alpha_init=0.5)
+    crit([layer(2.0)], MASK)
+    crit([layer(-7.0)], MASK, count_step=False)
+    assert crit.target == pytest.approx(1)
+
+
 def test_every_layer_of_a_network_with_batch_norm_gets_a_weight():
     """The README's own lines on a network whose losses are soon below 0."""
     torch.manual_seed(0)

@@ -86,6 +86,7 @@ LEGAL = {
         ("data", "output", "novel_data"), ("", "x", "eight", "3", "../../etc", "[/x]", "a" * 10_000)
     ),
     **dict.fromkeys(("dataset", "novel_dataset"), ("x", "eight", "3")),
+    **dict.fromkeys(("mask_values", "novel_mask_values"), ("3",)),
     **dict.fromkeys(("base_channels", "batch_size", "accumulate", "num_nodes"), (1, 3, 250)),
     **dict.fromkeys(("novel_images", "limit_batches"), (1, 3, 250)),
     **dict.fromkeys(("epochs_warm", "epochs_active", "workers"), (0, 1, 3, 250)),

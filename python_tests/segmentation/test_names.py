@@ -166,16 +166,16 @@ def test_slides_whose_names_differ_in_case_or_zeros_are_one_patient(name, root):
 def test_drawn_masks_pair_with_dicom_files_in_either_form(tmp_path):
     for file in (decomposed("é.dcm"), composed("é_frame2.png"), composed("ü"), decomposed("ü.png")):
         (tmp_path / file).write_bytes(bytes(128) + b"DICM")
-    recordings, problems = pair(tmp_path, tmp_path)
-    assert problems == []
-    assert [(each.stem, list(each.masks)) for each in recordings] == [("é", [2]), ("ü", [None])]
+    found = pair(tmp_path, tmp_path)
+    assert found.problems == []
+    assert [(each.stem, list(each.masks)) for each in found.recordings] == [("é", [2]), ("ü", [None])]
 
 
 def test_dicom_files_and_drawn_masks_need_names_that_utf8_can_hold(tmp_path, other_encoding):
     (other_encoding / "a.dcm").write_bytes(bytes(128) + b"DICM")
     (tmp_path / f"{LATIN_1}.png").write_bytes(b"")
-    recordings, problems = pair(tmp_path, tmp_path)
-    assert recordings == []
-    assert len(problems) == 2
-    assert all("has a name that UTF-8 cannot hold" in problem for problem in problems)
-    "".join(problems).encode()
+    found = pair(tmp_path, tmp_path)
+    assert found.recordings == []
+    assert len(found.problems) == 2
+    assert all("has a name that UTF-8 cannot hold" in problem for problem in found.problems)
+    "".join(found.problems).encode()

@@ -94,11 +94,11 @@ def test_rules_hold_inside_their_block_only():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mask_values": "one"}, 'mask_values must be numbers and ranges .* got "one"'),
+        ({"mask_values": "one"}, "mask_values must be values of the mask .* got 'one'"),
         ({"novel_mask_values": "9-1", **NOVEL}, 'novel_mask_values must be numbers and ranges .* got "9-1"'),
         ({"novel_mask_values": "1"}, "novel_dataset, which must be given with it, got 1 and no"),
-        ({"image_bits": 8}, "image_bits must be 9 to 16, got 8"),
-        ({"image_bits": 17}, "image_bits must be 9 to 16, got 17"),
+        ({"image_bits": 8}, "image_bits must be an integer from 9 to 16, got 8"),
+        ({"image_bits": 17}, "image_bits must be an integer from 9 to 16, got 17"),
     ],
 )
 def test_rules_that_cannot_be_are_refused_before_anything_is_read(fields, message):

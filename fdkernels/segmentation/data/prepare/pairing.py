@@ -97,13 +97,8 @@ def pair(dicom: Path, masks: Path) -> Found:
         dicom_files = [file for file in mask_files if file.suffix.lower() not in _MASK_SUFFIXES]
         mask_files = [file for file in mask_files if file.suffix.lower() in _MASK_SUFFIXES]
     found.problems = list(dict.fromkeys(found.problems))  # one folder may be inside the other
-    found.problems += [
-        printable(f"{file} has a name that UTF-8 cannot hold; rename it")
-        for file in (*dicom_files, *mask_files)
-        if not is_utf8(file)
-    ]
     recordings: dict[str, Recording] = {}
-    for file in filter(is_utf8, dicom_files):
+    for file in dicom_files:
         stem = composed(file.stem if file.suffix.lower() in _DICOM_SUFFIXES else file.name)
         if not _is_dicom(file):
             if _is_stray(file) or file.suffix.lower() in _STRAY_IN_DICOM:
@@ -116,7 +111,7 @@ def pair(dicom: Path, masks: Path) -> Found:
             )
         else:
             recordings[stem] = Recording(stem, file)
-    for file in filter(is_utf8, mask_files):
+    for file in mask_files:
         if _is_stray(file):
             found.passed_over.append(file.name)
         elif problem := _assign(file, recordings):
@@ -149,13 +144,10 @@ def _files(folder: Path, problems: list[str]) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if _is_visible(name) and name.lower() not in _STRAY_FOLDERS]
         for file in (Path(parent, name) for name in names if _is_visible(name)):
-            try:
-                str(file).encode()
-            except UnicodeEncodeError:
-                shown = os.fsencode(file).decode("utf-8", "backslashreplace")
-                problems.append(f"{shown} must have a name in UTF-8; rename it")
-            else:
+            if is_utf8(file):
                 found.append(file)
+            else:
+                problems.append(printable(f"{file} has a name that UTF-8 cannot hold; rename it"))
     return sorted(found, key=lambda file: (natural(file.name), str(file)))
 
 
