@@ -21,6 +21,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from fdkernels.segmentation.data.prepare import dataset
 from fdkernels.segmentation.data.prepare.dicom import DicomFile
 from made_dicom import region, tissue, write_dicom
 
@@ -458,3 +459,14 @@ def test_regions_of_other_kinds_do_not_count(tmp_path):
 def test_the_tag_says_whether_text_is_burned_in(tmp_path, value, annotated):
     tags = {} if value is None else {"BurnedInAnnotation": value}
     assert DicomFile(write_dicom(tmp_path / "x.dcm", GREY, **tags)).says_annotated is annotated
+
+
+def test_an_element_that_claims_gigabytes_is_named(tmp_path, monkeypatch):
+    path = write_dicom(tmp_path / "US1.dcm", GREY)
+
+    def no_memory(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(dataset, "dcmread", no_memory)
+    with pytest.raises(ValueError, match=r"US1\.dcm cannot be read: MemoryError"):
+        DicomFile(path)

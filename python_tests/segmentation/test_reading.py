@@ -280,3 +280,15 @@ def test_polygons_and_an_image_are_united(tmp_path):
 def test_polygons_need_the_size_of_their_image(tmp_path):
     with pytest.raises(ValueError, match=r"size must be given for the polygons in .*a.xml, got None"):
         read_mask(tmp_path / "a.xml")
+
+
+def test_a_file_that_claims_more_memory_than_there_is_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "file.png"
+    Image.new("L", (4, 4)).save(file)
+
+    def no_memory(*arguments, **more):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", no_memory)
+    with pytest.raises(ValueError, match=r"file\.png cannot be read: MemoryError"):
+        read_image(file)

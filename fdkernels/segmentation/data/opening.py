@@ -25,6 +25,7 @@ _BROKEN = (
     LookupError,
     EOFError,
     ArithmeticError,
+    MemoryError,  # a tile that claims gigabytes
     struct.error,
     zlib.error,
 )
@@ -109,7 +110,7 @@ def opened(path: Path, *, low_bytes: bool = False) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise too_large(path, error) from error
     except _BROKEN as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
     if frames != 1:
         raise ValueError(f"{path} must contain one image, got {frames}")
 
