@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.patches import Patch
 from fdkernels.models.blocks import TAP_NAMES
 from fdkernels.segmentation.config import PHASES
 from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
+from fdkernels.segmentation.logs import read_rows
 from fdkernels.segmentation.metrics import sample_scores
 from fdkernels.segmentation.prediction_masks import CORRECT, FALSE_NEGATIVE, FALSE_POSITIVE, error_picture
 from fdkernels.segmentation.runfiles import replacing
@@ -27,30 +27,17 @@ _COLUMNS = 6
 def layer_history(run: Path, kind: str) -> dict[str, dict[str, list[float]]]:
     """Read a number of each layer at the end of each epoch from a run's logs, by phase and layer.
 
-    For an epoch that was repeated after an interruption, the last value counts.
-
     Args:
         run: folder of the run.
         kind: what is logged, "alpha" or "discrepancy_loss".
     """
     history: dict[str, dict[str, list[float]]] = {}
     for phase in PHASES:
-        epochs: dict[int, dict[str, float]] = {}
-        logs = (run / phase / "logs").glob("version_*/metrics.csv")
-        for log in sorted(logs, key=lambda log: int(log.parent.name.partition("_")[2])):
-            with log.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    values = {
-                        name.removeprefix(f"{kind}/"): float(value)
-                        for name, value in row.items()
-                        if name.startswith(f"{kind}/") and value
-                    }
-                    if values:
-                        epochs[int(row["epoch"])] = values
         layers: dict[str, list[float]] = {}
-        for _, values in sorted(epochs.items()):
-            for name, value in values.items():
-                layers.setdefault(name, []).append(value)
+        for row in read_rows(run / phase / "logs"):
+            for name, value in row.items():
+                if name.startswith(f"{kind}/") and value:
+                    layers.setdefault(name.removeprefix(f"{kind}/"), []).append(float(value))
         history[phase] = layers
     return history
 

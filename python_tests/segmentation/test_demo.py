@@ -80,10 +80,10 @@ def test_alpha_moves_in_phase_two(demo):
 
 
 def test_a_repeated_epoch_keeps_its_last_values(tmp_path):
-    for version, rows in ((2, "0,0.1\n1,0.2\n"), (10, "1,0.3\n2,0.4\n")):
+    for version, rows in ((2, "0,4,0.1\n1,9,0.2\n"), (10, "1,9,0.3\n2,14,0.4\n")):
         folder = tmp_path / "active" / "logs" / f"version_{version}"
         folder.mkdir(parents=True)
-        (folder / "metrics.csv").write_text(f"epoch,alpha/enc1\n{rows}2,\n")
+        (folder / "metrics.csv").write_text(f"epoch,step,alpha/enc1\n{rows}2,14,\n")
     assert layer_history(tmp_path, "alpha") == {"warm": {}, "active": {"enc1": [0.1, 0.3, 0.4]}}
 
 

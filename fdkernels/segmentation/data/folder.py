@@ -10,7 +10,6 @@ patientGROUP_IMAGE; an image with any other name counts as its own patient, and 
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from fdkernels.segmentation.data.names import caseless, composed, printable
 from fdkernels.segmentation.data.pairs import listed, paired
 from fdkernels.segmentation.data.samples import FoundSamples, SegmentationSample
 from fdkernels.segmentation.data.scan import PICTURES, checked, data_folder, files
+from fdkernels.segmentation.data.tables import read_table
 
 PATIENTS = "patients.csv"
 _COLUMNS = ("image", "patient")
@@ -43,19 +43,16 @@ def read_patients(path: Path) -> dict[str, str]:
     """
     called = printable(str(path))
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        _, rows = read_table(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{called} must be a CSV file in UTF-8: {error}") from error
-    delimiter = next((each for each in ";\t" if lines and each in lines[0]), ",")
-    rows = csv.DictReader(lines, delimiter=delimiter, restval="")
-    columns = {(name or "").strip().casefold(): name for name in rows.fieldnames or ()}
-    if missing := [name for name in _COLUMNS if name not in columns]:
+    if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
         raise ValueError(
             f"{called} must have the columns image and patient, got no {' and no '.join(missing)}"
         )
     patients: dict[str, str] = {}
     for row in rows:
-        image, patient = (composed(row[columns[name]] or "").strip() for name in _COLUMNS)
+        image, patient = (composed(row[name] or "").strip() for name in _COLUMNS)
         if not image and not patient:
             continue
         if not image or not patient:

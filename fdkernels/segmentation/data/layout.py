@@ -11,7 +11,7 @@ from fdkernels.segmentation.data.scan import folders
 # Names that folders of images and of masks have in copies of the data sets, the commonest first.
 IMAGES = ("images", "image", "original", "imgs", "img", "tissue images", "tissue image")
 MASKS = ("masks", "mask", "GT", "ground truth", "labels", "label")
-_DEEPEST = 6  # levels that are searched; also ends a circle of links
+DEEPEST = 6  # levels that are searched; also ends a circle of links
 _MOST = 300  # folders that are searched for a hint
 
 
@@ -51,7 +51,7 @@ def level(root: Path, holds: Callable[[Path], bool], *names: str) -> Path | None
     or into the only subfolder, which unpacking often adds.
     """
     folder = root
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         if holds(folder):
             return folder
         inside = folders(folder)
@@ -83,7 +83,7 @@ def _elsewhere(root: Path, holds: Callable[[Path], bool]) -> str:
     """Say at which level below `root`, or above it, the layout lies; "" if at none."""
     inside, searched = _inside(root), 0
     above = bool(inside) or any(entry.is_file() for entry in root.iterdir())
-    for depth in range(1, _DEEPEST):
+    for depth in range(1, DEEPEST):
         searched += len(inside)
         if not inside or searched > _MOST:
             break
@@ -113,4 +113,4 @@ def _safely(holds: Callable[[Path], bool], folder: Path) -> bool:
         return False
 
 
-__all__ = ["IMAGES", "MASKS", "child", "layout_error", "level", "roles"]
+__all__ = ["DEEPEST", "IMAGES", "MASKS", "child", "layout_error", "level", "roles"]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from fdkernels.segmentation.data.layout import DEEPEST
 from fdkernels.segmentation.data.names import caseless, composed, natural
 from fdkernels.segmentation.data.samples import SegmentationSample
 from fdkernels.segmentation.data.scan import PICTURES, files, folders
@@ -14,7 +15,6 @@ from fdkernels.segmentation.data.scan import PICTURES, files, folders
 MASK_ENDING = re.compile(
     r"(?P<image>.+)[ _-](?P<word>mask|gt|label|seg|segmentation)([ _-]?\d+)?", re.IGNORECASE
 )
-_DEEPEST = 6
 
 
 def by_name(
@@ -51,13 +51,13 @@ def listed(
 
     An only subfolder, such as masks/0, is taken for the folder itself if that holds no such file.
     """
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         inside = folders(folder)
         if len(inside) != 1 or files(folder, suffixes):
             break
         folder = inside[0]
     found, level = [], [folder]
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         found += [path for each in level for path in files(each, suffixes)]
         level = [inner for each in level for inner in folders(each)]
     return by_name(found, problems, prefix, folder)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fdkernels.segmentation.data.prepare.pairing import Recording
+from fdkernels.segmentation.data.tables import read_table
 
 _COLUMNS = ("file", "patient")
 _NAMED = 5  # files without Patient ID that a message names
@@ -22,16 +22,11 @@ def read_patients(path: Path) -> dict[str, str]:
         ValueError: the file cannot be read, has other columns, an empty cell, or two patients of a file.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        header, rows = read_table(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"patients {path} cannot be read: {error}") from error
-    header = text.partition("\n")[0]
-    delimiter = next((sign for sign in ";\t" if sign in header), ",")
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    columns = [(name or "").strip().lower() for name in rows.fieldnames or []]
-    if not set(_COLUMNS) <= set(columns):
+    if not set(_COLUMNS) <= set(rows.fieldnames or ()):
         raise ValueError(f"patients {path} must have the columns file and patient, got {header.strip()!r}")
-    rows.fieldnames = columns
     patients: dict[str, str] = {}
     for row in rows:
         file, patient = ((row[name] or "").strip() for name in _COLUMNS)
