@@ -127,7 +127,9 @@ def tests_under(
     logs = folder / re.sub(r"\W+", "-", name)
     logs.mkdir()
     started = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *selected]
+    # The script and not `python -m pytest`, which would put this source tree before PYTHONPATH.
+    script = str(Path(sys.executable).with_name("pytest"))
+    command = [script, "-q", "-p", "no:cacheprovider", "-m", "not slow", *selected]
     variables = {**environment, **preloaded(logs), "PYTHONPATH": python_path}
     code, said = run(command, logs / "pytest.log", variables)
     counts = re.findall(r"^(?:=+ )?((?:\d+ \w+(?:, )?)+) in [\d.]+s", said, re.MULTILINE)
