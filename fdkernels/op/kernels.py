@@ -1,4 +1,4 @@
-"""The five functions that a backend consists of, and the modules that hold them."""
+"""The functions that a backend consists of, and the modules that hold them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.conventions import Options
-from fdkernels.op.pyramid import Pyramid, Sums, Weights
+from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights
 
 __all__ = ["Kernels", "kernels_of"]
 
@@ -73,6 +73,33 @@ class Kernels(Protocol):
 
     def mask_gradient(self, grad_sums: Tensor, weights: Weights, features: Sequence[Tensor]) -> Weights:
         """Write the gradients (R4) of the weights, [N, P] in the dtype of `grad_sums` [2, N, ΣC]."""
+
+    def region_sums(
+        self, features: Sequence[Tensor], regions: Regions, pyramid: Pyramid
+    ) -> tuple[Tensor, Tensor]:
+        """Sum the layers [N, C_l, *S_l] over R regions in one read of them, (C1) and (C2).
+
+        Returns:
+            Sums [R, N, ΣC], with pivots followed by the second moments, [2R, N, ΣC]; masses [R, N, L].
+        """
+
+    def region_gradient(
+        self,
+        grad_sums: Tensor,
+        regions: Regions,
+        features: Sequence[Tensor],
+        upstream: Sequence[Tensor | None],
+        pyramid: Pyramid,
+    ) -> list[Tensor]:
+        """Write the gradient (C3) of each layer, plus the upstream one, as `gradient` does.
+
+        `grad_sums` is [R, N, ΣC], with pivots [2R, N, ΣC]; `features` are read, and given, with pivots alone.
+        """
+
+    def region_weight_gradient(
+        self, grad_sums: Tensor, regions: Regions, features: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Write the gradients (C4) of the weights, [N, R, P_l] in the dtype of `grad_sums`."""
 
 
 def kernels_of(backend: str) -> Kernels:

@@ -14,6 +14,7 @@ __all__ = [
     "NO_WEIGHT",
     "Layer",
     "Pyramid",
+    "Regions",
     "Sums",
     "Weights",
     "accumulate_dtype",
@@ -102,6 +103,33 @@ class Weights(NamedTuple):
         return Weights(
             [self.fg[index] for index in indices], [self.bg[index] for index in indices] if self.bg else []
         )
+
+
+class Regions(NamedTuple):
+    """Any number R of regions of the pixels, as classes and second moments need them; (C1) to (C4).
+
+    Attributes:
+        weights: [N, R, P_l] contiguous for each layer, uint8 or the accumulation dtype.
+        selects: whether pixels whose weights are all 0 are ignored ones, which are selected out.
+        pivots: [R, N, ΣC] in the accumulation dtype, the numbers about which moments are taken; None for
+            sums alone.
+    """
+
+    weights: Sequence[Tensor]
+    selects: bool
+    pivots: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return self.weights[0].shape[1]
+
+    def select(self, indices: Sequence[int], pyramid: Pyramid) -> Regions:
+        """The regions of the layers at these indices of a pyramid."""
+        if len(indices) == len(self.weights):
+            return self
+        pivots = None if self.pivots is None else select_layers(self.pivots, pyramid, indices)
+        return Regions([self.weights[index] for index in indices], self.selects, pivots)
 
 
 class Sums(NamedTuple):

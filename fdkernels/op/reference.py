@@ -1,13 +1,11 @@
-"""Backend `reference`: the five functions in plain PyTorch, the specification for any device and dtype.
+"""Backend `reference`: its functions in plain PyTorch, the specification for any device and dtype.
 
-README.md beside this file derives what they compute; (M..), (R..), (L..) and (F..) are its equations.
-`losses_of` is differentiable: reductions and derivatives that slopes cannot express go through it.
+README.md beside this file derives what they compute; (M..), (R..), (L..), (F..) and (C..) are its equations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +13,21 @@ from torch.nn import functional
 
 from fdkernels.checks import mask_tolerance
 from fdkernels.conventions import Options
-from fdkernels.op.pyramid import NO_WEIGHT, Pyramid, Sums, Weights, weight_dtype
+from fdkernels.op.loss_formulas import losses_of, slopes_of, wide
+from fdkernels.op.pyramid import NO_WEIGHT, Pyramid, Regions, Sums, Weights, describe, weight_dtype
 
-__all__ = ["gradient", "losses", "losses_of", "mask_gradient", "masks", "sums", "wide"]
+__all__ = [
+    "gradient",
+    "losses",
+    "losses_of",
+    "mask_gradient",
+    "masks",
+    "region_gradient",
+    "region_sums",
+    "region_weight_gradient",
+    "sums",
+    "wide",
+]
 
 _AVG_POOL = (
     functional.adaptive_avg_pool1d,
@@ -164,11 +174,7 @@ def losses(
     """Losses [L] and slopes (F1) [2, N, ΣC] of sums [2, N, ΣC] and masses [2, N, L]."""
     S, M = wide(sums), wide(masses)
     loss = losses_of(S, M, pyramid, options, pairing)
-    slopes = []
-    for index, of_layer in enumerate(S.split(pyramid.channels, dim=-1)):  # [2, N, C]
-        layer = _region_features(of_layer, M[..., index], pyramid.pixels[index], options)
-        slopes.append(_slopes(layer, options, pairing))
-    return loss.to(sums.dtype), torch.cat(slopes, dim=-1).to(sums.dtype)
+    return loss.to(sums.dtype), slopes_of(S, M, pyramid, options, pairing).to(sums.dtype)
 
 
 def gradient(
@@ -212,6 +218,82 @@ def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor
     return Weights(fg, bg)
 
 
+def region_sums(features: Sequence[Tensor], regions: Regions, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """Sum layers [N, C_l, *S_l] by (C1) and (C2): [R, N, ΣC], or [2R, N, ΣC], and masses [R, N, L]."""
+    dtype = pyramid.dtype
+    S, M = [], []
+    for index, layer in enumerate(features):
+        w = _as_number(regions.weights[index], dtype).transpose(0, 1)  # [R, N, P]
+        centred = [_centred(layer, regions, w, pivots) for pivots in _pivots_of(regions, index, pyramid)]
+        first = [(x * w_k.unsqueeze(1)).sum(-1) for x, w_k in zip(centred, w, strict=True)]
+        second = []
+        if regions.pivots is not None:
+            second = [(x.square() * w_k.unsqueeze(1)).sum(-1) for x, w_k in zip(centred, w, strict=True)]
+        S.append(torch.stack(first + second))
+        M.append(w.sum(-1))
+    return torch.cat(S, dim=-1), torch.stack(M, dim=-1)
+
+
+def region_gradient(
+    grad_sums: Tensor,
+    regions: Regions,
+    features: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    pyramid: Pyramid,
+) -> list[Tensor]:
+    """Write the gradient (C3) of each layer for grad_sums [R, N, ΣC] or [2R, N, ΣC], plus upstream."""
+    grads = []
+    for index, of_layer in enumerate(grad_sums.split(pyramid.channels, dim=-1)):  # [R or 2R, N, C]
+        layer = pyramid.layers[index]
+        w = _as_number(regions.weights[index], grad_sums.dtype).transpose(0, 1)  # [R, N, P]
+        g, h = of_layer[: regions.count].unsqueeze(-1), of_layer[regions.count :].unsqueeze(-1)
+        grad = torch.zeros((), dtype=grad_sums.dtype, device=grad_sums.device)
+        for k, pivots in enumerate(_pivots_of(regions, index, pyramid)):
+            slope = g[k]  # [N, C, 1]
+            if pivots is not None:
+                slope = slope + 2 * h[k] * _centred(features[index], regions, w, pivots)
+            grad = grad + slope * w[k].unsqueeze(1)
+        if regions.selects:
+            grad = torch.where(_valid(w).unsqueeze(1), grad, 0)
+        grad = grad.reshape(layer.shape)
+        added = upstream[index] if upstream else None
+        if added is not None:
+            grad = grad + added
+        out = torch.empty_strided(layer.shape, layer.stride, dtype=layer.dtype, device=grad.device)
+        grads.append(out.copy_(grad))
+    return grads
+
+
+def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequence[Tensor]) -> list[Tensor]:
+    """Write the gradients (C4) of the weights [N, R, P_l], without the part that goes through the masses."""
+    pyramid = describe(features)
+    grads = []
+    for index, of_layer in enumerate(grad_sums.split(pyramid.channels, dim=-1)):  # [R or 2R, N, C]
+        w = _as_number(regions.weights[index], grad_sums.dtype).transpose(0, 1)  # [R, N, P]
+        g, h = of_layer[: regions.count].unsqueeze(-1), of_layer[regions.count :].unsqueeze(-1)
+        of_regions = []
+        for k, pivots in enumerate(_pivots_of(regions, index, pyramid)):
+            x = _centred(features[index], regions, w, pivots)
+            of_regions.append((g[k] * x if pivots is None else g[k] * x + h[k] * x.square()).sum(1))
+        grads.append(torch.stack(of_regions, dim=1))
+    return grads
+
+
+def _pivots_of(regions: Regions, index: int, pyramid: Pyramid) -> Sequence[Tensor | None]:
+    """The pivots [N, C, 1] of each region in one layer."""
+    if regions.pivots is None:
+        return [None] * regions.count
+    return regions.pivots.split(pyramid.channels, dim=-1)[index].unsqueeze(-1).unbind(0)
+
+
+def _centred(layer: Tensor, regions: Regions, w: Tensor, pivots: Tensor | None) -> Tensor:
+    """A layer [N, C, *S] less the pivots [N, C, 1] of a region, 0 at ignored pixels, [N, C, P]."""
+    x = layer.flatten(2).to(w.dtype)
+    if pivots is not None:
+        x = x - pivots
+    return torch.where(_valid(w).unsqueeze(1), x, 0) if regions.selects else x
+
+
 def _both(weights: Weights, index: int, dtype: torch.dtype) -> Tensor:
     """The two weights (R1) of one layer, [2, N, P]."""
     w_fg = _as_number(weights.fg[index], dtype)
@@ -220,177 +302,9 @@ def _both(weights: Weights, index: int, dtype: torch.dtype) -> Tensor:
 
 
 def _as_number(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stored weight [N, P]. Of bytes, which are 0 or 1, any other stands for NaN."""
+    """A stored weight of any shape. Of bytes, which are 0 or 1, any other stands for NaN."""
     return torch.where(w > 1, float("nan"), w.to(dtype)) if w.dtype == torch.uint8 else w.to(dtype)
 
 
 def _valid(w: Tensor) -> Tensor:
     return (w != 0).any(0)
-
-
-def wide(numbers: Tensor) -> Tensor:
-    """Numbers of any shape in float64, or unchanged on a device that has no float64."""
-    return numbers if numbers.device.type == "mps" else numbers.double()
-
-
-def losses_of(
-    sums: Tensor, masses: Tensor, pyramid: Pyramid, options: Options, pairing: Tensor | None
-) -> Tensor:
-    """Compute the losses (L1) to (L6), differentiable with respect to sums and masses and in their dtype.
-
-    Args:
-        sums: [2, N, ΣC]; `wide` numbers, unless few digits are enough.
-        masses: [2, N, L].
-        pyramid: the layers, of any batch size.
-        options: any reduction.
-        pairing: int64, [N] for shuffle, [K, 2] for pooled (rows with a negative entry do not count), or None.
-
-    Returns:
-        [L]; without reduction the entries [N, L], or [ΣC] where the norm runs over the batch. Entries that do
-        not count are 0.
-    """
-    all_losses = []
-    for index, S in enumerate(sums.split(pyramid.channels, dim=-1)):  # [2, N, C]
-        layer = _region_features(S, masses[..., index], pyramid.pixels[index], options)
-        entries = torch.zeros((), dtype=S.dtype, device=S.device)
-        for term in _terms(layer, options, pairing):
-            loss = -options.log_scale * _argument(layer, term, options).log()  # [K], or [C] over the batch
-            entries = entries + (loss.sum() / _count(term.valid) if term.is_mean else loss)
-        counted = _counted(layer, options)
-        entries = torch.where(counted, entries, 0)  # [N], or [C] over the batch
-        if options.reduction != "none":
-            entries = entries.sum()
-        if options.reduction == "mean":
-            entries = entries / _count(counted)
-        all_losses.append(entries)
-    if options.reduction != "none":
-        return torch.stack(all_losses)
-    return torch.cat(all_losses) if options.norm == "batch" else torch.stack(all_losses, dim=-1)
-
-
-class _RegionFeatures(NamedTuple):
-    """f and b of (L1) [N, C], 0 in samples that do not count; which samples count [N]; w_fg and w_bg [N]."""
-
-    f: Tensor
-    b: Tensor
-    counts: Tensor
-    w_fg: Tensor
-    w_bg: Tensor
-
-
-def _region_features(S: Tensor, M: Tensor, pixels: int, options: Options) -> _RegionFeatures:
-    """(L1) for the sums S [2, N, C] and the masses M [2, N] of one layer."""
-    S_fg, S_bg = S
-    M_fg, M_bg = M
-    V = M_fg + M_bg
-    counts = V != 0  # true for NaN: a NaN mask reaches the loss
-    if options.masked_background:
-        S_bg = M_fg.unsqueeze(-1) - S_fg
-    if options.region_weight == "none":
-        w_fg = w_bg = torch.ones_like(V)
-    elif options.region_weight == "pixels":
-        w_fg = w_bg = torch.full_like(V, pixels)
-    elif options.region_weight == "valid":
-        w_fg = w_bg = V
-    else:
-        w_fg, w_bg = M_fg, M_bg
-        counts = (M_fg != 0) & (M_bg != 0)
-    keep = counts.unsqueeze(-1)
-    w_fg, w_bg = torch.where(counts, w_fg, 1), torch.where(counts, w_bg, 1)
-    f = torch.where(keep, S_fg / w_fg.unsqueeze(-1), 0)
-    b = torch.where(keep, S_bg / w_bg.unsqueeze(-1), 0)
-    return _RegionFeatures(f, b, counts, w_fg, w_bg)
-
-
-def _counted(layer: _RegionFeatures, options: Options) -> Tensor:
-    """Which entries count, [N]; over the batch [C], all or none."""
-    return layer.counts.any().expand(layer.f.shape[-1]) if options.norm == "batch" else layer.counts
-
-
-def _count(flags: Tensor) -> Tensor:
-    return flags.sum().clamp(min=1)
-
-
-class _Term(NamedTuple):
-    """One logarithm of an entry, of the summed distances of the pairs (i, j) where these are valid [K].
-
-    `is_mean`: the mean over the valid pairs is part of every entry; else pair n is part of entry n.
-    """
-
-    pairs: list[tuple[Tensor, Tensor]]
-    valid: Tensor
-    is_mean: bool = False
-
-
-def _terms(layer: _RegionFeatures, options: Options, pairing: Tensor | None) -> Iterator[_Term]:
-    """The logarithms that an entry adds up, (L3) to (L6)."""
-    counts = layer.counts
-    own = torch.arange(counts.shape[0], device=counts.device)
-    yield _Term([(own, own)], counts)
-    if options.exchange == "shuffle" and pairing is not None:
-        yield _Term([(pairing, own)], counts & counts[pairing])
-    if options.exchange == "pooled" and pairing is not None:
-        used = (pairing >= 0).all(-1)
-        i, j = pairing.clamp(min=0).unbind(-1)
-        valid = used & counts[i] & counts[j]
-        yield _Term([(i, j), (j, i)], valid, is_mean=options.norm != "batch")
-
-
-def _argument(layer: _RegionFeatures, term: _Term, options: Options) -> Tensor:
-    """D + ε where a pair is valid, else 1: [K], or [C] over the batch."""
-    keep = term.valid.unsqueeze(-1)
-    D = torch.zeros((), dtype=layer.f.dtype, device=layer.f.device)
-    for i, j in term.pairs:
-        # Harmless numbers in the pairs left out: a NaN there would reach the gradient past `torch.where`.
-        D = D + _distance(torch.where(keep, layer.f[i], 1), torch.where(keep, layer.b[j], 0), options)
-    valid = term.valid
-    if options.norm == "batch":
-        D, valid = torch.where(keep, D, 0).sum(0), valid.any()
-    return torch.where(valid, D + options.eps, 1)
-
-
-def _distance(f: Tensor, b: Tensor, options: Options) -> Tensor:
-    """D [K] of (L2) for rows f [K, C] and b [K, C]; its summands [K, C] over the batch."""
-    if options.norm == "batch":
-        return (f - b).square()
-    if options.norm == "vector":
-        return (f - b).square().sum(-1)
-    x, z = (f - b).sum(-1), (f + b).sum(-1)
-    return x.square() / (z.square() + options.eps) if options.norm == "relative" else x.square()
-
-
-def _slopes(layer: _RegionFeatures, options: Options, pairing: Tensor | None) -> Tensor:
-    """The slopes (F1) [2, N, C] of one layer, by (L7): the loss is a mean or a sum of its entries.
-
-    Written out, as compilers and dispatch modes run an op where autograd does not record.
-    """
-    counted = _counted(layer, options)
-    G = counted.to(layer.f.dtype)  # [N], or [C] over the batch: the gradient of the entries
-    if options.reduction == "mean":
-        G = G / _count(counted)
-    grad_f, grad_b = torch.zeros_like(layer.f), torch.zeros_like(layer.b)
-    for term in _terms(layer, options, pairing):
-        of_entry = G.sum() / _count(term.valid) if term.is_mean else G
-        q = -options.log_scale * of_entry / _argument(layer, term, options)
-        keep = term.valid.unsqueeze(-1)
-        for i, j in term.pairs:
-            d_f, d_b = _distance_gradient(layer.f[i], layer.b[j], options)
-            q_pair = q if options.norm == "batch" else q.unsqueeze(-1)
-            grad_f.index_add_(0, i, torch.where(keep, q_pair * d_f, 0))
-            grad_b.index_add_(0, j, torch.where(keep, q_pair * d_b, 0))
-    keep = layer.counts.unsqueeze(-1)
-    slope_fg = torch.where(keep, grad_f / layer.w_fg.unsqueeze(-1), 0)
-    slope_bg = torch.where(keep, grad_b / layer.w_bg.unsqueeze(-1), 0)
-    if options.masked_background:
-        slope_fg, slope_bg = slope_fg - slope_bg, torch.zeros_like(slope_bg)
-    return torch.stack([slope_fg, slope_bg])
-
-
-def _distance_gradient(f: Tensor, b: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """∂D/∂f and ∂D/∂b [K, C] for rows f [K, C] and b [K, C]."""
-    if options.norm in ("batch", "vector"):
-        return 2 * (f - b), -2 * (f - b)
-    x, z = (f - b).sum(-1, keepdim=True), (f + b).sum(-1, keepdim=True)
-    d = z.square() + options.eps if options.norm == "relative" else torch.ones_like(z)
-    ratio = x * z / d if options.norm == "relative" else torch.zeros_like(z)
-    return (2 * x / d * (1 - ratio)).expand_as(f), (-2 * x / d * (1 + ratio)).expand_as(b)

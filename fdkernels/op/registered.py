@@ -1,4 +1,4 @@
-"""The five functions as registered ops, for compilers, dispatch modes and subclasses, and the way past them.
+"""The functions over two regions as registered ops, and the way past them.
 
 Each function here calls its kernels directly unless one of these has to see the call: an op takes as long as
 a small layer's whole computation. `gradient` and `mask_gradient` are linear in each argument, so the ops have
@@ -26,7 +26,16 @@ from fdkernels.op.pyramid import (
     weight_dtype,
 )
 
-__all__ = ["expand_factor", "gradient", "losses", "mask_gradient", "masks", "may_call_directly", "sums"]
+__all__ = [
+    "empty_gradients",
+    "expand_factor",
+    "gradient",
+    "losses",
+    "mask_gradient",
+    "masks",
+    "may_call_directly",
+    "sums",
+]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -250,6 +259,11 @@ def _gradient_fake(
     pyramid: list[int],
     backend: str,
 ) -> list[Tensor]:
+    return empty_gradients(grad_sums, pyramid)
+
+
+def empty_gradients(grad_sums: Tensor, pyramid: Sequence[int]) -> list[Tensor]:
+    """The gradients [N, C_l, *S_l] of a packed pyramid, unwritten."""
     return [
         torch.empty_strided(shape, stride, dtype=dtype, device=grad_sums.device)
         for shape, stride, dtype in unpack(pyramid).layers
