@@ -120,7 +120,7 @@ class Regions(NamedTuple):
     pivots: Tensor | None = None
 
     @property
-    def count(self) -> int:
+    def num_regions(self) -> int:
         """R."""
         return self.weights[0].shape[1]
 

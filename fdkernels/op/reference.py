@@ -246,7 +246,7 @@ def region_gradient(
     for index, of_layer in enumerate(grad_sums.split(pyramid.channels, dim=-1)):  # [R or 2R, N, C]
         layer = pyramid.layers[index]
         w = _as_number(regions.weights[index], grad_sums.dtype).transpose(0, 1)  # [R, N, P]
-        g, h = of_layer[: regions.count].unsqueeze(-1), of_layer[regions.count :].unsqueeze(-1)
+        g, h = of_layer[: regions.num_regions].unsqueeze(-1), of_layer[regions.num_regions :].unsqueeze(-1)
         grad = torch.zeros((), dtype=grad_sums.dtype, device=grad_sums.device)
         for k, pivots in enumerate(_pivots_of(regions, index, pyramid)):
             slope = g[k]  # [N, C, 1]
@@ -270,7 +270,7 @@ def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequen
     grads = []
     for index, of_layer in enumerate(grad_sums.split(pyramid.channels, dim=-1)):  # [R or 2R, N, C]
         w = _as_number(regions.weights[index], grad_sums.dtype).transpose(0, 1)  # [R, N, P]
-        g, h = of_layer[: regions.count].unsqueeze(-1), of_layer[regions.count :].unsqueeze(-1)
+        g, h = of_layer[: regions.num_regions].unsqueeze(-1), of_layer[regions.num_regions :].unsqueeze(-1)
         of_regions = []
         for k, pivots in enumerate(_pivots_of(regions, index, pyramid)):
             x = _centred(features[index], regions, w, pivots)
@@ -282,8 +282,9 @@ def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequen
 def _pivots_of(regions: Regions, index: int, pyramid: Pyramid) -> Sequence[Tensor | None]:
     """The pivots [N, C, 1] of each region in one layer."""
     if regions.pivots is None:
-        return [None] * regions.count
-    return regions.pivots.split(pyramid.channels, dim=-1)[index].unsqueeze(-1).unbind(0)
+        return [None] * regions.num_regions
+    of_layer = regions.pivots.split(pyramid.channels, dim=-1)[index]  # [R, N, C]
+    return list(of_layer.unsqueeze(-1))
 
 
 def _centred(layer: Tensor, regions: Regions, w: Tensor, pivots: Tensor | None) -> Tensor:

@@ -78,7 +78,7 @@ def sizes_of_gradients(
     features: Sequence[Tensor], regions: Regions, g: Tensor, pyramid: Pyramid
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the absolute summands of the gradients add up to."""
-    R = regions.count
+    R = regions.num_regions
     of_features, of_weights = [], []
     for index, part in enumerate(g.cpu().double().abs().split(pyramid.channels, dim=-1)):
         F = features[index].detach().cpu().double()
@@ -101,7 +101,7 @@ def check(
 ) -> None:
     """Sums, masses and both gradients of all layers are those of the definition."""
     pyramid = describe(features)
-    eps, rows = unit(pyramid.dtype), regions.count * (1 if regions.pivots is None else 2)
+    eps, rows = unit(pyramid.dtype), regions.num_regions * (1 if regions.pivots is None else 2)
     sums, masses = kernels.region_sums(features, regions, pyramid)
     (wanted, size, of_masses), _ = by_definition(features, regions)
     assert (sums.dtype, masses.dtype) == (pyramid.dtype, pyramid.dtype)
