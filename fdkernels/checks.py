@@ -128,7 +128,7 @@ def _check_layer(name: str, layer: object) -> None:
     if layer.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {layer.layout}")
     if layer.dtype not in _FEATURE_DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_short(layer.dtype)}")
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {short(layer.dtype)}")
     if not 3 <= layer.dim() <= 5:
         raise ValueError(
             f"{name} must have shape [N, C, *S] with 1 to 3 spatial dimensions, got {list(layer.shape)}"
@@ -159,43 +159,55 @@ def check_mask(
         ValueError: shape, device or (where readable) values of `mask` are wrong, or the dtype of the
             mask cannot represent `ignore_index`.
     """
+    checked = check_mask_tensor(mask, layers)
+    if checked.dim() == layers[0].dim() - 1:
+        checked = checked.unsqueeze(1)
+    elif checked.shape[1] != 1:
+        raise ValueError(
+            f"mask must have 1 channel, [N, 1, *S], got {checked.shape[1]} channels in {list(checked.shape)}; "
+            "one channel a class takes mode='multiclass', or 'multilabel' where classes overlap"
+        )
+    if ignore_index is not None:
+        check_ignore_index(ignore_index, checked.dtype)
+    if checked.dtype != torch.bool and checked.numel() and values_are_readable(checked):
+        if in_transform():
+            check_mask_values(innermost(checked).detach(), ignore_index, None)
+        else:
+            check_mask_values(checked.detach(), ignore_index, accepts)
+    return checked
+
+
+def check_mask_tensor(mask: object, layers: Sequence[Tensor]) -> Tensor:
+    """Validate type, dtype, rank, batch size, pixels and device of a mask [N, *S0] or [N, K, *S0].
+
+    Raises:
+        TypeError, ValueError: as for `check_mask`.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype not in _INTEGER_MASK_DTYPES and not mask.dtype.is_floating_point:
-        raise TypeError(f"mask must be bool, integer or floating point, got {_short(mask.dtype)}")
+        raise TypeError(f"mask must be bool, integer or floating point, got {short(mask.dtype)}")
     features = layers[0]
     rank = features.dim()
-    if mask.dim() == rank - 1:
-        mask = mask.unsqueeze(1)
-    elif mask.dim() != rank:
+    if mask.dim() not in (rank - 1, rank):
         raise ValueError(
             f"mask must have shape [N, 1, *S] or [N, *S] with {rank - 2} spatial dimension(s) like the "
             f"features {list(features.shape)}, got {list(mask.shape)}"
-        )
-    elif mask.shape[1] != 1:
-        raise ValueError(
-            f"mask must have 1 channel, [N, 1, *S], got {mask.shape[1]} channels in {list(mask.shape)}"
         )
     if mask.shape[0] != features.shape[0]:
         raise ValueError(
             f"mask must have the batch size of the features, {features.shape[0]}, "
             f"got {mask.shape[0]} in {list(mask.shape)}"
         )
-    if 0 in mask.shape[2:]:
+    if 0 in mask.shape[1:]:
         raise ValueError(f"mask must have at least one pixel, got shape {list(mask.shape)}")
     if mask.device != features.device:
         raise ValueError(f"mask must be on the device of the features, {features.device}, got {mask.device}")
-    if ignore_index is not None:
-        _check_ignore_index(ignore_index, mask.dtype)
-    if mask.dtype != torch.bool and mask.numel() and values_are_readable(mask):
-        if in_transform():
-            _check_mask_values(innermost(mask).detach(), ignore_index, None)
-        else:
-            _check_mask_values(mask.detach(), ignore_index, accepts)
     return mask
 
 
-def _check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
+def check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
+    """Raise TypeError or ValueError unless a mask of that dtype can hold the value."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, float)):
         raise TypeError(f"ignore_index must be a number or None, got {type(ignore_index).__name__}")
     if not math.isfinite(ignore_index):
@@ -209,14 +221,24 @@ def _check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
     # torch wraps a scalar into the mask's dtype before comparing: uint8 255 == -1 would be true.
     if ignore_index != int(ignore_index) or not low <= ignore_index <= high:
         raise ValueError(
-            f"ignore_index must be representable in the mask's dtype, {low} to {high} for {_short(dtype)}, "
+            f"ignore_index must be representable in the mask's dtype, {low} to {high} for {short(dtype)}, "
             f"got {ignore_index}"
         )
 
 
-def _check_mask_values(
-    mask: Tensor, ignore_index: float | None, accepts: Callable[[Tensor, float], bool] | None
+def check_mask_values(
+    mask: Tensor,
+    ignore_index: float | None,
+    accepts: Callable[[Tensor, float], bool] | None,
+    left_out: float | None = None,
 ) -> None:
+    """Raise ValueError unless the values of a mask, of any shape, lie in [0, 1].
+
+    Args:
+        mask: the values.
+        ignore_index, accepts: as for `check_mask`.
+        left_out: the value that the caller has left out already, for the sentence.
+    """
     if ignore_index is not None:
         if accepts is not None and accepts(mask, ignore_index):
             return
@@ -228,8 +250,13 @@ def _check_mask_values(
     if low != low or high != high:
         raise ValueError("mask must have values in [0, 1], got NaN")
     wanted = "values in [0, 1]" if mask.dtype.is_floating_point else "the values 0 and 1"
-    hint = "; divide a 0/255 mask by 255" if high == 255 else ""
-    but = "" if ignore_index is None else f" beside ignore_index={ignore_index}"
+    hint = ""
+    if high == 255:
+        hint = "; divide a 0/255 mask by 255"
+    elif low >= 0 and math.isfinite(high) and high == int(high):
+        hint = "; class indices take mode='multiclass' and num_classes"
+    ignored = ignore_index if left_out is None else left_out
+    but = "" if ignored is None else f" beside ignore_index={ignored}"
     raise ValueError(f"mask must have {wanted}{but}, got values from {low} to {high}{hint}")
 
 
@@ -279,7 +306,7 @@ def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tens
             f"layer_weights must be a tensor [L] or a list of numbers, got {type(layer_weights).__name__}"
         )
     if not layer_weights.dtype.is_floating_point:
-        raise TypeError(f"layer_weights must be floating point, got {_short(layer_weights.dtype)}")
+        raise TypeError(f"layer_weights must be floating point, got {short(layer_weights.dtype)}")
     if layer_weights.shape != (len(layers),):
         raise ValueError(
             f"layer_weights must have shape [{len(layers)}], one weight for each layer, "
@@ -293,105 +320,6 @@ def check_layer_weights(layer_weights: object, layers: Sequence[Tensor]) -> Tens
     return layer_weights
 
 
-def check_pairing(pairing: object, exchange: str, batch: int, device: torch.device) -> Tensor:
-    """Validate the pairing and return it as int64 on `device`.
-
-    Args:
-        pairing: the partner of each sample, [N], for `exchange="shuffle"`; pairs of a base and a novel
-            sample, [K, 2], for "pooled".
-        exchange: "shuffle" or "pooled".
-        batch: N, the number of samples.
-        device: device of the result.
-
-    Raises:
-        TypeError: the pairing is not a tensor or list of integers.
-        ValueError: its shape is wrong or, where readable, an index is outside 0 to N - 1.
-    """
-    if isinstance(pairing, (list, tuple)):
-        pairing = torch.as_tensor(pairing, device="cpu")
-    if not isinstance(pairing, Tensor):
-        raise TypeError(f"pairing must be a tensor or a list of sample indices, got {type(pairing).__name__}")
-    if pairing.dtype.is_floating_point or pairing.dtype.is_complex or pairing.dtype == torch.bool:
-        raise TypeError(f"pairing must contain integers, got {_short(pairing.dtype)}")
-    if exchange == "shuffle" and pairing.shape != (batch,):
-        raise ValueError(
-            f"pairing must have shape [{batch}], one partner for each sample, got {list(pairing.shape)}"
-        )
-    if exchange == "pooled" and (pairing.dim() != 2 or pairing.shape[1] != 2 or not pairing.shape[0]):
-        raise ValueError(
-            f"pairing must have shape [K, 2], pairs of a base and a novel sample, got {list(pairing.shape)}"
-        )
-    if pairing.numel() and values_are_readable(pairing):
-        low, high = (int(bound.item()) for bound in innermost(pairing).aminmax())
-        if low < 0 or high >= batch:
-            raise ValueError(
-                f"pairing must contain sample indices from 0 to {batch - 1}, got values from {low} to {high}"
-            )
-    return pairing.to(device=device, dtype=torch.int64, non_blocking=True)
-
-
-def check_generator(generator: object) -> None:
-    """Raise TypeError unless `generator` is a torch.Generator or None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
-            "to pass a seed, use torch.Generator().manual_seed(seed)"
-        )
-
-
-def check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
-    """Validate the domains and return them as int64 [N] on `device`: 0 is base, 1 is novel.
-
-    Raises:
-        TypeError: the domains are not a bool or integer tensor or list.
-        ValueError: they are missing, not [N] with N = `batch`, or, where readable, contain another
-            value or only one of the two domains.
-    """
-    if domains is None:
-        raise ValueError(
-            "domains must be given for exchange='pooled' without a pairing: "
-            "a tensor [N] of 0 (base) and 1 (novel), got None"
-        )
-    if isinstance(domains, (list, tuple)):
-        domains = torch.tensor(domains, device="cpu")
-    if not isinstance(domains, Tensor):
-        raise TypeError(f"domains must be a tensor or a list, got {type(domains).__name__}")
-    if domains.dtype.is_floating_point or domains.dtype.is_complex:
-        raise TypeError(f"domains must be bool or integer, got {_short(domains.dtype)}")
-    if domains.shape != (batch,):
-        raise ValueError(
-            f"domains must have shape [{batch}], one entry for each sample, got {list(domains.shape)}"
-        )
-    if values_are_readable(domains) and not in_transform():
-        found = sorted(set(domains.tolist()))
-        if not set(found) <= {0, 1}:
-            raise ValueError(f"domains must contain only 0 (base) and 1 (novel), got the values {found}")
-        if len(found) < 2:
-            only = "base samples (0)" if not found or not found[0] else "novel samples (1)"
-            raise ValueError(
-                f"domains must include base and novel samples for exchange='pooled', got only {only}"
-            )
-    return domains.to(device=device, dtype=torch.int64, non_blocking=True)
-
-
-def check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
-    """Raise ValueError if a pair of `pairing` [K, 2] joins two samples of one domain (`domains` [N])."""
-    if (
-        values_are_readable(pairing)
-        and not in_transform()
-        and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any()
-    ):
-        raise ValueError("pairing must join samples of different domains, got a pair of one domain")
-
-
-def check_exchange_batch(exchange: str, batch: int) -> None:
-    """Raise ValueError if an exchange term is requested for a batch of fewer than two samples."""
-    if exchange != "none" and batch < 2:
-        raise ValueError(
-            f"exchange={exchange!r} pairs samples, so the batch must have at least 2, got {batch}; "
-            "drop the last incomplete batch or use exchange='none'"
-        )
-
-
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")

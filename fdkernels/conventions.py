@@ -13,7 +13,9 @@ from fdkernels.checks import one_of
 
 # The compiled module names its codes alike; fdkernels/op/packing.py compares the two at import.
 REGION_WEIGHTS = ("valid", "none", "region", "pixels")
-NORMS = ("vector", "channel_sum", "relative", "batch")
+# Those of which the loss kernels make losses, and one of second moments, whose loss torch computes.
+KERNEL_NORMS = ("vector", "channel_sum", "relative", "batch")
+NORMS = (*KERNEL_NORMS, "fisher")
 EXCHANGES = ("none", "shuffle", "pooled")
 REDUCTIONS = ("none", "mean", "sum")
 MASK_RESIZES = ("area", "max", "nearest")
@@ -66,13 +68,16 @@ class Convention:
             valid pixels, V), `"none"` (1), `"region"` (the mass of the region itself; samples with an
             empty region are left out) or `"pixels"` (the number of pixels, P).
         norm: the discrepancy D: `"vector"`, Σ_c (f-b)²; `"channel_sum"`, (Σ_c (f-b))²; `"relative"`,
-            (Σ_c (f-b))² / ((Σ_c (f+b))² + ε); `"batch"`, D[c] = Σ_n (f-b)², one loss for each channel.
+            (Σ_c (f-b))² / ((Σ_c (f+b))² + ε); `"batch"`, D[c] = Σ_n (f-b)², one loss for each channel;
+            `"fisher"`, Σ_c (f-b)² / (Σ_c (u_fg+u_bg) + ε) with the variances u within the regions, whose
+            features must be means (`region_weight="region"`, no masked background).
         log_scale: 1 where the loss is the logarithm of the squared norm, 0.5 where of the norm.
         masked_background: whether the background is y·(1-F), as in the authors' code, and not (1-y)·F.
         mask_resize: how the mask is resized to a layer unless the call says otherwise.
 
     Raises:
-        ValueError: a name that does not exist, or a log_scale that is not positive.
+        ValueError: a name that does not exist, a log_scale that is not positive, or a combination that has
+            no meaning.
     """
 
     name: str
@@ -88,6 +93,11 @@ class Convention:
         one_of("mask_resize", self.mask_resize, MASK_RESIZES)
         if not self.log_scale > 0:
             raise ValueError(f"log_scale must be positive, got {self.log_scale}")
+        if self.norm == "fisher" and (self.region_weight != "region" or self.masked_background):
+            raise ValueError(
+                "norm='fisher' compares means of regions, so it needs region_weight='region' and "
+                f"masked_background=False, got {self.region_weight!r} and {self.masked_background}"
+            )
 
     def options(self, exchange: str, reduction: str, eps: float) -> Options:
         """The options of a call under this convention."""
@@ -118,6 +128,7 @@ CONVENTIONS = {
             masked_background=True,
             mask_resize="max",
         ),
+        Convention("fisher", region_weight="region", norm="fisher", log_scale=0.5),
     )
 }
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fdkernels import checks
 from fdkernels.alpha import ALPHA_RULES, AlphaWatch, Rule, bounds_of
+from fdkernels.classes import Classes
 from fdkernels.conventions import Convention, get_convention
-from fdkernels.loss import Partners, Settings, check_features_and_mask, losses_per_layer
+from fdkernels.layer_losses import Partners, Settings, check_features_and_mask, losses_per_layer
 from fdkernels.taps import FeatureTaps
 from fdkernels.transforms import in_transform
 
@@ -56,9 +57,9 @@ class FeatureDiscrepancyLoss(nn.Module):
         ramp_steps: how many training passes `"ramp"` takes.
         active: False starts in the paper's first phase (warm start): α = 0 and frozen until `activate()`.
         patience: how many training passes an α may do nothing before the warning.
-        convention, exchange, group, mask_resize, aspect, channel_dim, ignore_index, eps, backend: as for
-            `fdkernels.feature_discrepancy_loss`.
-        reduction: `"mean"` or `"sum"` over the samples of a layer.
+        convention, exchange, group, mask_resize, aspect, channel_dim, ignore_index, mode, num_classes,
+        include_background, pairs, eps, backend: as for `fdkernels.feature_discrepancy_loss`.
+        reduction: `"mean"` or `"sum"` over the samples, or entries, of a layer.
 
     Attributes:
         alpha: [L], a parameter, or a buffer under `"ramp"`; within its bounds whenever it is read.
@@ -93,6 +94,10 @@ class FeatureDiscrepancyLoss(nn.Module):
         aspect: str = "same",
         channel_dim: int = 1,
         ignore_index: float | None = None,
+        mode: str = "binary",
+        num_classes: int | None = None,
+        include_background: bool = True,
+        pairs: Sequence[tuple[int, int]] | None = None,
         eps: float = 1e-12,
         reduction: str = "mean",
         backend: str = "auto",
@@ -129,6 +134,7 @@ class FeatureDiscrepancyLoss(nn.Module):
             backend=backend,
             aspect=aspect,
             channel_dim=channel_dim,
+            classes=Classes.of(mode, num_classes, include_background, pairs),
         )
         self.settings.check()
         start = torch.full((num_layers,), 0.0 if alpha_rule == "ramp" else self.alpha_init)
@@ -281,7 +287,7 @@ class FeatureDiscrepancyLoss(nn.Module):
             settings = settings._replace(exchange=exchange)
         if group is not None:
             settings = settings._replace(group=group)
-        layers, mask = check_features_and_mask(features, mask, settings)
+        layers, planes = check_features_and_mask(features, mask, settings)
         alpha = self.alpha
         if len(layers) != alpha.shape[0]:
             raise ValueError(
@@ -298,13 +304,13 @@ class FeatureDiscrepancyLoss(nn.Module):
             if trains and count_step and not self._froze:
                 self._watch.pass_by_frozen()
             with torch.no_grad():
-                losses, _ = losses_per_layer(layers, mask, settings, partners)
+                losses, _ = losses_per_layer(layers, planes, settings, partners)
             self.layer_losses = losses
             return losses.new_zeros(())
         if trains and count_step:
             self._begin_step(alpha, layers, settings)
         taps = features if isinstance(features, FeatureTaps) else None
-        losses, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
+        losses, _ = losses_per_layer(layers, planes, settings, partners, taps=taps)
         if not in_transform():  # what a transform has wrapped does not outlive it
             self.layer_losses = losses.detach()
         if trains and count_step and self._finds_target and self.alpha_rule == "ascent":

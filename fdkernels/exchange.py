@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdkernels import checks
+from fdkernels.transforms import in_transform, innermost
 
 
 def draw_pairing(
@@ -36,19 +37,19 @@ def draw_pairing(
         [K, 2] for `"pooled"`, rows with -1 being unused.
     """
     checks.one_of("exchange", exchange, ("none", "shuffle", "pooled"))
-    checks.check_exchange_batch(exchange, batch)
-    checks.check_generator(generator)
+    _check_batch(exchange, batch)
+    _check_generator(generator)
     if exchange == "none":
         return None
     if pairing is not None:
-        checked = checks.check_pairing(pairing, exchange, batch, device)
+        checked = _check_pairing(pairing, exchange, batch, device)
         if exchange == "pooled" and domains is not None:
-            checks.check_pairs_cross(checked, checks.check_domains(domains, batch, device))
+            _check_pairs_cross(checked, _check_domains(domains, batch, device))
         return checked
     if exchange == "shuffle":
         drawn = _permutation(batch, device, generator)
     else:
-        drawn = _cross_pairs(checks.check_domains(domains, batch, device), generator)
+        drawn = _cross_pairs(_check_domains(domains, batch, device), generator)
     if group is not None:
         dist.broadcast(drawn, src=dist.get_global_rank(group, 0), group=group)
     return drawn
@@ -81,6 +82,106 @@ def _cross_pairs(domains: Tensor, generator: torch.Generator | None) -> Tensor:
     )
     used = (k < torch.maximum(base, novel)) & (base > 0) & (novel > 0)
     return torch.where(used.unsqueeze(-1), pairs, -1)
+
+
+def _check_pairing(pairing: object, exchange: str, batch: int, device: torch.device) -> Tensor:
+    """Validate the pairing and return it as int64 on `device`.
+
+    Args:
+        pairing: the partner of each sample, [N], for `exchange="shuffle"`; pairs of a base and a novel
+            sample, [K, 2], for "pooled".
+        exchange: "shuffle" or "pooled".
+        batch: N, the number of samples.
+        device: device of the result.
+
+    Raises:
+        TypeError: the pairing is not a tensor or list of integers.
+        ValueError: its shape is wrong or, where readable, an index is outside 0 to N - 1.
+    """
+    if isinstance(pairing, (list, tuple)):
+        pairing = torch.as_tensor(pairing, device="cpu")
+    if not isinstance(pairing, Tensor):
+        raise TypeError(f"pairing must be a tensor or a list of sample indices, got {type(pairing).__name__}")
+    if pairing.dtype.is_floating_point or pairing.dtype.is_complex or pairing.dtype == torch.bool:
+        raise TypeError(f"pairing must contain integers, got {checks.short(pairing.dtype)}")
+    if exchange == "shuffle" and pairing.shape != (batch,):
+        raise ValueError(
+            f"pairing must have shape [{batch}], one partner for each sample, got {list(pairing.shape)}"
+        )
+    if exchange == "pooled" and (pairing.dim() != 2 or pairing.shape[1] != 2 or not pairing.shape[0]):
+        raise ValueError(
+            f"pairing must have shape [K, 2], pairs of a base and a novel sample, got {list(pairing.shape)}"
+        )
+    if pairing.numel() and checks.values_are_readable(pairing):
+        low, high = (int(bound.item()) for bound in innermost(pairing).aminmax())
+        if low < 0 or high >= batch:
+            raise ValueError(
+                f"pairing must contain sample indices from 0 to {batch - 1}, got values from {low} to {high}"
+            )
+    return pairing.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def _check_generator(generator: object) -> None:
+    """Raise TypeError unless `generator` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
+            "to pass a seed, use torch.Generator().manual_seed(seed)"
+        )
+
+
+def _check_domains(domains: object, batch: int, device: torch.device) -> Tensor:
+    """Validate the domains and return them as int64 [N] on `device`: 0 is base, 1 is novel.
+
+    Raises:
+        TypeError: the domains are not a bool or integer tensor or list.
+        ValueError: they are missing, not [N] with N = `batch`, or, where readable, contain another
+            value or only one of the two domains.
+    """
+    if domains is None:
+        raise ValueError(
+            "domains must be given for exchange='pooled' without a pairing: "
+            "a tensor [N] of 0 (base) and 1 (novel), got None"
+        )
+    if isinstance(domains, (list, tuple)):
+        domains = torch.tensor(domains, device="cpu")
+    if not isinstance(domains, Tensor):
+        raise TypeError(f"domains must be a tensor or a list, got {type(domains).__name__}")
+    if domains.dtype.is_floating_point or domains.dtype.is_complex:
+        raise TypeError(f"domains must be bool or integer, got {checks.short(domains.dtype)}")
+    if domains.shape != (batch,):
+        raise ValueError(
+            f"domains must have shape [{batch}], one entry for each sample, got {list(domains.shape)}"
+        )
+    if checks.values_are_readable(domains) and not in_transform():
+        found = sorted(set(domains.tolist()))
+        if not set(found) <= {0, 1}:
+            raise ValueError(f"domains must contain only 0 (base) and 1 (novel), got the values {found}")
+        if len(found) < 2:
+            only = "base samples (0)" if not found or not found[0] else "novel samples (1)"
+            raise ValueError(
+                f"domains must include base and novel samples for exchange='pooled', got only {only}"
+            )
+    return domains.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def _check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
+    """Raise ValueError if a pair of `pairing` [K, 2] joins two samples of one domain (`domains` [N])."""
+    if (
+        checks.values_are_readable(pairing)
+        and not in_transform()
+        and (domains[pairing[:, 0]] == domains[pairing[:, 1]]).any()
+    ):
+        raise ValueError("pairing must join samples of different domains, got a pair of one domain")
+
+
+def _check_batch(exchange: str, batch: int) -> None:
+    """Raise ValueError if an exchange term is requested for a batch of fewer than two samples."""
+    if exchange != "none" and batch < 2:
+        raise ValueError(
+            f"exchange={exchange!r} pairs samples, so the batch must have at least 2, got {batch}; "
+            "drop the last incomplete batch or use exchange='none'"
+        )
 
 
 class _GatherBatch(torch.autograd.Function):

@@ -9,24 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fdkernels import backend as backends
-from fdkernels import checks, geometry
-from fdkernels.conventions import (
-    EXCHANGES,
-    MASK_RESIZES,
-    REDUCTIONS,
-    Convention,
-    get_convention,
+from fdkernels import checks
+from fdkernels.classes import Classes
+from fdkernels.conventions import CONVENTIONS, MASK_RESIZES, Convention, get_convention
+from fdkernels.layer_losses import (
+    Partners,
+    Settings,
+    check_features_and_mask,
+    losses_per_layer,
+    region_sums_of,
 )
-from fdkernels.exchange import draw_pairing, gather_batch
-from fdkernels.op import reference
-from fdkernels.op.autograd import Call, FromTaps, run_pass
 from fdkernels.op.pyramid import describe
 from fdkernels.op.registered import expand_factor
-from fdkernels.op.transformed import run_transformed
-from fdkernels.op.weights import weights_of
 from fdkernels.taps import FeatureTaps
-from fdkernels.transforms import in_transform
 
 __all__ = ["RegionSums", "feature_discrepancy_loss", "region_sums", "tap"]
 
@@ -48,6 +43,10 @@ def feature_discrepancy_loss(
     aspect: str = "same",
     channel_dim: int = 1,
     ignore_index: float | None = None,
+    mode: str = "binary",
+    num_classes: int | None = None,
+    include_background: bool = True,
+    pairs: Sequence[tuple[int, int]] | None = None,
     eps: float = 1e-12,
     reduction: str = "mean",
     backend: str = "auto",
@@ -70,8 +69,8 @@ def feature_discrepancy_loss(
         features: [N, C, *S] with 1 to 3 spatial dimensions, float32, float64, bfloat16 or float16, in any
             layout; or a sequence of them, one for each of L layers, of one batch size and device; or the
             `FeatureTaps` that recorded them.
-        mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1], where rounding may
-            exceed the bounds by 1e-5 (float16: 2^-10, bfloat16: 2^-7).
+        mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1], to within rounding;
+            of several classes as `mode` says.
         convention: the reading of the paper, one of `fdkernels.CONVENTIONS`, or a `Convention`.
         exchange: the cross-sample term that is added: `"none"`; `"shuffle"`, the foreground of a random
             other sample; `"pooled"`, pairs of samples from two domains.
@@ -89,15 +88,24 @@ def feature_discrepancy_loss(
             same.
         channel_dim: the axis of the channels: 1, or -1 for features [N, *S, C].
         ignore_index: the mask value of pixels to leave out.
+        mode: `"binary"`; `"multiclass"`, where the mask holds class indices, [N, *S0] or [N, 1, *S0], or a
+            plane with values in [0, 1] for each class, [N, K, *S0]; `"multilabel"`, [N, K, *S0] where
+            classes may overlap. Each class k has an entry L[n,k] as the foreground. Its background is the
+            rest, the sum of the other classes' region sums (`"multilabel"`: of F under v·(1-w_k)). An entry
+            counts where both hold pixels.
+        num_classes: K; needed for class indices.
+        include_background: False leaves the entries of class 0 out; it stays part of the rest.
+        pairs: [(i, j), …] sets class i against class j in place of each class against the rest.
         eps: ε, at least 0.
-        reduction: `"mean"` or `"sum"` over the samples that count; several layers without weights are
+        reduction: `"mean"` or `"sum"` over the entries that count; several layers without weights are
             averaged under `"mean"` and added under `"sum"`. `"none"` keeps the entries.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
 
     Returns:
-        A scalar; under `reduction="none"` [N] for one layer and [N, L] for several, times the weights if
-        there are any (under a convention with `norm="batch"`, such as `"released"`: [C], for several layers
-        side by side). float32, or float64 if any layer is. Samples that do not count have the entry 0.
+        A scalar; under `reduction="none"` [N] for one layer and [N, L] for several, of several classes
+        [N, K] and [N, L, K], times the weights if there are any (under a convention with `norm="batch"`,
+        such as `"released"`: [C], for several layers side by side). float32, or float64 if any layer is.
+        What does not count has the entry 0.
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -120,11 +128,12 @@ def feature_discrepancy_loss(
         backend=backend,
         aspect=aspect,
         channel_dim=channel_dim,
+        classes=Classes.of(mode, num_classes, include_background, pairs),
     )
-    layers, mask = check_features_and_mask(features, mask, settings)
+    layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     taps = features if isinstance(features, FeatureTaps) else None
-    per_layer, _ = losses_per_layer(layers, mask, settings, partners, taps=taps)
+    per_layer, _ = losses_per_layer(layers, planes, settings, partners, taps=taps)
     return _combine(per_layer, layers, layer_weights, reduction)
 
 
@@ -143,6 +152,10 @@ def tap(
     aspect: str = "same",
     channel_dim: int = 1,
     ignore_index: float | None = None,
+    mode: str = "binary",
+    num_classes: int | None = None,
+    include_background: bool = True,
+    pairs: Sequence[tuple[int, int]] | None = None,
     eps: float = 1e-12,
     reduction: str = "mean",
     backend: str = "auto",
@@ -179,128 +192,15 @@ def tap(
         backend=backend,
         aspect=aspect,
         channel_dim=channel_dim,
+        classes=Classes.of(mode, num_classes, include_background, pairs),
     )
-    layers, mask = check_features_and_mask(features, mask, settings)
+    layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
-    per_layer, tapped = losses_per_layer(layers, mask, settings, partners, tapped=True)
+    per_layer, tapped = losses_per_layer(layers, planes, settings, partners, tapped=True)
     if layers[0].dim() - 1 == channel_dim % layers[0].dim():
         tapped = [layer.movedim(1, -1) for layer in tapped]
     loss = _combine(per_layer, layers, layer_weights, reduction)
     return (tapped[0] if isinstance(features, Tensor) else tapped), loss
-
-
-class Settings(NamedTuple):
-    """The arguments of `feature_discrepancy_loss` that stay the same from call to call, by their names."""
-
-    convention: Convention
-    exchange: str
-    mask_resize: str | None
-    ignore_index: float | None
-    eps: float
-    reduction: str
-    group: dist.ProcessGroup | None
-    backend: str
-    aspect: str = "same"
-    channel_dim: int = 1
-
-    def check(self) -> None:
-        """Raise TypeError or ValueError for a setting that does not exist."""
-        checks.one_of("exchange", self.exchange, EXCHANGES)
-        checks.one_of("reduction", self.reduction, REDUCTIONS)
-        checks.non_negative("eps", self.eps)
-        checks.one_of("backend", self.backend, ("auto", *backends.BACKENDS))
-        checks.one_of("aspect", self.aspect, geometry.ASPECTS)
-        if self.mask_resize is not None:
-            checks.one_of("mask_resize", self.mask_resize, MASK_RESIZES)
-
-
-class Partners(NamedTuple):
-    """The sample pairs of the exchange term, or how to draw them."""
-
-    pairing: Tensor | None = None
-    domains: Tensor | None = None
-    generator: torch.Generator | None = None
-
-
-def check_features_and_mask(
-    features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor, settings: Settings
-) -> tuple[list[Tensor], Tensor]:
-    """Check settings, features and mask; the layers as a list of [N, C, *S], and the mask as [N, 1, *S0]."""
-    settings.check()
-    given = features.features if isinstance(features, FeatureTaps) else features
-    return _check_layers_and_mask(given, mask, settings.ignore_index, settings.aspect, settings.channel_dim)
-
-
-def _check_layers_and_mask(
-    features: Tensor | Sequence[Tensor],
-    mask: Tensor,
-    ignore_index: float | None,
-    aspect: str,
-    channel_dim: int,
-) -> tuple[list[Tensor], Tensor]:
-    given = checks.as_layers(features)
-    layers = geometry.channels_first(given, channel_dim)
-    mask = checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
-    geometry.check_aspect(mask, layers, aspect, channels_last=layers is not given)
-    return layers, mask
-
-
-def losses_per_layer(
-    layers: Sequence[Tensor],
-    mask: Tensor,
-    settings: Settings,
-    partners: Partners,
-    tapped: bool = False,
-    taps: FeatureTaps | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Compute the loss of each layer from checked arguments.
-
-    Args:
-        layers: [N, C_l, *S_l] for each of L layers.
-        mask: [N, 1, *S0].
-        settings, partners: what to compute.
-        tapped: whether to return the layers, too, as `tap` does.
-        taps: those that recorded the layers, if any.
-
-    Returns:
-        [L], without reduction [N, L] or [ΣC] (over a group this rank's rows), and under `tapped` an alias of
-        each layer, else an empty list.
-    """
-    convention, group = settings.convention, settings.group
-    device, batch = layers[0].device, layers[0].shape[0]
-    backend = backends.resolve(settings.backend, device)
-    world = 1 if group is None else dist.get_world_size(group)
-    pairing = draw_pairing(settings.exchange, world * batch, device, *partners, group)
-    pyramid = describe(layers)
-    mask_resize = settings.mask_resize or convention.mask_resize
-    sizes = [layer.shape[2:] for layer in layers]
-    weights = weights_of(mask, sizes, pyramid.dtype, mask_resize, settings.ignore_index, backend)
-    options = convention.options(settings.exchange, settings.reduction, settings.eps)
-    # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
-    # below.
-    has_slopes = settings.reduction != "none" and not mask.requires_grad
-    call = Call(backend, pyramid, options if has_slopes else None, group, tapped)
-    placeholders = None
-    # Placeholders are of features as the network gave them, with their channels in place 1.
-    if taps is not None and not mask.requires_grad and settings.channel_dim == 1:
-        placeholders = taps.take_placeholders()
-    if in_transform():
-        outputs = run_transformed(call, layers, weights, pairing)
-    elif placeholders is None:
-        outputs = run_pass(call, layers, weights, pairing)
-    else:
-        outputs = FromTaps.apply(call, layers, weights, pairing, *placeholders)
-    aliases = list(outputs[-len(layers) :]) if tapped else []
-    if has_slopes:
-        return outputs[0], aliases
-    sums, masses = outputs[:2]
-    if group is not None:
-        sums, masses = gather_batch(sums, group), gather_batch(masses, group)
-    wide = reference.wide(sums), reference.wide(masses)
-    entries = reference.losses_of(*wide, pyramid, options, pairing).to(pyramid.dtype)
-    if group is not None and entries.dim() == 2:
-        entries = entries.chunk(world)[dist.get_rank(group)]
-    return entries, aliases
 
 
 def _combine(
@@ -309,15 +209,15 @@ def _combine(
     layer_weights: Tensor | Sequence[float] | None,
     reduction: str,
 ) -> Tensor:
-    """Weigh and reduce the losses [L], or entries [N, L] or [ΣC], to the result of a call."""
+    """Weigh and reduce the losses [L], or entries [N, L], [N, L, E] or [ΣC], to the result of a call."""
     weights = checks.check_layer_weights(layer_weights, layers)
     if weights is not None:
         weights = weights.to(per_layer.dtype)
         if per_layer.dim() == 1 and reduction == "none":
             weights = expand_factor(weights, describe(layers))
-        per_layer = per_layer * weights
+        per_layer = per_layer * (weights.unsqueeze(-1) if per_layer.dim() == 3 else weights)
     if reduction == "none":
-        return per_layer.squeeze(1) if per_layer.shape[1:] == (1,) else per_layer
+        return per_layer.squeeze(1) if per_layer.dim() > 1 and len(layers) == 1 else per_layer
     if per_layer.shape[0] == 1:
         return per_layer.squeeze(0)
     return per_layer.mean() if reduction == "mean" and weights is None else per_layer.sum()
@@ -327,8 +227,9 @@ class RegionSums(NamedTuple):
     """Region sums of one layer, (R2) in op/README.md.
 
     Attributes:
-        fg, bg: [N, C], the features summed under the foreground and the background weight.
-        fg_mass, bg_mass: [N], the weights summed.
+        fg, bg: [N, C], the features summed under the foreground and the background weight; of several
+            classes [N, K, C], each class and the rest.
+        fg_mass, bg_mass: [N], or [N, K], the weights summed.
     """
 
     fg: Tensor
@@ -345,6 +246,10 @@ def region_sums(
     aspect: str = "same",
     channel_dim: int = 1,
     ignore_index: float | None = None,
+    mode: str = "binary",
+    num_classes: int | None = None,
+    include_background: bool = True,
+    pairs: Sequence[tuple[int, int]] | None = None,
     backend: str = "auto",
 ) -> RegionSums | list[RegionSums]:
     """Sum features over the foreground and over the background, in one read of them.
@@ -361,7 +266,8 @@ def region_sums(
             layout; or a sequence of them, one for each layer, of one batch size and device.
         mask: [N, 1, *S0] or [N, *S0], bool, integer {0, 1} or floating point in [0, 1], up to rounding.
         mask_resize: how the mask is resized to a layer, `"area"`, `"max"` or `"nearest"`.
-        aspect, channel_dim: as for `feature_discrepancy_loss`.
+        aspect, channel_dim, mode, num_classes, include_background, pairs: as for
+            `feature_discrepancy_loss`; so is the mask of several classes.
         ignore_index: the mask value of pixels to leave out.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
 
@@ -374,16 +280,23 @@ def region_sums(
         RuntimeError: the backend is not available.
     """
     checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
-    layers, mask = _check_layers_and_mask(features, mask, ignore_index, aspect, channel_dim)
-    name = backends.resolve(backend, layers[0].device)
-    sizes = [layer.shape[2:] for layer in layers]
-    pyramid = describe(layers)
-    weights = weights_of(mask, sizes, pyramid.dtype, mask_resize, ignore_index, name)
-    run = run_transformed if in_transform() else run_pass
-    sums, masses = run(Call(name, pyramid), layers, weights, None)
-    parts = sums.split(pyramid.channels, dim=-1)
+    settings = Settings(
+        convention=CONVENTIONS["paper"],
+        exchange="none",
+        mask_resize=mask_resize,
+        ignore_index=ignore_index,
+        eps=0.0,
+        reduction="none",
+        group=None,
+        backend=backend,
+        aspect=aspect,
+        channel_dim=channel_dim,
+        classes=Classes.of(mode, num_classes, include_background, pairs),
+    )
+    layers, planes = check_features_and_mask(features, mask, settings)
+    sums, masses = region_sums_of(layers, planes, settings)
     results = [
-        RegionSums(part[0], part[1], masses[0, :, index], masses[1, :, index])
-        for index, part in enumerate(parts)
+        RegionSums(part[0], part[1], masses[0, ..., index], masses[1, ..., index])
+        for index, part in enumerate(sums.split([layer.shape[1] for layer in layers], dim=-1))
     ]
     return results[0] if isinstance(features, Tensor) else results

@@ -127,8 +127,8 @@ def test_a_convention_cannot_be_changed():
         fdk.CONVENTIONS["paper"].log_scale = 2.0
 
 
-def test_the_presets_are_the_six_of_the_paper():
-    assert tuple(fdk.CONVENTIONS) == oracles.CONVENTIONS
+def test_the_presets_are_the_six_of_the_paper_and_fisher():
+    assert tuple(fdk.CONVENTIONS) == (*oracles.CONVENTIONS, "fisher")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,10 @@ def test_the_presets_are_the_six_of_the_paper():
         ({"mask_resize": "bilinear"}, "mask_resize must be one of 'area'.*got 'bilinear'"),
         ({"log_scale": 0.0}, "log_scale must be positive, got 0.0"),
         ({"log_scale": float("nan")}, "log_scale must be positive, got nan"),
+        (
+            {"norm": "fisher"},
+            "needs region_weight='region' and masked_background=False, got 'valid' and False",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -20,8 +20,8 @@ SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 # What a room may import of the package besides itself. A room is a folder of fdkernels or a module of its
 # top level.
 COMMON = {"checks", "conventions", "transforms", "_C", "_version"}
-THE_OP = {*COMMON, "op", "exchange"}
-THE_LOSS = {*THE_OP, "geometry", "backend", "taps", "loss", "alpha", "criterion"}
+THE_OP = {*COMMON, "op", "exchange", "classes"}
+THE_LOSS = {*THE_OP, "geometry", "backend", "taps", "layer_losses", "loss", "alpha", "criterion"}
 ALLOWED = {
     "_version": set(),
     "_C": set(),
@@ -30,12 +30,14 @@ ALLOWED = {
     "geometry": {"checks"},
     "alpha": {"checks"},
     "conventions": {"checks"},
-    "exchange": {"checks"},
-    "op": {*COMMON, "exchange"},
+    "exchange": {"checks", "transforms"},
+    "classes": {"checks", "transforms"},
+    "op": {*COMMON, "exchange", "classes"},
     "backend": {*COMMON, "op"},
     "taps": {*COMMON, "op"},
-    "loss": {*THE_OP, "geometry", "backend", "taps"},
-    "criterion": {*THE_OP, "backend", "taps", "loss", "geometry", "alpha"},
+    "layer_losses": {*THE_OP, "geometry", "backend", "taps"},
+    "loss": {*THE_OP, "taps", "layer_losses"},
+    "criterion": {*THE_OP, "taps", "layer_losses", "alpha"},
     "models": {"checks"},
     "build_info": {"_C", "_version"},
     "info": {"_C", "_version", "backend", "build_info"},

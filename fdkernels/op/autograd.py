@@ -1,10 +1,7 @@
 """The op under autograd: one pass over the features forward, one write of their gradient backward.
 
-- `Pass` maps features to losses, and under `tap` also to themselves.
-- `Tap` and `FromTaps` do the same in two nodes, for taps set before the mask is known. A `Tap` also returns a
-  placeholder for the region sums of its features, whose values are never read; to autograd the losses are a
-  function of the placeholders. The gradient of a placeholder is g of (R3). Once it and the upstream
-  gradient of the features have arrived, the backward of the `Tap` writes their sum in one pass.
+`Pass` maps features to losses, and under `tap` also to themselves; tapped.py does the same in two nodes, for
+taps set before the mask is known, and region_pass.py for more than two regions.
 
 Backward is one product: forward keeps how the losses change with the sums, the slopes (F1), and the kernel
 multiplies them by the gradient of the losses (F2). What slopes cannot say (entries without reduction, masks
@@ -23,9 +20,9 @@ from torch import Tensor
 from fdkernels.conventions import Options
 from fdkernels.exchange import gather_batch, reduce_batch
 from fdkernels.op import reference, registered
-from fdkernels.op.pyramid import Pyramid, Sums, Weights, accumulate_dtype, describe, select_layers, unpack
+from fdkernels.op.pyramid import Pyramid, Sums, Weights, describe, select_layers, unpack
 
-__all__ = ["Call", "FromTaps", "Pass", "Tap", "TapSlot", "run_pass"]
+__all__ = ["Call", "Kept", "Pass", "gradient_of_sums", "run_kernels", "run_pass"]
 
 
 class Call(NamedTuple):
@@ -46,7 +43,7 @@ class Call(NamedTuple):
     tap: bool = False
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What forward saves first, for the gradient of the sums; a compiled graph keeps the slopes alone."""
 
     slopes: Tensor  # (F1) [2, N, ΣC]
@@ -81,7 +78,7 @@ class Pass(torch.autograd.Function):
             weights = Weights(rest[num_layers : 2 * num_layers], rest[2 * num_layers :])  # type: ignore[arg-type]
         needs = ctx.needs_input_grad[_FIRST_FEATURE:]
         ctx.mask_gradient = any(needs[num_layers:])
-        out = _run(call, features, weights, pairing, with_slopes=any(needs[:num_layers]))
+        out = run_kernels(call, features, weights, pairing, with_slopes=any(needs[:num_layers]))
         ctx.keeps_sums = not torch.compiler.is_compiling()
         derivable = ctx.keeps_sums and call.options is not None  # a second time, from the sums
         kept = (out.sums, out.masses, pairing) if derivable else (None, None, None)
@@ -116,10 +113,10 @@ class Pass(torch.autograd.Function):
         else:
             grad_losses, *upstream = grad_outputs
         slopes, sums, masses, pairing, *rest = ctx.saved_tensors
-        kept = _Kept(slopes, sums, masses, pairing)
+        kept = Kept(slopes, sums, masses, pairing)
         ends = num_layers, num_layers * (2 if ctx.has_bg else 1)
         weights, features = Weights(rest[: ends[0]], rest[ends[0] : ends[1]]), rest[ends[1] :]
-        g, factor = _gradient_of_sums(ctx, kept, grad_losses, grad_sums)
+        g, factor = gradient_of_sums(ctx, kept, grad_losses, grad_sums)
         needs = ctx.needs_input_grad[_FIRST_FEATURE:]
         grads: list[Tensor | None] = [None] * num_layers
         wanted = [index for index in range(num_layers) if needs[index]]
@@ -157,7 +154,7 @@ def run_pass(
     return outputs
 
 
-def _run(
+def run_kernels(
     call: Call, features: Sequence[Tensor], weights: Weights, pairing: Tensor | None, with_slopes: bool
 ) -> Sums:
     """The forward of a call. Over a group, losses and slopes [2, R·N, ΣC] are those of all ranks' samples."""
@@ -171,8 +168,8 @@ def _run(
     return Sums(own.sums, own.masses, losses, slopes)
 
 
-def _gradient_of_sums(
-    ctx: Any, kept: _Kept, grad_losses: Tensor | None, grad_sums: Tensor | None
+def gradient_of_sums(
+    ctx: Any, kept: Kept, grad_losses: Tensor | None, grad_sums: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return g of (R3) as `gradient` takes it: [2, N, ΣC], and the factor [L] of each layer or None for 1."""
     call: Call = ctx.call
@@ -189,7 +186,7 @@ def _gradient_of_sums(
     return g if grad_sums is None else g + grad_sums, None
 
 
-def _differentiable_slopes(ctx: Any, options: Options, kept: _Kept, grad_losses: Tensor) -> Tensor:
+def _differentiable_slopes(ctx: Any, options: Options, kept: Kept, grad_losses: Tensor) -> Tensor:
     """∂(Σ_l G_l·L_l)/∂S [2, N, ΣC] as a function of the sums and of G = grad_losses, in float64."""
     call: Call = ctx.call
     with torch.enable_grad():
@@ -218,105 +215,6 @@ def _gradient_of_weights(
                 column = of_masses[:, index, None]  # [N, 1]
                 of_all[index] = column.expand(weights.fg[index].shape) if grad is None else grad + column
     return grads[0] + grads[1]
-
-
-class TapSlot:
-    """What the backward of `FromTaps` leaves for the backward of one `Tap`.
-
-    Attributes:
-        weights: those of the layer.
-        factor: [1], by which g is multiplied, or None.
-        backend: the name of the backend.
-    """
-
-    weights: Weights
-    factor: Tensor | None
-    backend: str
-
-
-class Tap(torch.autograd.Function):
-    """Features to themselves and a placeholder for their region sums."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, slot: TapSlot) -> tuple[Tensor, Tensor]:
-        """Return the features [N, C, *S] and an unwritten placeholder [2, N, C]."""
-        ctx.slot, ctx.pyramid = slot, describe([features])
-        ctx.set_materialize_grads(False)
-        placeholder = features.new_empty((2, *features.shape[:2]), dtype=accumulate_dtype([features]))
-        # Not a view to autograd, which would refuse a change in place by the next layer without naming it;
-        # it shares the count of such changes, by which the taps find it.
-        return features.detach(), placeholder
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, None]:
-        """Write the gradient (R3) for g [2, N, C], plus the upstream one [N, C, *S], in one pass."""
-        if g is None:
-            return upstream, None
-        slot: TapSlot = ctx.slot
-        factor = None if slot.factor is None else slot.factor.to(g.dtype)
-        added = [] if upstream is None else [upstream]
-        (grad,) = registered.gradient(g, factor, slot.weights, added, ctx.pyramid, slot.backend)
-        return grad, None
-
-
-class FromTaps(torch.autograd.Function):
-    """Placeholders of tapped layers to losses, sums and masses; the features are read, unseen by autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        features: Sequence[Tensor],
-        weights: Weights,
-        pairing: Tensor | None,
-        slots: Sequence[TapSlot | None],
-        *placeholders: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the kernels.
-
-        Args:
-            call: what to compute.
-            features: [N, C_l, *S_l], as each `Tap` returned them.
-            weights: [N, P_l] of each layer; they get no gradient.
-            pairing: as for `Kernels.sums`.
-            slots: that of each `Tap`; None for a layer that needs no gradient.
-            placeholders: [2, N, C_l] from each `Tap`, likewise.
-
-        Returns:
-            losses [L] and sums [2, N, ΣC] or, without `call.options`, sums and masses [2, N, L].
-        """
-        out = _run(call, features, weights, pairing, with_slopes=True)
-        # Saved and not only referred to, so that autograd notices a mask that was modified in place.
-        ctx.save_for_backward(out.slopes, out.sums, out.masses, pairing, *weights.fg, *weights.bg)
-        ctx.call, ctx.slots, ctx.keeps_sums = call, slots, True
-        ctx.set_materialize_grads(False)
-        if out.losses is None:
-            ctx.mark_non_differentiable(out.masses)
-            return out.sums, out.masses
-        return out.losses, out.sums
-
-    @staticmethod
-    def backward(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Hand g of (R3) to each tap: through its placeholder, and its factor and weights through its slot.
-
-        Args:
-            first, second: of losses [L] and sums [2, N, ΣC], or of sums and masses [2, N, L].
-        """
-        call: Call = ctx.call
-        grad_losses, grad_sums = (None, first) if call.options is None else (first, second)
-        slopes, sums, masses, pairing, *rest = ctx.saved_tensors
-        weights = Weights(rest[: len(ctx.slots)], rest[len(ctx.slots) :])
-        kept = _Kept(slopes, sums, masses, pairing)
-        g, factor = _gradient_of_sums(ctx, kept, grad_losses, grad_sums)
-        for index, slot in enumerate(ctx.slots):
-            if slot is not None:
-                slot.weights, slot.backend = weights.select([index]), call.backend
-                slot.factor = None if factor is None else factor[index : index + 1]
-        parts: Sequence[Tensor | None] = [None] * len(ctx.slots)
-        if g is not None:
-            parts = g.split(call.pyramid.channels, dim=-1)
-        chosen = (None if slot is None else part for slot, part in zip(ctx.slots, parts, strict=True))
-        return (None, None, None, None, None, *chosen)
 
 
 def _sum_again(features: Sequence[Tensor], weights: Weights, backend: str) -> Tensor:

@@ -1,12 +1,12 @@
 """The losses of region sums in plain PyTorch, differentiable, and their slopes written out.
 
-README.md beside this file derives them; (L..) and (F1) are its equations. Reductions and derivatives that
-slopes cannot express go through `losses_of`.
+README.md beside this file derives them; (L..), (F1), (C5) and (C6) are its equations. Reductions and
+derivatives that slopes cannot express go through `losses_of`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from fdkernels.conventions import Options
 from fdkernels.op.pyramid import Pyramid
 
-__all__ = ["losses_of", "slopes_of", "wide"]
+__all__ = ["Moments", "fisher_losses_of", "losses_of", "slopes_of", "wide"]
 
 
 def wide(numbers: Tensor) -> Tensor:
@@ -39,10 +39,40 @@ def losses_of(
         [L]; without reduction the entries [N, L], or [ΣC] where the norm runs over the batch. Entries that do
         not count are 0.
     """
+    layers = [
+        _region_features(S, masses[..., index], pyramid.pixels[index], options)
+        for index, S in enumerate(sums.split(pyramid.channels, dim=-1))  # [2, N, C]
+    ]
+    return _losses_of_layers(layers, options, pairing)
+
+
+def fisher_losses_of(
+    moments: Moments, masses: Tensor, pyramid: Pyramid, options: Options, pairing: Tensor | None
+) -> Tensor:
+    """Compute the losses (C6) from the moments of both sides, as `losses_of` does from sums.
+
+    Args:
+        moments: of the foreground and the background.
+        masses: [2, N, L].
+        pyramid, options, pairing: as for `losses_of`.
+    """
+    of_layers = zip(*(part.split(pyramid.channels, dim=-1) for part in moments), strict=True)
+    layers = [_fisher_features(Moments(*parts), masses[..., index]) for index, parts in enumerate(of_layers)]
+    return _losses_of_layers(layers, options, pairing)
+
+
+class Moments(NamedTuple):
+    """Sums [2, N, C] of x = F - shift and of x² over foreground and background, and the shift [N, C]."""
+
+    first: Tensor
+    second: Tensor
+    shift: Tensor
+
+
+def _losses_of_layers(layers: Sequence[_RegionFeatures], options: Options, pairing: Tensor | None) -> Tensor:
     all_losses = []
-    for index, S in enumerate(sums.split(pyramid.channels, dim=-1)):  # [2, N, C]
-        layer = _region_features(S, masses[..., index], pyramid.pixels[index], options)
-        entries = torch.zeros((), dtype=S.dtype, device=S.device)
+    for layer in layers:
+        entries = torch.zeros((), dtype=layer.f.dtype, device=layer.f.device)
         for term in _terms(layer, options, pairing):
             loss = -options.log_scale * _argument(layer, term, options).log()  # [K], or [C] over the batch
             entries = entries + (loss.sum() / _count(term.valid) if term.is_mean else loss)
@@ -73,13 +103,18 @@ def slopes_of(
 
 
 class _RegionFeatures(NamedTuple):
-    """f and b of (L1) [N, C], 0 in samples that do not count; which samples count [N]; w_fg and w_bg [N]."""
+    """f and b of (L1) [N, C], 0 in samples that do not count; which samples count [N]; w_fg and w_bg [N].
+
+    `spread_fg` and `spread_bg` are the variances of both regions, added up over the channels [N], or None.
+    """
 
     f: Tensor
     b: Tensor
     counts: Tensor
     w_fg: Tensor
     w_bg: Tensor
+    spread_fg: Tensor | None = None
+    spread_bg: Tensor | None = None
 
 
 def _region_features(S: Tensor, M: Tensor, pixels: int, options: Options) -> _RegionFeatures:
@@ -104,6 +139,18 @@ def _region_features(S: Tensor, M: Tensor, pixels: int, options: Options) -> _Re
     f = torch.where(keep, S_fg / w_fg.unsqueeze(-1), 0)
     b = torch.where(keep, S_bg / w_bg.unsqueeze(-1), 0)
     return _RegionFeatures(f, b, counts, w_fg, w_bg)
+
+
+def _fisher_features(moments: Moments, M: Tensor) -> _RegionFeatures:
+    """Means and variances (C5) of one layer, for masses M [2, N]."""
+    counts = (M[0] != 0) & (M[1] != 0)
+    w = torch.where(counts, M, 1)  # [2, N]
+    keep, divisor = counts.unsqueeze(-1), w.unsqueeze(-1)
+    mean = torch.where(keep, moments.first / divisor, 0)  # of x, [2, N, C]
+    variance = torch.where(keep, moments.second / divisor, 0) - mean.square()
+    f, b = torch.where(keep, mean + moments.shift, 0)
+    spread_fg, spread_bg = variance.sum(-1)
+    return _RegionFeatures(f, b, counts, w[0], w[1], spread_fg, spread_bg)
 
 
 def _counted(layer: _RegionFeatures, options: Options) -> Tensor:
@@ -146,7 +193,11 @@ def _argument(layer: _RegionFeatures, term: _Term, options: Options) -> Tensor:
     D = torch.zeros((), dtype=layer.f.dtype, device=layer.f.device)
     for i, j in term.pairs:
         # Harmless numbers in the pairs left out: a NaN there would reach the gradient past `torch.where`.
-        D = D + _distance(torch.where(keep, layer.f[i], 1), torch.where(keep, layer.b[j], 0), options)
+        D_pair = _distance(torch.where(keep, layer.f[i], 1), torch.where(keep, layer.b[j], 0), options)
+        if layer.spread_fg is not None and layer.spread_bg is not None:
+            spread = torch.where(term.valid, layer.spread_fg[i] + layer.spread_bg[j], 1)
+            D_pair = D_pair / (spread + options.eps)  # (C6)
+        D = D + D_pair
     valid = term.valid
     if options.norm == "batch":
         D, valid = torch.where(keep, D, 0).sum(0), valid.any()
@@ -154,10 +205,10 @@ def _argument(layer: _RegionFeatures, term: _Term, options: Options) -> Tensor:
 
 
 def _distance(f: Tensor, b: Tensor, options: Options) -> Tensor:
-    """D [K] of (L2) for rows f [K, C] and b [K, C]; its summands [K, C] over the batch."""
+    """D [K] of (L2) for rows f and b [K, C], the numerator of (C6); its summands [K, C] over the batch."""
     if options.norm == "batch":
         return (f - b).square()
-    if options.norm == "vector":
+    if options.norm in ("vector", "fisher"):
         return (f - b).square().sum(-1)
     x, z = (f - b).sum(-1), (f + b).sum(-1)
     return x.square() / (z.square() + options.eps) if options.norm == "relative" else x.square()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fdkernels import _C
 from fdkernels.checks import mask_tolerance
-from fdkernels.conventions import EXCHANGES, MASK_RESIZES, NORMS, REDUCTIONS, REGION_WEIGHTS, Options
+from fdkernels.conventions import EXCHANGES, KERNEL_NORMS, MASK_RESIZES, REDUCTIONS, REGION_WEIGHTS, Options
 from fdkernels.op.pyramid import Layer, Pyramid, Sums, Weights, weight_dtype
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 def _check_names() -> None:
     for enum, names in (
         ("RegionWeight", REGION_WEIGHTS),
-        ("Norm", NORMS),
+        ("Norm", KERNEL_NORMS),
         ("Exchange", EXCHANGES),
         ("Reduction", [name for name in REDUCTIONS if name != "none"]),
         ("MaskResize", MASK_RESIZES),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from fdkernels.op import reference
 from fdkernels.op.autograd import Call
 from fdkernels.op.pyramid import Weights
 
-__all__ = ["run_transformed"]
+__all__ = ["refuse_group", "run_transformed"]
 
 
 def run_transformed(
@@ -27,11 +28,7 @@ def run_transformed(
     Raises:
         RuntimeError: the call gathers the batch of a group, which no transform sees through.
     """
-    if call.group is not None:
-        raise RuntimeError(
-            "group must be None inside torch.func's transforms and forward-mode differentiation, got a "
-            "process group; gather the region sums outside of them"
-        )
+    refuse_group(call.group)
     sums, masses = reference.sums(features, weights, call.pyramid, None, None, with_slopes=False)[:2]
     aliases = [layer.view_as(layer) for layer in features] if call.tap else []
     if call.options is None:
@@ -39,3 +36,12 @@ def run_transformed(
     wide = reference.wide(sums), reference.wide(masses)
     losses = reference.losses_of(*wide, call.pyramid, call.options, pairing)
     return losses.to(sums.dtype), sums, *aliases
+
+
+def refuse_group(group: dist.ProcessGroup | None) -> None:
+    """Raise RuntimeError for a group of ranks, whose batch no transform can see."""
+    if group is not None:
+        raise RuntimeError(
+            "group must be None inside torch.func's transforms and forward-mode differentiation, got a "
+            "process group; gather the region sums outside of them"
+        )

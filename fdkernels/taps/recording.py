@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fdkernels.op.autograd import Tap, TapSlot
+from fdkernels.op.tapped import Tap, TapSlot
 from fdkernels.transforms import in_transform
 
 

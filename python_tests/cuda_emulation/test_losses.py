@@ -24,7 +24,7 @@ from cuda_emulation.pyramids import (
     join,
     make_layer,
 )
-from fdkernels.conventions import EXCHANGES, NORMS, REGION_WEIGHTS, Options
+from fdkernels.conventions import EXCHANGES, KERNEL_NORMS, REGION_WEIGHTS, Options
 from fdkernels.op import reference
 from fdkernels.op.pyramid import Pyramid, Sums, describe
 
@@ -90,7 +90,7 @@ def some_pairing(exchange: str) -> Tensor | None:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
 @pytest.mark.parametrize("weight", REGION_WEIGHTS)
 def test_every_combination_of_options(emulated, weight, norm, exchange):
     for masked_background, reduction, wide in ((False, "mean", False), (True, "sum", True)):
@@ -108,7 +108,7 @@ def test_every_dtype_mask_and_layout(emulated, dtype, layout):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
 @pytest.mark.parametrize(
     ("batch", "channels"),
     [(0, [2, 3]), (1, [1]), (20, [4]), (2, [2100, 3]), (2, [1 + i % 3 for i in range(19)])],
@@ -148,7 +148,7 @@ def test_the_same_bits_in_any_order_of_blocks(emulated, launches, norm, exchange
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
 @pytest.mark.parametrize(
     ("exchange", "pairing"),
     [
@@ -203,7 +203,7 @@ def make_pyramid(channels: Sequence[int], pixels: Sequence[int]) -> Pyramid:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
 @pytest.mark.parametrize("weight", REGION_WEIGHTS)
 def test_empty_regions_under_every_combination_of_options(emulated, weight, norm, exchange):
     pairing, pyramid = some_pairing(exchange), make_pyramid((7, 33), (49, 1))
@@ -219,7 +219,7 @@ def test_empty_regions_under_every_combination_of_options(emulated, weight, norm
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
 def test_samples_that_do_not_count_have_neither_loss_nor_slopes(emulated, norm, exchange):
     pairings = {"shuffle": [1, 2, 0], "pooled": [[0, 1], [1, 2]]}
     pairing = torch.tensor(pairings[exchange]) if exchange in pairings else None
@@ -234,7 +234,7 @@ def test_samples_that_do_not_count_have_neither_loss_nor_slopes(emulated, norm, 
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
 @pytest.mark.parametrize(
     ("batch", "channels"),
     [(0, [2, 3]), (1, [1]), (20, [4]), (2, [2100, 3]), (2, [1 + i % 3 for i in range(66)])],
@@ -256,7 +256,7 @@ def test_given_sums_of_every_size(emulated, batch, channels, norm, exchange):
 
 
 @pytest.mark.parametrize("exchange", ["none", "shuffle"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
 def test_a_nan_in_the_sums_reaches_loss_and_slopes(emulated, norm, exchange):
     S, M = make_sums(3, [4], torch.float32)
     S[:, 1, 2] = math.nan
@@ -289,7 +289,7 @@ def calls(draw: st.DrawFn) -> tuple[Inputs, Tensor | None, Options]:
     options = Options(
         region_weight=draw(st.sampled_from(REGION_WEIGHTS)),
         masked_background=draw(st.booleans()),
-        norm=draw(st.sampled_from(NORMS)),
+        norm=draw(st.sampled_from(KERNEL_NORMS)),
         log_scale=draw(st.sampled_from((0.5, 1.0))),
         eps=draw(st.sampled_from((1e-12, 1e-6, 1e-2))),
         exchange=exchange,

@@ -1,0 +1,215 @@
+"""The road of a call: from features, a mask and settings to the loss of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fdkernels import backend as backends
+from fdkernels import checks, geometry
+from fdkernels.classes import BINARY, Classes, Planes, check_class_mask
+from fdkernels.conventions import EXCHANGES, MASK_RESIZES, REDUCTIONS, Convention
+from fdkernels.exchange import draw_pairing, gather_batch
+from fdkernels.op.autograd import Call, run_pass
+from fdkernels.op.entries import RegionSums, losses_of_regions
+from fdkernels.op.loss_formulas import losses_of, wide
+from fdkernels.op.pyramid import describe
+from fdkernels.op.region_pass import RegionCall, pivots_of, regions_of, run_regions
+from fdkernels.op.tapped import FromTaps, RegionsFromTaps
+from fdkernels.op.transformed import refuse_group, run_transformed
+from fdkernels.op.weights import weights_of
+from fdkernels.taps import FeatureTaps
+from fdkernels.transforms import in_transform
+
+__all__ = ["Partners", "Settings", "check_features_and_mask", "losses_per_layer", "region_sums_of"]
+
+
+class Settings(NamedTuple):
+    """The arguments of `feature_discrepancy_loss` that stay the same from call to call, by their names.
+
+    `classes` holds `mode`, `num_classes`, `include_background` and `pairs`.
+    """
+
+    convention: Convention
+    exchange: str
+    mask_resize: str | None
+    ignore_index: float | None
+    eps: float
+    reduction: str
+    group: dist.ProcessGroup | None
+    backend: str
+    aspect: str = "same"
+    channel_dim: int = 1
+    classes: Classes = BINARY
+
+    @property
+    def has_two_regions(self) -> bool:
+        """Whether the kernels of two regions serve: one class, and no second moments."""
+        return self.classes.is_binary and self.convention.norm != "fisher"
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError for a setting that does not exist."""
+        checks.one_of("exchange", self.exchange, EXCHANGES)
+        checks.one_of("reduction", self.reduction, REDUCTIONS)
+        checks.non_negative("eps", self.eps)
+        checks.one_of("backend", self.backend, ("auto", *backends.BACKENDS))
+        checks.one_of("aspect", self.aspect, geometry.ASPECTS)
+        if self.mask_resize is not None:
+            checks.one_of("mask_resize", self.mask_resize, MASK_RESIZES)
+        if self.classes.is_binary:
+            return
+        what = f"mode={self.classes.mode!r}"
+        if self.convention.norm == "batch" or self.convention.masked_background:
+            raise ValueError(f"convention={self.convention.name!r} is for mode='binary', got {what}")
+        if self.exchange == "pooled":
+            raise ValueError(f"exchange='pooled' is for mode='binary', got {what}")
+
+
+class Partners(NamedTuple):
+    """The sample pairs of the exchange term, or how to draw them."""
+
+    pairing: Tensor | None = None
+    domains: Tensor | None = None
+    generator: torch.Generator | None = None
+
+
+def check_features_and_mask(
+    features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor, settings: Settings
+) -> tuple[list[Tensor], Planes]:
+    """Check settings, features and mask; the layers as a list of [N, C, *S], and the mask as planes."""
+    settings.check()
+    given = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
+    layers = geometry.channels_first(given, settings.channel_dim)
+    ignore_index = settings.ignore_index
+    if settings.classes.is_binary:
+        values = checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
+        planes = Planes(values, ignore_index, selects=ignore_index is not None)
+    else:
+        planes = check_class_mask(mask, layers, settings.classes, ignore_index)
+    geometry.check_aspect(planes.values, layers, settings.aspect, channels_last=layers is not given)
+    return layers, planes
+
+
+def region_sums_of(layers: Sequence[Tensor], planes: Planes, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Sum checked layers [N, C_l, *S_l] over foreground and background, of each class if there are several.
+
+    Returns:
+        Sums [2, N, ΣC] and masses [2, N, L]; of several classes [2, N, E, ΣC] and [2, N, E, L].
+    """
+    backend = backends.resolve(settings.backend, layers[0].device)
+    pyramid = describe(layers)
+    sizes = [layer.shape[2:] for layer in layers]
+    resize = settings.mask_resize or settings.convention.mask_resize
+    if settings.classes.is_binary:
+        weights = weights_of(planes.values, sizes, pyramid.dtype, resize, planes.ignored, backend)
+        run = run_transformed if in_transform() else run_pass
+        sums, masses = run(Call(backend, pyramid), layers, weights, None)
+        return sums, masses
+    regions = regions_of(planes, sizes, pyramid.dtype, resize, settings.classes, backend)
+    sums, masses = run_regions(RegionCall(backend, pyramid, regions.selects), layers, regions)
+    of_sums, of_masses = (torch.stack(settings.classes.sides(of)).transpose(1, 2) for of in (sums, masses))
+    return of_sums, of_masses
+
+
+def losses_per_layer(
+    layers: Sequence[Tensor],
+    planes: Planes,
+    settings: Settings,
+    partners: Partners,
+    tapped: bool = False,
+    taps: FeatureTaps | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the loss of each layer from checked arguments.
+
+    Args:
+        layers: [N, C_l, *S_l] for each of L layers.
+        planes: the mask.
+        settings, partners: what to compute.
+        tapped: whether to return the layers, too, as `tap` does.
+        taps: those that recorded the layers, if any.
+
+    Returns:
+        [L], without reduction [N, L], of several classes [N, L, E], or [ΣC] (over a group this rank's rows),
+        and under `tapped` an alias of each layer, else an empty list.
+    """
+    group, device, batch = settings.group, layers[0].device, layers[0].shape[0]
+    placeholders = None
+    # Placeholders are of features as the network gave them, with their channels in place 1.
+    if taps is not None and not planes.values.requires_grad and settings.channel_dim == 1:
+        placeholders = taps.take_placeholders()
+    world = 1 if group is None else dist.get_world_size(group)
+    pairing = draw_pairing(settings.exchange, world * batch, device, *partners, group)
+    run = _of_two_regions if settings.has_two_regions else _of_several_regions
+    losses, aliases = run(layers, planes, settings, pairing, tapped, placeholders)
+    if group is not None and losses.dim() > 1:
+        losses = losses.chunk(world)[dist.get_rank(group)]
+    return losses, aliases
+
+
+def _of_two_regions(
+    layers: Sequence[Tensor],
+    planes: Planes,
+    settings: Settings,
+    pairing: Tensor | None,
+    tapped: bool,
+    placeholders: tuple[Any, ...] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses of foreground and background, over a group of all samples, and the tapped layers."""
+    backend = backends.resolve(settings.backend, layers[0].device)
+    pyramid = describe(layers)
+    mask_resize = settings.mask_resize or settings.convention.mask_resize
+    sizes = [layer.shape[2:] for layer in layers]
+    weights = weights_of(planes.values, sizes, pyramid.dtype, mask_resize, planes.ignored, backend)
+    options = settings.convention.options(settings.exchange, settings.reduction, settings.eps)
+    # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
+    # below.
+    has_slopes = settings.reduction != "none" and not planes.values.requires_grad
+    call = Call(backend, pyramid, options if has_slopes else None, settings.group, tapped)
+    if in_transform():
+        outputs = run_transformed(call, layers, weights, pairing)
+    elif placeholders is None:
+        outputs = run_pass(call, layers, weights, pairing)
+    else:
+        outputs = FromTaps.apply(call, layers, weights, pairing, *placeholders)
+    aliases = list(outputs[-len(layers) :]) if tapped else []
+    if has_slopes:
+        return outputs[0], aliases
+    sums, masses = outputs[:2]
+    if settings.group is not None:
+        sums, masses = gather_batch(sums, settings.group), gather_batch(masses, settings.group)
+    entries = losses_of(wide(sums), wide(masses), pyramid, options, pairing).to(pyramid.dtype)
+    return entries, aliases
+
+
+def _of_several_regions(
+    layers: Sequence[Tensor],
+    planes: Planes,
+    settings: Settings,
+    pairing: Tensor | None,
+    tapped: bool,
+    placeholders: tuple[Any, ...] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses of several classes, or of second moments, as `_of_two_regions` returns its own."""
+    backend = backends.resolve(settings.backend, layers[0].device)
+    classes, convention, pyramid = settings.classes, settings.convention, describe(layers)
+    mask_resize = settings.mask_resize or convention.mask_resize
+    sizes = [layer.shape[2:] for layer in layers]
+    regions = regions_of(planes, sizes, pyramid.dtype, mask_resize, classes, backend)
+    if convention.norm == "fisher":
+        regions = regions._replace(pivots=pivots_of(layers, regions, pyramid))
+    call = RegionCall(backend, pyramid, regions.selects, tapped)
+    if in_transform():
+        refuse_group(settings.group)
+    if placeholders is None:
+        sums, masses, *aliases = run_regions(call, layers, regions)
+    else:
+        sums, masses, *aliases = RegionsFromTaps.apply(call, layers, regions, *placeholders)
+    found = RegionSums(sums, masses, regions.pivots, settings.group)
+    options = convention.options(settings.exchange, settings.reduction, settings.eps)
+    losses = losses_of_regions(found, pyramid, options, classes, pairing, backend)
+    is_plain = classes.is_binary and losses.dim() == 3  # [N, L, 1]
+    return losses.squeeze(-1) if is_plain else losses, aliases

@@ -1,0 +1,147 @@
+"""Losses of the sums of several regions: each class of each sample is one sample more to the loss.
+
+An entry sets one region of a sample against others. Put side by side, the entries of all samples are a
+batch of N·E samples with a foreground and a background each, of which the formulas and kernels of two regions
+make losses. What they say of samples that do not count holds for entries. README.md beside this file, (C5)
+to (C7).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fdkernels.classes import Classes
+from fdkernels.conventions import Options
+from fdkernels.exchange import gather_batch
+from fdkernels.op import loss_formulas, registered
+from fdkernels.op.loss_formulas import Moments, wide
+from fdkernels.op.pyramid import Pyramid
+from fdkernels.transforms import in_transform
+
+__all__ = ["RegionSums", "losses_of_regions"]
+
+
+class RegionSums:
+    """The sums of the regions of a batch, over all ranks if there are several.
+
+    Attributes:
+        sums: [R, N, ΣC], about the pivots if there are any.
+        moments: [R, N, ΣC], or None.
+        pivots: [R, N, ΣC], or None.
+        masses: [R, N, L].
+    """
+
+    def __init__(
+        self, sums: Tensor, masses: Tensor, pivots: Tensor | None, group: dist.ProcessGroup | None
+    ) -> None:
+        rows = sums if pivots is None else torch.cat([sums, pivots.to(sums.dtype)])
+        if group is not None:
+            rows, masses = gather_batch(rows, group), gather_batch(masses, group)
+        self.masses, R = masses, masses.shape[0]
+        self.sums = rows[:R]
+        self.moments = None if pivots is None else rows[R : 2 * R]
+        self.pivots = None if pivots is None else rows[2 * R :]
+
+
+def losses_of_regions(
+    found: RegionSums,
+    pyramid: Pyramid,
+    options: Options,
+    classes: Classes,
+    pairing: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Compute the losses of every class against its rest, or of the pairs of classes.
+
+    Args:
+        found: the sums of all regions.
+        pyramid: the layers, of any batch size.
+        options: any reduction; not a norm over the batch.
+        classes: which regions make an entry.
+        pairing: as for `losses_of`, of the N samples.
+        backend: makes losses of sums where slopes can express their gradient.
+
+    Returns:
+        [L]; without reduction the entries [N, L, E], 0 where they do not count.
+    """
+    N = found.masses.shape[1]
+    masses = _sides(found.masses, classes)  # [2, N·E, L]
+    E = masses.shape[1] // N
+    # An entry counts where both of its sides hold pixels; without mass on either side it is left out.
+    counts = (masses != 0).all(0)
+    masses = torch.where(counts, masses, 0)
+    partners = _partners(pairing, options, E)
+    if found.moments is not None and found.pivots is not None:
+        moments = _moments(found.sums, found.moments, found.pivots, found.masses, pyramid, classes)
+        losses = loss_formulas.fisher_losses_of(moments, masses, pyramid, options, partners)
+    else:
+        sums = _sides(found.sums, classes)  # [2, N·E, ΣC]
+        if options.reduction != "none" and not found.masses.requires_grad and not in_transform():
+            narrow = sums.to(pyramid.dtype), masses.to(pyramid.dtype)
+            call = (pyramid, options, partners, backend)
+            losses = _LossesOfSums.apply(call, *narrow)
+        else:
+            losses = loss_formulas.losses_of(sums, masses, pyramid, options, partners)
+    losses = losses.to(pyramid.dtype)
+    return losses if options.reduction != "none" else losses.unflatten(0, (N, E)).transpose(1, 2)
+
+
+def _sides(regions: Tensor, classes: Classes) -> Tensor:
+    """Foreground and background of all entries, [2, N·E, X], of values [R, N, X] that add up over regions."""
+    sides = torch.stack(classes.sides(wide(regions)))  # [2, E, N, X]
+    return sides.transpose(1, 2).flatten(1, 2)
+
+
+def _partners(pairing: Tensor | None, options: Options, E: int) -> Tensor | None:
+    """The pairing of the entries, which meet the same class of another sample."""
+    if pairing is None or E == 1:
+        return pairing
+    entries = torch.arange(E, device=pairing.device)
+    return (pairing.unsqueeze(1) * E + entries).flatten()
+
+
+def _moments(
+    sums: Tensor, moments: Tensor, pivots: Tensor, masses: Tensor, pyramid: Pyramid, classes: Classes
+) -> Moments:
+    """The moments of both sides of all entries about one number a sample and channel, (C7)."""
+    S, Q, p, M = wide(sums), wide(moments), wide(pivots), wide(masses)  # [R, N, ΣC], M [R, N, L]
+    parts = [
+        column.expand(*column.shape[:2], C)
+        for column, C in zip(M.split(1, -1), pyramid.channels, strict=True)
+    ]
+    M = torch.cat(parts, dim=-1)  # [R, N, ΣC]
+    present = (M.detach() != 0).to(S.dtype)
+    shift = (p * present).sum(0) / present.sum(0).clamp(min=1)  # [N, ΣC]
+    d = p - shift
+    first = _sides(S + d * M, classes)
+    second = _sides(Q + 2 * d * S + d.square() * M, classes)
+    E = first.shape[1] // shift.shape[0]
+    return Moments(first, second, shift.repeat_interleave(E, dim=0))
+
+
+class _LossesOfSums(torch.autograd.Function):
+    """Sums [2, N, ΣC] and masses [2, N, L] to losses [L], with the slopes that the kernel makes beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], sums: Tensor, masses: Tensor) -> Tensor:
+        """Run the kernel of the losses."""
+        losses, slopes = registered.losses(sums.detach(), masses.detach(), *call)
+        ctx.save_for_backward(slopes, sums, masses)
+        ctx.call = call
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[None, Tensor, None]:
+        """Multiply the slopes (F1), or differentiate the formulas where gradients are recorded."""
+        slopes, sums, masses = ctx.saved_tensors
+        pyramid, options, pairing, _ = ctx.call
+        if not torch.is_grad_enabled():
+            return None, slopes * registered.expand_factor(grad_losses, pyramid), None
+        S = sums.view_as(sums)
+        losses = loss_formulas.losses_of(wide(S), wide(masses), pyramid, options, pairing)
+        (grad,) = torch.autograd.grad(losses, S, grad_losses.to(losses.dtype), create_graph=True)
+        return None, grad, None
