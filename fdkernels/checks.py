@@ -164,7 +164,8 @@ def check_mask(
         checked = checked.unsqueeze(1)
     elif checked.shape[1] != 1:
         raise ValueError(
-            f"mask must have 1 channel, [N, 1, *S], got {checked.shape[1]} channels in {list(checked.shape)}; "
+            f"mask must have 1 channel, [N, 1, *S], got {checked.shape[1]} channels in "
+            f"{list(checked.shape)}; "
             "one channel a class takes mode='multiclass', or 'multilabel' where classes overlap"
         )
     if ignore_index is not None:

@@ -124,7 +124,7 @@ def _moments(
 
 
 class _LossesOfSums(torch.autograd.Function):
-    """Sums [2, N, ΣC] and masses [2, N, L] to losses [L], with the slopes that the kernel makes beside them."""
+    """Sums [2, N, ΣC] and masses [2, N, L] to losses [L]; the kernel makes their slopes as well."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], sums: Tensor, masses: Tensor) -> Tensor:
