@@ -111,6 +111,12 @@ void bind_structs(py::module_& m) {
   m.attr("mask_size_words") = sizeof(fdk::MaskSize) / sizeof(int64_t);
   m.attr("mask_size_fields") =
       py::dict(FDK_WORD(MaskSize, fg), FDK_WORD(MaskSize, bg), FDK_WORD(MaskSize, size), FDK_WORD(MaskSize, dtype));
+  // Of a map the word of its address, which its strides follow: n, c, d0, d1, d2.
+  m.attr("region_layer_words") = sizeof(fdk::RegionLayer) / sizeof(int64_t);
+  m.attr("region_layer_fields") = py::dict(
+      FDK_WORD(RegionLayer, features), FDK_WORD(RegionLayer, gradient), FDK_WORD(RegionLayer, upstream),
+      FDK_WORD(RegionLayer, dtype), FDK_WORD(RegionLayer, channels), FDK_WORD(RegionLayer, size),
+      FDK_WORD(RegionLayer, weights), FDK_WORD(RegionLayer, weight_dtype), FDK_WORD(RegionLayer, grad_weights));
   py::class_<fdk::Options>(m, "Options", py::module_local())
       .def(py::init([](fdk::RegionWeight region_weight, bool masked_background, fdk::Norm norm, double log_scale,
                        double eps, fdk::Exchange exchange, fdk::Reduction reduction) {

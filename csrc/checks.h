@@ -45,6 +45,34 @@ inline void check_weights(const Pyramid& pyramid) {
   }
 }
 
+// Reads words as the layers of a call over several regions, in place: `words` must outlive the result.
+inline Regions as_regions(const std::vector<int64_t>& words, int64_t batch, int64_t num_regions, bool selects,
+                          const void* pivots, DType accumulate) {
+  constexpr size_t kWords = sizeof(RegionLayer) / sizeof(int64_t);
+  require(!words.empty() && words.size() % kWords == 0, "layers must be described by 26 words each");
+  require(batch >= 0, "the batch must not be negative");
+  require(num_regions > 0, "there must be a region");
+  require(is_accumulate_dtype(accumulate), "sums must be float32 or float64");
+  Regions regions{reinterpret_cast<const RegionLayer*>(words.data()),
+                  static_cast<int64_t>(words.size() / kWords),
+                  batch,
+                  num_regions,
+                  selects,
+                  pivots,
+                  0,
+                  accumulate};
+  for (int64_t l = 0; l < regions.num_layers; ++l) {
+    const RegionLayer& layer = regions.layers[l];
+    require(layer.channels >= 0 && layer.size[0] >= 0 && layer.size[1] >= 0 && layer.size[2] >= 0,
+            "sizes must not be negative");
+    require(layer.dtype >= DType::kFloat32 && layer.dtype <= DType::kFloat16, "features must be floating point");
+    require(layer.weight_dtype == DType::kUInt8 || layer.weight_dtype == accumulate,
+            "weights must be uint8 or of the accumulation dtype");
+    regions.total_channels += layer.channels;
+  }
+  return regions;
+}
+
 // Checks a mask and its sizes.
 inline void check_masks(const Masks& args) {
   require(args.batch >= 0, "the batch must not be negative");

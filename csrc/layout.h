@@ -23,6 +23,7 @@ static inline int64_t element_size(DType dtype) {
 }
 
 static inline int64_t pixels_of(const Layer& layer) { return layer.size[0] * layer.size[1] * layer.size[2]; }
+static inline int64_t pixels_of(const RegionLayer& layer) { return layer.size[0] * layer.size[1] * layer.size[2]; }
 static inline int64_t pixels_of(const MaskSize& size) { return size.size[0] * size.size[1] * size.size[2]; }
 
 // The pixels of a layer after merging dimensions; unused ones have size 1 and come first.

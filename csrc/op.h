@@ -1,5 +1,5 @@
 // The op: the arguments of a call, and the functions of both backends. fdkernels/op/README.md derives them under the
-// tags (M1) to (M5), (R1) to (R5), (L1) to (L7), (F1) and (F2).
+// tags (M1) to (M5), (R1) to (R5), (C1) to (C4), (L1) to (L7), (F1) and (F2).
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,41 @@ struct Pyramid {
   int64_t batch;       // N
   int64_t total_channels;
   DType accumulate; // dtype of sums, masses, losses and slopes: float32 or float64
+};
+
+// ---------------------------------------------------------------- several regions
+
+// Where the values [N, C, d0, d1, d2] of a layer lie. Strides count elements and may be 0.
+struct Map {
+  void* values; // or null
+  int64_t stride_n, stride_c, stride[3];
+};
+
+// One layer of a call over R regions, as 64-bit words; see `region_layer_fields`. Missing spatial dimensions have size
+// 1 and come first.
+struct RegionLayer {
+  Map features; // read by sums and weight_gradient, and with pivots by gradient
+  Map gradient; // written by gradient
+  Map upstream; // added by gradient, if not null
+  DType dtype;  // of the three: float32, float64, bfloat16 or float16
+  int64_t channels;
+  int64_t size[3];     // d0, d1, d2
+  const void* weights; // [N, R, P] contiguous
+  DType weight_dtype;  // uint8 (0, 1, or any other for NaN), float32 or float64
+  void* grad_weights;  // [N, R, P], written by weight_gradient in the accumulation dtype
+};
+static_assert(sizeof(Map) == 6 * 8 && sizeof(RegionLayer) == 26 * 8, "RegionLayer is 26 words of 64 bits");
+
+// The layers of a call over R regions.
+struct Regions {
+  const RegionLayer* layers; // [L]
+  int64_t num_layers;        // L
+  int64_t batch;             // N
+  int64_t num_regions;       // R
+  bool selects;              // pixels whose weights are all 0 are ignored ones, whose features have no effect
+  const void* pivots;        // [R, N, total_channels] of the accumulation dtype; null: no second moments
+  int64_t total_channels;
+  DType accumulate; // dtype of sums, masses and gradients of weights: float32 or float64
 };
 
 // ---------------------------------------------------------------- masks

@@ -10,6 +10,8 @@ cuda_archs: str
 cpu_instruction_set: str
 layer_words: int
 layer_fields: dict[str, int]
+region_layer_words: int
+region_layer_fields: dict[str, int]
 mask_size_words: int
 mask_size_fields: dict[str, int]
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from fdkernels import _C
 from fdkernels.checks import mask_tolerance
 from fdkernels.conventions import EXCHANGES, KERNEL_NORMS, MASK_RESIZES, REDUCTIONS, REGION_WEIGHTS, Options
-from fdkernels.op.pyramid import Layer, Pyramid, Sums, Weights, weight_dtype
+from fdkernels.op.pyramid import Layer, Pyramid, Regions, Sums, Weights, weight_dtype
 
 __all__ = [
     "DTYPES",
     "MASK_RESIZES_BY_NAME",
     "contiguous",
     "empty_gradients",
+    "empty_region_sums",
     "empty_sums",
     "empty_weight_gradients",
     "empty_weights",
@@ -32,6 +33,7 @@ __all__ = [
     "options_of",
     "pointer",
     "readable",
+    "region_words",
     "same_dtype",
     "sums_words",
 ]
@@ -62,10 +64,11 @@ MASK_RESIZES_BY_NAME = dict(_C.MaskResize.__members__)
 _MASK_DTYPES = {**DTYPES, torch.bool: _C.DType.uint8}
 _WORD_OF_DTYPE = {dtype: int(code) for dtype, code in DTYPES.items()}
 
-# Offsets of the words of a `Layer` and of a `MaskSize`, and their number.
+# Offsets of the words of a `Layer`, of a `RegionLayer` and of a `MaskSize`, and their number.
 _LAYER, _LAYER_WORDS = _C.layer_fields, _C.layer_words
 _FEATURES, _FG, _BG, _MASK_DTYPE = (_LAYER[field] for field in ("features", "fg", "bg", "mask_dtype"))
 _GRAD_FG, _GRAD_BG = _LAYER["grad_fg"], _LAYER["grad_bg"]
+_REGION, _REGION_WORDS = _C.region_layer_fields, _C.region_layer_words
 _SIZE, _SIZE_WORDS = _C.mask_size_fields, _C.mask_size_words
 _SIZE_FG, _SIZE_BG = _SIZE["fg"], _SIZE["bg"]
 
@@ -160,6 +163,59 @@ def mask_gradient_words(
     if grads.bg:
         words[_GRAD_BG::_LAYER_WORDS] = [grad.data_ptr() for grad in grads.bg]
     return words
+
+
+@lru_cache(maxsize=64)
+def _region_layer_words(pyramid: Pyramid) -> list[int]:
+    """A `RegionLayer` of csrc/op.h for each layer, concatenated, with 0 for what a call fills in."""
+    words = [0] * (_REGION_WORDS * len(pyramid.layers))
+    for index, (shape, _, dtype) in enumerate(pyramid.layers):
+        start = index * _REGION_WORDS
+        words[start + _REGION["dtype"]] = _WORD_OF_DTYPE[dtype]
+        words[start + _REGION["channels"]] = shape[1]
+        _put_extents(words, start + _REGION["size"], shape[2:], missing=1)
+    return words
+
+
+def region_words(
+    regions: Regions,
+    pyramid: Pyramid,
+    *,
+    features: Sequence[Tensor] = (),
+    gradient: Sequence[Tensor] = (),
+    upstream: Sequence[Tensor | None] = (),
+    grad_weights: Sequence[Tensor] = (),
+) -> list[int]:
+    """Pack layers [N, C_l, *S_l] with the weights [N, R, P_l] of their regions.
+
+    Args:
+        features: read, or empty.
+        gradient: written, or empty; and `upstream`, of the same dtypes, is added to it.
+        grad_weights: written, [N, R, P_l], or empty.
+    """
+    words = _region_layer_words(pyramid).copy()
+    words[_REGION["weights"] :: _REGION_WORDS] = [weight.data_ptr() for weight in regions.weights]
+    words[_REGION["weight_dtype"] :: _REGION_WORDS] = [
+        _WORD_OF_DTYPE[weight.dtype] for weight in regions.weights
+    ]
+    if grad_weights:
+        words[_REGION["grad_weights"] :: _REGION_WORDS] = [grad.data_ptr() for grad in grad_weights]
+    for field, maps in (("features", features), ("gradient", gradient), ("upstream", upstream)):
+        for index, values in enumerate(maps):
+            if values is not None:
+                start, stride = index * _REGION_WORDS + _REGION[field], values.stride()
+                words[start : start + 3] = values.data_ptr(), stride[0], stride[1]
+                _put_extents(words, start + 3, stride[2:], missing=0)
+    return words
+
+
+def empty_region_sums(regions: Regions, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """Allocate the sums [R, N, ΣC], with pivots [2R, N, ΣC], and the masses [R, N, L] of a call."""
+    weights = regions.weights[0]
+    batch, num_regions, device = weights.shape[0], regions.num_regions, weights.device
+    rows = num_regions if regions.pivots is None else 2 * num_regions
+    sums = torch.empty((rows, batch, pyramid.total_channels), dtype=pyramid.dtype, device=device)
+    return sums, torch.empty((num_regions, batch, len(regions.weights)), dtype=pyramid.dtype, device=device)
 
 
 def empty_sums(
