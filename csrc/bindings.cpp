@@ -198,6 +198,34 @@ void bind_cpu(py::module_& m) {
         fdk::cpu::mask_gradient(pyramid, pointer(grad_sums), num_threads);
       },
       "layers"_a, "batch"_a, "accumulate"_a, "grad_sums"_a, "num_threads"_a);
+  m.def(
+      "cpu_region_sums",
+      [](const Words& layers, int64_t batch, int64_t num_regions, bool selects, uintptr_t pivots, fdk::DType accumulate,
+         uintptr_t sums, uintptr_t masses, int num_threads) {
+        const fdk::Regions regions = fdk::as_regions(layers, batch, num_regions, selects, pointer(pivots), accumulate);
+        const py::gil_scoped_release release;
+        fdk::cpu::region_sums(regions, pointer(sums), pointer(masses), num_threads);
+      },
+      "layers"_a, "batch"_a, "num_regions"_a, "selects"_a, "pivots"_a, "accumulate"_a, "sums"_a, "masses"_a,
+      "num_threads"_a);
+  m.def(
+      "cpu_region_gradient",
+      [](const Words& layers, int64_t batch, int64_t num_regions, bool selects, uintptr_t pivots, fdk::DType accumulate,
+         uintptr_t grad_sums, int num_threads) {
+        const fdk::Regions regions = fdk::as_regions(layers, batch, num_regions, selects, pointer(pivots), accumulate);
+        const py::gil_scoped_release release;
+        fdk::cpu::region_gradient(regions, pointer(grad_sums), num_threads);
+      },
+      "layers"_a, "batch"_a, "num_regions"_a, "selects"_a, "pivots"_a, "accumulate"_a, "grad_sums"_a, "num_threads"_a);
+  m.def(
+      "cpu_region_weight_gradient",
+      [](const Words& layers, int64_t batch, int64_t num_regions, bool selects, uintptr_t pivots, fdk::DType accumulate,
+         uintptr_t grad_sums, int num_threads) {
+        const fdk::Regions regions = fdk::as_regions(layers, batch, num_regions, selects, pointer(pivots), accumulate);
+        const py::gil_scoped_release release;
+        fdk::cpu::region_weight_gradient(regions, pointer(grad_sums), num_threads);
+      },
+      "layers"_a, "batch"_a, "num_regions"_a, "selects"_a, "pivots"_a, "accumulate"_a, "grad_sums"_a, "num_threads"_a);
   // Looked up when called: torch may be imported after this module.
   m.def("cpu_thread_runtime", &fdk::cpu::thread_runtime);
 }

@@ -155,6 +155,12 @@ void gradient(const Pyramid& pyramid, const void* grad_sums, const void* factor,
               int num_threads);
 // Gradients of the weights (R4).
 void mask_gradient(const Pyramid& pyramid, const void* grad_sums, int num_threads);
+// Sums (C1) [R, N, total_channels], with pivots followed by the moments (C2), and masses [R, N, L].
+void region_sums(const Regions& regions, void* sums, void* masses, int num_threads);
+// Gradients of the features (C3), for grad_sums of the shape of the sums.
+void region_gradient(const Regions& regions, const void* grad_sums, int num_threads);
+// Gradients of the weights (C4).
+void region_weight_gradient(const Regions& regions, const void* grad_sums, int num_threads);
 
 const char* instruction_set();
 

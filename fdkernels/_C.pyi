@@ -139,6 +139,37 @@ def cpu_gradient(
 def cpu_mask_gradient(
     layers: list[int], batch: int, accumulate: DType, grad_sums: int, num_threads: int
 ) -> None: ...
+def cpu_region_sums(
+    layers: list[int],
+    batch: int,
+    num_regions: int,
+    selects: bool,
+    pivots: int,
+    accumulate: DType,
+    sums: int,
+    masses: int,
+    num_threads: int,
+) -> None: ...
+def cpu_region_gradient(
+    layers: list[int],
+    batch: int,
+    num_regions: int,
+    selects: bool,
+    pivots: int,
+    accumulate: DType,
+    grad_sums: int,
+    num_threads: int,
+) -> None: ...
+def cpu_region_weight_gradient(
+    layers: list[int],
+    batch: int,
+    num_regions: int,
+    selects: bool,
+    pivots: int,
+    accumulate: DType,
+    grad_sums: int,
+    num_threads: int,
+) -> None: ...
 def cuda_masks(
     mask: int,
     dtype: DType,

@@ -1,74 +1,19 @@
 // Sums and gradients on the CPU: cuts the layers into tiles, runs the vector kernels on them in parallel, and adds up
 // partial sums in a fixed order.
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "numbers.h"
 #include "parallel.h"
 #include "tiles.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "work.h"
 
 namespace fdk::cpu {
 namespace {
 
-// Elements of a tile: enough to hide the cost of scheduling it, few enough for an even load of the threads.
-constexpr int64_t kTileElements = 1 << 16;
 // Channels of a tile with contiguous pixels: they share the weights, and runs of pixels stay long.
 constexpr int64_t kTileChannels = 8;
-// Elements below which another thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 1 << 14;
-
-struct Isa {
-  const char* name;
-  TileKernels kernels;
-};
-
-// Lists the instruction sets that both this build and this processor have, best first.
-std::vector<Isa> usable_isas() {
-  std::vector<Isa> usable;
-#if defined(FDK_HAVE_AVX512) || defined(FDK_HAVE_AVX2)
-  __builtin_cpu_init();
-#endif
-#if defined(FDK_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    usable.push_back({"avx512", tile_kernels_avx512()});
-  }
-#endif
-#if defined(FDK_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
-    usable.push_back({"avx2", tile_kernels_avx2()});
-  }
-#endif
-  usable.push_back({"baseline", tile_kernels_baseline()});
-  return usable;
-}
-
-// Returns the best instruction set, or the one that FDKERNELS_CPU_ISA names, so that one machine can test each.
-Isa best_isa() {
-  const std::vector<Isa> usable = usable_isas();
-  const char* wanted = std::getenv("FDKERNELS_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return usable.front();
-  for (const Isa& isa : usable) {
-    if (std::string(wanted) == isa.name) return isa;
-  }
-  throw std::runtime_error("FDKERNELS_CPU_ISA must be an instruction set that this build and this processor have, " +
-                           std::string("baseline, avx2 or avx512, got ") + wanted);
-}
-
-const Isa& isa() {
-  static const Isa best = best_isa();
-  return best;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How one layer is cut into tiles. It depends on shape and layout alone, not on the number of threads, so that the same
 // input gives the same bits.
@@ -127,14 +72,6 @@ int64_t layer_of_tile(const std::vector<Cut>& cuts, int64_t tile) {
   return l;
 }
 
-int useful_threads(const Pyramid& pyramid, int num_threads) {
-  int64_t elements = 0;
-  for (int64_t l = 0; l < pyramid.num_layers; ++l) {
-    elements += pyramid.batch * pyramid.layers[l].channels * pixels_of(pyramid.layers[l]);
-  }
-  return static_cast<int>(std::clamp<int64_t>(elements / kElementsPerThread, 1, std::max(num_threads, 1)));
-}
-
 // Adds up the partial sums [tile][channel][2] of one layer in the order of its tiles.
 template <class T>
 void second_pass(const Pyramid& pyramid, int64_t l, const Cut& cut, const double* partial, const T* masses, T* sums) {
@@ -178,7 +115,7 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
     if (item >= num_tiles) {
       const int64_t l = (item - num_tiles) / pyramid.batch, n = (item - num_tiles) % pyramid.batch;
       double mass[2];
-      isa().kernels.masses(pyramid.layers[l], n, mass);
+      tile_kernels().masses(pyramid.layers[l], n, mass);
       for (int64_t k = 0; k < 2; ++k) {
         write(masses, pyramid.accumulate, (k * pyramid.batch + n) * pyramid.num_layers + l, mass[k]);
       }
@@ -186,7 +123,7 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
     }
     const int64_t l = layer_of_tile(cuts, item), index = item - cuts[l].first_tile;
     double* out = partial.get() + room[l] + index * cuts[l].tile_channels * 2;
-    isa().kernels.sums(pyramid.layers[l], cuts[l].tile(pyramid.layers[l], index), pyramid.accumulate, out);
+    tile_kernels().sums(pyramid.layers[l], cuts[l].tile(pyramid.layers[l], index), pyramid.accumulate, out);
   });
 
   for (int64_t l = 0; l < pyramid.num_layers; ++l) {
@@ -199,21 +136,6 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
 }
 
 namespace {
-
-// Requests pages of 2 MB. Each page of fresh memory costs a fault, and at 4 KB faults take ten times as long as the
-// write. Has no effect on memory that has been touched before.
-void advise_huge_pages(const Layer& layer, int64_t batch) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(layer.features);
-  const uintptr_t end =
-      begin + static_cast<uintptr_t>(batch * layer.channels * pixels_of(layer) * element_size(layer.dtype));
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)layer, (void)batch;
-#endif
-}
 
 // Runs a gradient kernel on every tile, with the rows g_fg and g_bg [C] of its sample and layer.
 template <class Kernel>
@@ -256,14 +178,12 @@ void gradient(const Pyramid& pyramid, const void* grad_sums, const void* factor,
     });
   }
   for (int64_t l = 0; l < pyramid.num_layers; ++l)
-    advise_huge_pages(pyramid.layers[l], pyramid.batch);
-  for_each_tile(pyramid, grad_sums, Span::kChannelBlocks, num_threads, isa().kernels.gradient);
+    advise_huge_pages(pyramid.layers[l].features, elements_of(pyramid, l) * element_size(pyramid.layers[l].dtype));
+  for_each_tile(pyramid, grad_sums, Span::kChannelBlocks, num_threads, tile_kernels().gradient);
 }
 
 void mask_gradient(const Pyramid& pyramid, const void* grad_sums, int num_threads) {
-  for_each_tile(pyramid, grad_sums, Span::kAllChannels, num_threads, isa().kernels.mask_gradient);
+  for_each_tile(pyramid, grad_sums, Span::kAllChannels, num_threads, tile_kernels().mask_gradient);
 }
-
-const char* instruction_set() { return isa().name; }
 
 } // namespace fdk::cpu

@@ -32,5 +32,55 @@ struct TileKernels {
 TileKernels tile_kernels_baseline();
 TileKernels tile_kernels_avx2();
 TileKernels tile_kernels_avx512();
+// Those of the instruction set in use.
+const TileKernels& tile_kernels();
+
+// A tile of a call over several regions.
+struct RegionTile {
+  const Regions& regions;
+  const RegionLayer& layer;
+  int64_t first_channel; // of the layer, among all channels
+  Tile tile;
+  void* room; // of room_bytes(), aligned to a cache line, for the kernels to compute in
+};
+
+static inline bool channels_are_inner(const RegionLayer& layer, const Map& map) {
+  return map.stride_c == 1 && layer.channels > 1 && pixels_of(layer) > 1;
+}
+
+// Channels of a tile with contiguous channels, pixels of the largest block that is computed at a time, and of the
+// smallest.
+inline constexpr int64_t kRegionTileChannels = 256, kMaxBlock = 1024, kMinBlock = 16;
+// Elements of the blocks: the weights of all regions for the pixels of a block, and features of as many.
+inline constexpr int64_t kBlockElements = 1 << 14;
+
+// The room consists of three buffers of so many elements.
+static inline int64_t room_elements(const Regions& regions) {
+  const int64_t least = kMinBlock * regions.num_regions;
+  return least > kBlockElements ? least : kBlockElements;
+}
+static inline int64_t room_bytes(const Regions& regions) {
+  return 3 * room_elements(regions) * element_size(regions.accumulate);
+}
+
+// Rows of sums, or of their gradients: R, with second moments 2R.
+static inline int64_t rows_of(const Regions& regions) {
+  return regions.num_regions * (regions.pivots != nullptr ? 2 : 1);
+}
+
+struct RegionKernels {
+  // Writes the sums (C1), (C2) of a tile, double [R or 2R][channels], and if it begins at channel 0 the masses of its
+  // pixels, double [R].
+  void (*sums)(const RegionTile& tile, double* sums, double* masses);
+  // Writes the gradient (C3) of a tile for grad_sums [R or 2R, N, total_channels] of the accumulation dtype.
+  void (*gradient)(const RegionTile& tile, const void* grad_sums);
+  // Writes the gradients (C4) of the weights of a tile that spans all channels.
+  void (*weight_gradient)(const RegionTile& tile, const void* grad_sums);
+};
+
+RegionKernels region_kernels_baseline();
+RegionKernels region_kernels_avx2();
+RegionKernels region_kernels_avx512();
+const RegionKernels& region_kernels();
 
 } // namespace fdk::cpu

@@ -10,9 +10,19 @@ from torch import Tensor
 from fdkernels import _C
 from fdkernels.conventions import Options
 from fdkernels.op import packing
-from fdkernels.op.pyramid import Pyramid, Sums, Weights, describe
+from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights, describe
 
-__all__ = ["gradient", "losses", "mask_gradient", "mask_is_valid", "masks", "sums"]
+__all__ = [
+    "gradient",
+    "losses",
+    "mask_gradient",
+    "mask_is_valid",
+    "masks",
+    "region_gradient",
+    "region_sums",
+    "region_weight_gradient",
+    "sums",
+]
 
 
 def masks(
@@ -128,5 +138,52 @@ def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor
         accumulate=packing.DTYPES[grad_sums.dtype],
         grad_sums=grad_sums.data_ptr(),
         num_threads=torch.get_num_threads(),
+    )
+    return grads
+
+
+def region_sums(features: Sequence[Tensor], regions: Regions, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """Sum the layers [N, C_l, *S_l] over R regions by (C1) and (C2): [R, N, ΣC] or [2R, N, ΣC], [R, N, L]."""
+    regions = packing.with_contiguous_pivots(regions)
+    sums, masses = packing.empty_region_sums(regions, pyramid)
+    _C.cpu_region_sums(
+        packing.region_words(regions, pyramid, features=features),
+        *packing.region_arguments(regions, pyramid.dtype),
+        sums.data_ptr(),
+        masses.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sums, masses
+
+
+def region_gradient(
+    grad_sums: Tensor,
+    regions: Regions,
+    features: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    pyramid: Pyramid,
+) -> list[Tensor]:
+    """Write the gradient (C3) of each layer for grad_sums [R, N, ΣC] or [2R, N, ΣC], plus upstream."""
+    grad_sums, regions = grad_sums.contiguous(), packing.with_contiguous_pivots(regions)
+    grads = packing.empty_gradients(pyramid.layers, grad_sums.device)
+    upstream = packing.same_dtype(upstream, pyramid.layers)
+    _C.cpu_region_gradient(
+        packing.region_words(regions, pyramid, features=features, gradient=grads, upstream=upstream),
+        *packing.region_arguments(regions, grad_sums.dtype),
+        grad_sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequence[Tensor]) -> list[Tensor]:
+    """Write the gradients (C4) of the weights, [N, R, P_l] in the dtype of `grad_sums` [R or 2R, N, ΣC]."""
+    grad_sums, regions = grad_sums.contiguous(), packing.with_contiguous_pivots(regions)
+    grads = [torch.empty_like(weight, dtype=grad_sums.dtype) for weight in regions.weights]
+    _C.cpu_region_weight_gradient(
+        packing.region_words(regions, describe(features), features=features, grad_weights=grads),
+        *packing.region_arguments(regions, grad_sums.dtype),
+        grad_sums.data_ptr(),
+        torch.get_num_threads(),
     )
     return grads

@@ -33,9 +33,11 @@ __all__ = [
     "options_of",
     "pointer",
     "readable",
+    "region_arguments",
     "region_words",
     "same_dtype",
     "sums_words",
+    "with_contiguous_pivots",
 ]
 
 
@@ -207,6 +209,17 @@ def region_words(
                 words[start : start + 3] = values.data_ptr(), stride[0], stride[1]
                 _put_extents(words, start + 3, stride[2:], missing=0)
     return words
+
+
+def with_contiguous_pivots(regions: Regions) -> Regions:
+    """The regions with their pivots [R, N, ΣC] as kernels read them; they must outlive the call."""
+    return regions if regions.pivots is None else regions._replace(pivots=regions.pivots.contiguous())
+
+
+def region_arguments(regions: Regions, dtype: torch.dtype) -> tuple[int, int, bool, int, _C.DType]:
+    """The arguments from `batch` to `accumulate` of the stub; the pivots are contiguous and of `dtype`."""
+    batch, num_regions, _ = regions.weights[0].shape
+    return batch, num_regions, regions.selects, pointer(regions.pivots), DTYPES[dtype]
 
 
 def empty_region_sums(regions: Regions, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
