@@ -90,7 +90,9 @@ def check_features_and_mask(
         planes = Planes(values, ignore_index, selects=ignore_index is not None)
     else:
         planes = check_class_mask(mask, layers, settings.classes, ignore_index)
-    geometry.check_aspect(planes.values, layers, settings.aspect, channels_last=layers is not given)
+    # Not `layers is not given`, which torch 2.6 compiles to a comparison of tensors.
+    channels_last = settings.channel_dim not in (1, 1 - given[0].dim())
+    geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
     return layers, planes
 
 

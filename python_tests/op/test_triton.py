@@ -20,6 +20,9 @@ from fdkernels.op.triton import launch, second_pass
 from kernel_launches import recorded_launches
 from oracles import Formula
 
+if reason := fdk.backends()["triton"]:
+    pytest.skip(reason, allow_module_level=True)
+
 pytestmark = [
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are counted by the interpreter"
