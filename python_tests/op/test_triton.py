@@ -232,7 +232,7 @@ def test_a_layer_of_many_tiles(layout, monkeypatch):
         monkeypatch.setattr(launch, "_PROGRAMS", programs)
         weights = weights_for(features, "valid wide")
         access = launch.access_of_layers(weights, features)
-        tiles.append(launch.plan_layers.__wrapped__(access, torch.float32, True)[0][0].tiles)
+        tiles.append(launch.plan_layers.__wrapped__(access, torch.float32)[0][0].tiles)
         assert_near_reference(features, weights, [])
     assert tiles[0] > 16 > tiles[1] > 4 > tiles[2] > 1
 

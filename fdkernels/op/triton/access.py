@@ -8,6 +8,7 @@ import triton.language as tl
 from fdkernels.op.triton.launch import as_pointer
 
 __all__ = [
+    "load_weight",
     "load_weights",
     "pixel_offsets",
     "sizes_of",
@@ -79,7 +80,7 @@ def _of_bytes(stored, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(
+def load_weight(
     address, pixel, inside, is_byte, DTYPE: tl.constexpr,
     MASK: tl.constexpr, BYTES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -102,9 +103,9 @@ def load_weights(
     MASK: tl.constexpr, BYTES: tl.constexpr, ALIGN: tl.constexpr, HAS_BG: tl.constexpr,
 ):  # fmt: skip
     """Load w_fg, w_bg and v > 0, each [BLOCK_P], 0 outside the layer."""
-    w_fg = _load_weight(fg, pixel, inside, is_byte, DTYPE, MASK, BYTES, ALIGN)
+    w_fg = load_weight(fg, pixel, inside, is_byte, DTYPE, MASK, BYTES, ALIGN)
     if HAS_BG:
-        w_bg = _load_weight(bg, pixel, inside, is_byte, DTYPE, MASK, BYTES, ALIGN)
+        w_bg = load_weight(bg, pixel, inside, is_byte, DTYPE, MASK, BYTES, ALIGN)
         valid = (w_fg != 0) | (w_bg != 0)
     else:
         w_bg = tl.where(inside, 1 - w_fg, 0)

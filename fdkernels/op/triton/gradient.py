@@ -36,7 +36,7 @@ from fdkernels.op.triton.launch import (
     plan_layers,
 )
 
-__all__ = ["gradient", "mask_gradient"]
+__all__ = ["gradient", "in_dtype_of", "mask_gradient", "starts_of"]
 
 # Channels and pixels of a block of the gradient of masks.
 _MASK_BLOCK = (32, 128)
@@ -194,12 +194,11 @@ def gradient(
     grads = [
         grad_sums.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in pyramid.layers
     ]
-    added = _in_dtype_of(grads, upstream) if any(grad is not None for grad in upstream) else []
+    added = in_dtype_of(grads, upstream) if any(grad is not None for grad in upstream) else []
     towards = [grad if addend is None else addend for grad, addend in zip(grads, added, strict=False)]
     maps = (grads, towards) if added else (grads,)
-    has_bg = bool(weights.bg)
-    _, groups = plan_layers(access_of_layers(weights, *maps), grad_sums.dtype, has_bg)
-    channel_starts = _starts(pyramid.channels)
+    _, groups = plan_layers(access_of_layers(weights, *maps), grad_sums.dtype)
+    channel_starts = starts_of(pyramid.channels)
     stride = 0 if factor is None else factor.stride(0)
     for group in groups:
         layers = group.layers
@@ -208,7 +207,8 @@ def gradient(
             (group.starts, per_layer_table(layers), per_layer_table(channel_starts[i] for i in layers),
                 *addresses(layers, grads, added, weights.fg, weights.bg)),
             group.columns, group.strides,
-            BLOCK_SHAPES=group.block_shapes, UPSTREAM=group.units[1] if added else None, **group.constants,
+            HAS_BG=bool(weights.bg), BLOCK_SHAPES=group.block_shapes,
+            UPSTREAM=group.units[1] if added else None, **group.constants,
         )  # fmt: skip
     return grads
 
@@ -218,28 +218,29 @@ def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor
     grad_sums = grad_sums.contiguous()
     grad_fg = [torch.empty_like(weight, dtype=grad_sums.dtype) for weight in weights.fg]  # [N, P]
     grad_bg = [torch.empty_like(grad) for grad in grad_fg[: len(weights.bg)]]
-    plans, groups = plan_layers(access_of_layers(weights, features), grad_sums.dtype, bool(weights.bg))
-    channel_starts = _starts([plan.shape[1] for plan in plans])
+    plans, groups = plan_layers(access_of_layers(weights, features), grad_sums.dtype)
+    channel_starts = starts_of([plan.shape[1] for plan in plans])
     for group in groups:
         layers = group.layers
-        starts = _starts([plans[i].shape[0] * ceil_div(plans[i].shape[2], _MASK_BLOCK[1]) for i in layers])
+        starts = starts_of([plans[i].shape[0] * ceil_div(plans[i].shape[2], _MASK_BLOCK[1]) for i in layers])
         launch(mask_gradient_kernel, starts.pop(),
             grad_sums, grad_sums.shape[1], grad_sums.shape[2], per_layer_table(starts),
             (per_layer_table(starts), per_layer_table(channel_starts[i] for i in layers),
                 *addresses(layers, grad_fg, grad_bg, features, weights.fg, weights.bg)),
             group.columns, group.strides, ALIGN=min(shape[2] for shape in group.block_shapes),
-            BLOCK_C=_MASK_BLOCK[0], BLOCK_P=_MASK_BLOCK[1], **group.constants,
+            HAS_BG=bool(weights.bg), BLOCK_C=_MASK_BLOCK[0], BLOCK_P=_MASK_BLOCK[1], **group.constants,
         )  # fmt: skip
     return Weights(grad_fg, grad_bg)
 
 
-def _in_dtype_of(grads: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+def in_dtype_of(grads: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Upstream gradients in the dtypes of the gradients that they are added to."""
     return [
         addend if addend is None else addend.to(grad.dtype)
         for grad, addend in zip(grads, upstream, strict=True)
     ]
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
+def starts_of(sizes: Sequence[int]) -> list[int]:
     """The start of each of some parts laid end to end, and the end of the last one."""
     return list(itertools.accumulate(sizes, initial=0))

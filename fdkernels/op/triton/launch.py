@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -21,6 +21,8 @@ from fdkernels.op.pyramid import Weights
 __all__ = [
     "DTYPES",
     "MAX_LAYERS",
+    "WARPS",
+    "BlockRule",
     "Group",
     "LayerAccess",
     "Plan",
@@ -42,7 +44,7 @@ __all__ = [
 MAX_LAYERS = 16
 # Elements of a block: 16 a thread for 8 warps; forward holds two accumulators of it in registers.
 _BLOCK = 4096
-_WARPS = 8
+WARPS = 8
 # Channels of a block where pixels are contiguous; fewer only for layers that have no more. Its 128 pixels are
 # so few that every warp loads its own part of the mask: with 256 there were two barriers in the loop.
 _CHANNELS_OF_PIXELS = (32, 4, 1)
@@ -114,7 +116,7 @@ class Plan(NamedTuple):
     dims: int  # spatial dimensions that remain when those that follow each other are merged
     sizes: tuple[int, int]  # size_1, size_2
     strides: tuple[tuple[int, int, int, int, int], ...]  # n, c, p, 0 and 1 of each tensor
-    block: tuple[int, int, int]  # channels and pixels of a block, and the alignment of rows
+    block: tuple[int, ...]  # channels and pixels of a block, the alignment of rows, what a rule adds
     tile_blocks: int  # blocks of pixels in a tile
     tiles: int
     programs: int
@@ -132,6 +134,17 @@ class LayerAccess(NamedTuple):
     aligned: bool  # whether each tensor begins at a multiple of 16 bytes
 
 
+class BlockRule(Protocol):
+    """How other kernels than those of two regions cut layers; hashable, as plans are cached by it."""
+
+    @property
+    def tile_pixels(self) -> int:
+        """The pixels that a tile has at least."""
+
+    def block(self, C: int, P: int, unit: str, itemsize: int, alignment: int) -> tuple[int, ...]:
+        """`Plan.block` of a layer of such sizes, contiguous along this unit."""
+
+
 def _access_of(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> LayerAccess:
     """Describe the maps [N, C, *S] and the weights [N, P] of a layer, the foreground's first."""
     first = tensors[0]
@@ -146,12 +159,12 @@ def _access_of(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> LayerAcc
 
 @functools.lru_cache(maxsize=256)
 def plan_layers(
-    layers: tuple[LayerAccess, ...], accumulator: torch.dtype, has_bg: bool
+    layers: tuple[LayerAccess, ...], accumulator: torch.dtype, rule: BlockRule | None = None
 ) -> tuple[list[Plan], list[Group]]:
     """Plan each layer, and group those that share a launch; cached."""
     prefer = _common_unit(layers)
-    plans = [_plan_layer(layer, prefer) for layer in layers]
-    return plans, _group_layers(layers, plans, accumulator, has_bg)
+    plans = [_plan_layer(layer, prefer, rule) for layer in layers]
+    return plans, _group_layers(layers, plans, accumulator)
 
 
 def _common_unit(layers: Sequence[LayerAccess]) -> str:
@@ -160,7 +173,7 @@ def _common_unit(layers: Sequence[LayerAccess]) -> str:
     return "channels" if any(layer.strides[0][1] == 1 for layer in several) else "pixels"
 
 
-def _plan_layer(layer: LayerAccess, prefer: str) -> Plan:
+def _plan_layer(layer: LayerAccess, prefer: str, rule: BlockRule | None) -> Plan:
     """Plan a layer; a map that is contiguous along both pixels and channels takes the preferred unit."""
     shape, strides = layer.shape, layer.strides
     N, C, P = shape[0], shape[1], math.prod(shape[2:])
@@ -174,26 +187,32 @@ def _plan_layer(layer: LayerAccess, prefer: str) -> Plan:
         steps.append((stride[0] if N > 1 else 0, stride[1] if C > 1 else 0, inner, outer, middle))
     first_c, first_p = steps[0][1:3]
     units = tuple(_unit_of(C, P, step, prefer) for step in steps)
-    block_c, block_p = _block_of(C, P, "channels" if 0 < first_c < first_p else units[0])
+    rows = [C if units[0] == "channels" else P] + [size_2] * (dims > 1)
+    for unit, step in zip(units, steps, strict=True):
+        unit_step = {"channels": 1, "pixels": 2}.get(unit)
+        rows += [extent for i, extent in enumerate(step) if i != unit_step]
+    alignment = _alignment(rows) if layer.aligned and units[0] != "none" else 1
+    block: tuple[int, ...]
+    if rule is None:
+        block = (*_block_of(C, P, "channels" if 0 < first_c < first_p else units[0]), alignment)
+    else:
+        block = rule.block(C, P, units[0], layer.dtype.itemsize, alignment)
+    block_c, block_p = block[:2]
     channel_blocks, pixel_blocks = max(ceil_div(C, block_c), 1), ceil_div(P, block_p)
     tile_blocks = min(channel_blocks * pixel_blocks // _PROGRAMS, _MAX_TILE_BLOCKS)
-    tile_blocks = max(tile_blocks, ceil_div(_MIN_TILE_PIXELS, block_p))
+    tile_blocks = max(tile_blocks, ceil_div(rule.tile_pixels if rule else _MIN_TILE_PIXELS, block_p))
     tiles = max(ceil_div(pixel_blocks, tile_blocks), 1)
     span = max(
         sum((extent - 1) * abs(step) for extent, step in zip(shape[1:], stride[1:], strict=True))
         for stride in strides
     )
-    rows = [C if units[0] == "channels" else P] + [size_2] * (dims > 1)
-    for unit, step in zip(units, steps, strict=True):
-        unit_step = {"channels": 1, "pixels": 2}.get(unit)
-        rows += [extent for i, extent in enumerate(step) if i != unit_step]
     return Plan(
         (N, C, P),
         units,
         dims,
         (size_1, size_2),
         tuple(steps),
-        (block_c, block_p, _alignment(rows) if layer.aligned and units[0] != "none" else 1),
+        block,
         tile_blocks,
         tiles,
         N * channel_blocks * tiles,
@@ -249,7 +268,7 @@ class Group(NamedTuple):
 
     layers: list[int]
     programs: int
-    block_shapes: tuple[tuple[int, int, int], ...]  # the blocks that occur
+    block_shapes: tuple[tuple[int, ...], ...]  # the blocks that occur
     units: tuple[str, ...]
     starts: tuple[int, ...]  # the first program of each layer
     columns: tuple[tuple[int, ...], ...]  # tables of C, P, tile_blocks, block_shapes, is_byte
@@ -258,7 +277,7 @@ class Group(NamedTuple):
 
 
 def _group_layers(
-    layers: Sequence[LayerAccess], plans: Sequence[Plan], accumulator: torch.dtype, has_bg: bool
+    layers: Sequence[LayerAccess], plans: Sequence[Plan], accumulator: torch.dtype
 ) -> list[Group]:
     """Group the layers that need the same code; uint8 weights go with weights of one wider dtype."""
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -272,7 +291,7 @@ def _group_layers(
         key = (layer.dtype, mask, plan.units, plan.dims, plan.wide)
         groups.setdefault(key, []).append(i)
     return [
-        _group(part, layers, plans, key, has_bg)
+        _group(part, layers, plans, key)
         for key, members in groups.items()
         for part in chunks(sorted(members, key=lambda i: -math.prod(plans[i].shape)))
     ]
@@ -308,7 +327,6 @@ def _group(
     layers: Sequence[LayerAccess],
     plans: Sequence[Plan],
     key: tuple[Any, ...],
-    has_bg: bool,
 ) -> Group:
     dtype, mask, units, dims, wide = key
     chosen = [plans[i] for i in members]
@@ -340,8 +358,7 @@ def _group(
         "UNIT": units[0],
         "DIMS": dims,
         "WIDE": wide,
-        "HAS_BG": has_bg,
-        "num_warps": _WARPS,
+        "num_warps": WARPS,
     }
     return Group(
         members,

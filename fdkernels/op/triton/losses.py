@@ -19,7 +19,7 @@ from fdkernels.conventions import Options
 from fdkernels.op.pyramid import Pyramid, Sums, Weights
 from fdkernels.op.triton.launch import chunks, entry_of_layer, launch, per_layer_table, power_of_2
 from fdkernels.op.triton.pairs import LayerSums, entry_of, pair_distance, total_distance
-from fdkernels.op.triton.second_pass import add_partials, second_pass_kernel
+from fdkernels.op.triton.second_pass import add_partials
 from fdkernels.op.triton.slopes import write_slopes
 from fdkernels.op.triton.sums import sum_tiles
 
@@ -96,8 +96,8 @@ def losses_kernel(
             if block_shape == i:
                 for region in tl.static_range(2):
                     add_partials(
-                        partial_ptr + partial_start, sums_ptr, masses_ptr, region * N + n, N, L,
-                        total_channels, C.to(tl.int32), tiles.to(tl.int32),
+                        partial_ptr + partial_start, sums_ptr, masses_ptr, region * N + n, 2 * N, 2 * N,
+                        L, total_channels, C.to(tl.int32), tiles.to(tl.int32),
                         BLOCK_SHAPES[i][0], BLOCK_SHAPES[i][1],
                     )  # fmt: skip
         tl.debug_barrier()  # the sums are written by all threads and published by one
@@ -121,11 +121,7 @@ def sums(
     partial, counters, sums, masses, second_pass = sum_tiles(features, weights, pyramid)
     _, N, L = masses.shape
     if options is None:
-        for layers, tables, blocks in second_pass.launches:
-            launch(second_pass_kernel, len(layers) * 2 * N,
-                partial, sums, masses, N, L, layers[0], sums.shape[2], tables,
-                BLOCK_SHAPES=blocks, num_warps=8,
-            )  # fmt: skip
+        second_pass.run(partial, sums, masses)
         return Sums(sums, masses, None, None)
     loss = sums.new_empty(L) if N else sums.new_zeros(L)
     slopes = torch.empty_like(sums) if with_slopes else None

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdkernels.op.triton.launch import chunks, entry_of_layer, per_layer_table, power_of_2
+from fdkernels.op.triton.launch import WARPS, chunks, entry_of_layer, launch, per_layer_table, power_of_2
 
-__all__ = ["Partials", "add_partials", "plan_second_pass", "second_pass_kernel"]
+__all__ = ["Partials", "add_partials", "plan_second_pass"]
 
 # Partial sums that the second pass takes at once: so many tiles, and at most so many in all.
 _REDUCE_TILES = (8, 32, 128)
@@ -23,14 +23,15 @@ Tables = tuple[tuple[int, ...], ...]
 
 @triton.jit
 def add_partials(
-    partial_ptr, sums_ptr, masses_ptr, row, N, L, total_channels, C, tiles,
+    partial_ptr, sums_ptr, masses_ptr, row, rows, mass_rows, L, total_channels, C, tiles,
     BLOCK_T: tl.constexpr, BLOCK_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """The second pass for one region and sample (a row) of one layer, in float64 and the order of tiles.
 
-    The pointers point to the layer: its partial sums, its first channel, its column of masses.
+    The first `mass_rows` rows have a mass, those of second moments none. The pointers point to the layer: its
+    partial sums, its first channel, its column of masses.
     """
-    step = 2 * N.to(tl.int64) * (C + 1)
+    step = rows.to(tl.int64) * (C + 1)
     row_ptr = partial_ptr + row * (C + 1)
     for start in range(0, C, BLOCK_COLUMN):
         column = start + tl.arange(0, BLOCK_COLUMN)
@@ -44,18 +45,20 @@ def add_partials(
             ).to(tl.float64)
         sums = tl.sum(total, axis=0).to(sums_ptr.dtype.element_ty)
         tl.store(sums_ptr + row * total_channels + column, sums, mask=column < C)
-    mass = tl.zeros([BLOCK_T], tl.float64)
-    for first in range(0, tiles, BLOCK_T):
-        tile = first + tl.arange(0, BLOCK_T)
-        mass_ptr = row_ptr + tile.to(tl.int64) * step + C
-        mass += tl.load(mass_ptr, mask=tile < tiles, other=0).to(tl.float64)
-    tl.store(masses_ptr + row * L, tl.sum(mass, axis=0).to(masses_ptr.dtype.element_ty))
+    if row < mass_rows:
+        mass = tl.zeros([BLOCK_T], tl.float64)
+        for first in range(0, tiles, BLOCK_T):
+            tile = first + tl.arange(0, BLOCK_T)
+            mass_ptr = row_ptr + tile.to(tl.int64) * step + C
+            mass += tl.load(mass_ptr, mask=tile < tiles, other=0).to(tl.float64)
+        tl.store(masses_ptr + row * L, tl.sum(mass, axis=0).to(masses_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["N", "L", "first_layer", "total_channels"])
+@triton.jit(do_not_specialize=["rows", "mass_rows", "L", "first_layer", "total_channels"])
 def second_pass_kernel(
-    partial_ptr, sums_ptr, masses_ptr, N, L, first_layer, total_channels, tables, BLOCK_SHAPES: tl.constexpr
-):
+    partial_ptr, sums_ptr, masses_ptr, rows, mass_rows, L, first_layer, total_channels, tables,
+    BLOCK_SHAPES: tl.constexpr,
+):  # fmt: skip
     layers: tl.constexpr = len(tables[0])
     layer = tl.program_id(0) % layers
     row = (tl.program_id(0) // layers).to(tl.int64)  # region and sample
@@ -64,7 +67,7 @@ def second_pass_kernel(
         if block_shape == i:
             add_partials(
                 partial_ptr + partial_start, sums_ptr + channel_start, masses_ptr + first_layer + layer,
-                row, N, L, total_channels, C.to(tl.int32), tiles.to(tl.int32),
+                row, rows, mass_rows, L, total_channels, C.to(tl.int32), tiles.to(tl.int32),
                 BLOCK_SHAPES[i][0], BLOCK_SHAPES[i][1],
             )  # fmt: skip
 
@@ -74,8 +77,19 @@ class SecondPass(NamedTuple):
 
     starts: list[int]  # of the partial sums of each layer
     size: int
+    channel_starts: list[int]  # the first channel of each layer
     total_channels: int
     launches: list[tuple[list[int], Tables, tuple[tuple[int, int], ...]]]  # layers, tables, blocks
+
+    def run(self, partial: Tensor, sums: Tensor, masses: Tensor) -> None:
+        """Add the partial sums to sums [rows, N, ΣC] and masses [R, N, L], which the first R rows have."""
+        R, N, L = masses.shape
+        rows = sums.shape[0] * N
+        for layers, tables, blocks in self.launches:
+            launch(second_pass_kernel, len(layers) * rows,
+                partial, sums, masses, rows, R * N, L, layers[0], sums.shape[2], tables,
+                BLOCK_SHAPES=blocks, num_warps=WARPS,
+            )  # fmt: skip
 
 
 class Partials(NamedTuple):
@@ -89,9 +103,9 @@ class Partials(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan_second_pass(channels: tuple[int, ...], tiles: tuple[int, ...], N: int) -> SecondPass:
-    """Plan the second pass over layers with these channels and tiles."""
-    sizes = [2 * N * t * (C + 1) for t, C in zip(tiles, channels, strict=True)]
+def plan_second_pass(channels: tuple[int, ...], tiles: tuple[int, ...], rows: int) -> SecondPass:
+    """Plan the second pass over layers with these channels and tiles, and rows of sums."""
+    sizes = [rows * t * (C + 1) for t, C in zip(tiles, channels, strict=True)]
     *starts, size = itertools.accumulate(sizes, initial=0)
     *channel_starts, total_channels = itertools.accumulate(channels, initial=0)
     launches = []
@@ -101,7 +115,7 @@ def plan_second_pass(channels: tuple[int, ...], tiles: tuple[int, ...], N: int) 
         columns = [[column[i] for i in layers] for column in (channels, tiles, starts, channel_starts)]
         columns.append([block_shapes.index(block) for block in blocks])
         launches.append((layers, tuple(per_layer_table(column) for column in columns), tuple(block_shapes)))
-    return SecondPass(starts, size, total_channels, launches)
+    return SecondPass(starts, size, channel_starts, total_channels, launches)
 
 
 def _reduce_block(tiles: int, channels: int) -> tuple[int, int]:

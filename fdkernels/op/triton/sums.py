@@ -126,9 +126,9 @@ def sum_tiles(features: Sequence[Tensor], weights: Weights, pyramid: Pyramid) ->
     """Launch the first pass of (R2) over [N, C_l, *S_l], once for all layers with the same memory layout."""
     dtype = pyramid.dtype
     N, L = features[0].shape[0], len(features)
-    plans, groups = plan_layers(access_of_layers(weights, features), dtype, bool(weights.bg))
+    plans, groups = plan_layers(access_of_layers(weights, features), dtype)
     second_pass = plan_second_pass(
-        tuple(plan.shape[1] for plan in plans), tuple(plan.tiles for plan in plans), N
+        tuple(plan.shape[1] for plan in plans), tuple(plan.tiles for plan in plans), 2 * N
     )
     sums = features[0].new_empty((2, N, second_pass.total_channels), dtype=dtype)
     masses = sums.new_empty((2, N, L))
@@ -140,7 +140,7 @@ def sum_tiles(features: Sequence[Tensor], weights: Weights, pyramid: Pyramid) ->
         launch(sums_kernel, group.programs,
             partial, counters, N, L, group.starts,
             (group.starts, partial_starts, *addresses(layers, features, weights.fg, weights.bg)),
-            group.columns, group.strides,
+            group.columns, group.strides, HAS_BG=bool(weights.bg),
             BLOCK_SHAPES=group.block_shapes, BLOCK_COUNTER=power_of_2(L), **group.constants,
         )  # fmt: skip
     return Partials(partial, counters, sums, masses, second_pass)
