@@ -29,6 +29,9 @@ KERNELS = {
     "losses": ["losses"],
     "gradient": ["gradient"],
     "mask_gradient": ["mask_gradient"],
+    "region_sums": ["region_sums", "second_pass"],
+    "region_gradient": ["region_gradient"],
+    "region_weight_gradient": ["region_weight_gradient"],
 }
 
 
@@ -131,6 +134,15 @@ CASES = [
     ([_contiguous(2, 32, 48), _channels_last(2, 8, 4, 4, dtype=F64)], None, True, True),
     ([_contiguous(2, 32, 48, dtype=F64), _channels_last(2, 8, 4, 4, dtype=BF16)], None, True, True),
 ]
+# Features, dtype of the weights, how many regions, whether there are moments and an upstream gradient; the
+# first pixels are selected out under moments.
+REGION_CASES = [
+    ([_contiguous(2, 64, 32, 32)], U8, 8, False, False),
+    ([_contiguous(2, 64, 32, 32, dtype=BF16), _contiguous(2, 9, 5, 3, dtype=BF16)], None, 2, True, True),
+    ([_channels_last(2, 64, 32, 32)], U8, 3, True, True),
+    ([_channels_last(2, 16, 9, 4, dtype=F64), _cropped(2, 5, 6, 7, dtype=F16)], None, 4, True, False),
+    ([_contiguous(2, 8, 16, 16, dtype=F16), _cropped(2, 5, 6, 7, 8, dtype=F16)], None, 33, False, True),
+]
 # More pixels than 32 bits count, in the memory of one.
 HUGE = ([_one_element(1, 2, 2**16, 2**15 + 1)], U8, True, True)
 
@@ -140,7 +152,13 @@ def _run(function):
     from fdkernels.op.triton import launch
 
     calls = {"sums": _sums, "gradient": _gradient, "mask_gradient": _mask_gradient}
-    if function in calls:
+    if function.startswith("region_"):
+        for case in REGION_CASES:
+            _regions(function, *case)
+        launch._WIDE = 0
+        launch.plan_layers.cache_clear()
+        _regions(function, *REGION_CASES[1])
+    elif function in calls:
         for case in CASES:
             calls[function](*case)
         if function != "mask_gradient":
@@ -194,6 +212,25 @@ def _mask_gradient(layers, dtype, has_bg, has_upstream):
     from fdkernels.op import triton as backend
 
     backend.mask_gradient(_grad_sums(layers)[1], _weights(layers, dtype, has_bg), layers)
+
+
+def _regions(function, layers, dtype, count, moments, has_upstream):
+    from fdkernels.op import triton as backend
+    from fdkernels.op.pyramid import Regions
+
+    pyramid = _as_they_are(layers)
+    weights = [
+        _one_element(F.shape[0], count, F.shape[2:].numel(), dtype=dtype or pyramid.dtype) for F in layers
+    ]
+    g = torch.empty((2 if moments else 1) * count, 2, pyramid.total_channels, dtype=pyramid.dtype)
+    regions = Regions(weights, moments, g[:count] if moments else None)
+    if function == "region_sums":
+        backend.region_sums(layers, regions, pyramid)
+    elif function == "region_gradient":
+        upstream = [layers[0], *[None] * (len(layers) - 1)] if has_upstream else []
+        backend.region_gradient(g, regions, layers, upstream, pyramid)
+    else:
+        backend.region_weight_gradient(g, regions, layers)
 
 
 PAIRINGS = {

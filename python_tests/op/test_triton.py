@@ -15,7 +15,7 @@ import oracles
 from cases import ALL_LAYOUTS, SumsCase, lay_out, weights_for
 from fdkernels.op import reference
 from fdkernels.op import triton as backend
-from fdkernels.op.pyramid import Pyramid, Weights, describe
+from fdkernels.op.pyramid import Pyramid, Regions, Weights, describe
 from fdkernels.op.triton import launch, second_pass
 from kernel_launches import recorded_launches
 from oracles import Formula
@@ -151,6 +151,34 @@ def test_sums_alone_and_the_gradient_of_a_soft_mask_are_a_launch_each_beside_the
     with recorded_launches() as names:
         loss.backward()
     assert sorted(names) == ["gradient_kernel", "mask_gradient_kernel"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("moments", [False, True], ids=["sums", "moments"])
+def test_a_pyramid_over_three_regions_is_two_launches_forward_and_one_backward(moments, layout):
+    features = [layer.detach() for layer in pyramid_of_a_network(layout=layout, batch=1)]
+    pyramid = describe(features)
+    weights = [
+        torch.rand(1, 3, P) if P > 1 else torch.ones(1, 3, P, dtype=torch.uint8) for P in pyramid.pixels
+    ]
+    pivots = torch.randn(3, 1, pyramid.total_channels) if moments else None
+    regions = Regions(weights, selects=True, pivots=pivots)
+    with recorded_launches() as names:
+        sums, masses = backend.region_sums(features, regions, pyramid)
+    assert names == ["region_sums_kernel", "second_pass_kernel"]
+    with recorded_launches() as names:
+        grads = backend.region_gradient(sums, regions, features if moments else [], features, pyramid)
+    assert names == ["region_gradient_kernel"]
+    with recorded_launches() as names:
+        of_weights = backend.region_weight_gradient(sums, regions, features)
+    assert names == ["region_weight_gradient_kernel"]
+    wanted = reference.region_sums(features, regions, pyramid)
+    for got, value in zip((sums, masses), wanted, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
+    wanted = reference.region_gradient(sums, regions, features, features, pyramid)
+    wanted += reference.region_weight_gradient(sums, regions, features)
+    for got, value in zip(grads + of_weights, wanted, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
 
 
 def test_losses_of_given_sums_are_one_launch():

@@ -96,8 +96,8 @@ def losses_kernel(
             if block_shape == i:
                 for region in tl.static_range(2):
                     add_partials(
-                        partial_ptr + partial_start, sums_ptr, masses_ptr, region * N + n, 2 * N, 2 * N,
-                        L, total_channels, C.to(tl.int32), tiles.to(tl.int32),
+                        partial_ptr + partial_start, sums_ptr, masses_ptr, region * N + n, N, L,
+                        total_channels, C.to(tl.int32), tiles.to(tl.int32),
                         BLOCK_SHAPES[i][0], BLOCK_SHAPES[i][1],
                     )  # fmt: skip
         tl.debug_barrier()  # the sums are written by all threads and published by one

@@ -12,10 +12,9 @@ from fdkernels.op.triton.launch import WARPS, ceil_div, power_of_2
 
 __all__ = ["RegionBlocks", "append", "load_region", "split_regions", "valid_pixels"]
 
-# Regions that a program unrolls: their accumulators are in registers while it reads the features once.
-_MOST_REGIONS = 32
-# Registers of 32 bits that the accumulators of a thread may take, half of those it has.
-_REGISTERS = 128
+# Registers of 32 bits of a thread for accumulators, and for pivots, which are loaded before the loop. Two
+# programs on a multiprocessor leave 128 to a thread; loads in flight and addresses need as many.
+_REGISTERS = 64
 # Pixels of a block: so few (fewer than threads) that every warp loads its own part of the weights of each
 # region; a load of more is shared through memory, with two barriers a region.
 _PIXELS = 128
@@ -31,9 +30,9 @@ _TILE_PIXELS_OF_ROW = 32
 _MIN_TILE_PIXELS = 256
 
 
-def split_regions(R: int) -> tuple[int, int]:
-    """Into how many parts R regions are split, and the regions of each; the last may have fewer."""
-    parts = max(ceil_div(R, _MOST_REGIONS), 1)
+def split_regions(R: int, most: int) -> tuple[int, int]:
+    """Into how many parts of at most so many R regions are split, and the regions of each but the last."""
+    parts = max(ceil_div(R, most), 1)
     return parts, ceil_div(R, parts)
 
 
@@ -45,13 +44,14 @@ class RegionBlocks(NamedTuple):
     4 registers a thread for a row of sums over most blocks.
     """
 
-    rows: int  # sums that a program accumulates for each channel
+    regions: int  # for which a program holds accumulators
+    has_moments: bool
     itemsize: int  # of an accumulator in bytes
 
     @property
     def tile_pixels(self) -> int:
         """The pixels that a tile has at least."""
-        return max(_MIN_TILE_PIXELS, _TILE_PIXELS_OF_ROW * self.rows)
+        return max(_MIN_TILE_PIXELS, _TILE_PIXELS_OF_ROW * self.regions * (2 if self.has_moments else 1))
 
     def block(self, C: int, P: int, unit: str, itemsize: int, alignment: int) -> tuple[int, ...]:
         """Channels, pixels, alignment and fold for a layer; where registers run out, a thread gets less."""
@@ -63,20 +63,19 @@ class RegionBlocks(NamedTuple):
         elif not of_channels and P <= _FEW_PIXELS:
             channels, pixels = 4 * channels, _FEW_PIXELS
         alignment = min(alignment, 16 // itemsize)
+        of_region = (3 if self.has_moments else 1) * self.itemsize // 4  # registers for an element
         while True:
-            together = min(alignment, max(channels * pixels // (32 * WARPS), 1))
-            fold = together
+            elements = max(channels * pixels // (32 * WARPS), 1)  # of a thread
+            fold = min(alignment, elements)
             if of_channels:
-                fold = max(pixels * (channels // together) // (32 * WARPS), 1)
-            held = max(channels * pixels // (32 * WARPS), 1) // fold
-            if self.rows * held * self.itemsize // 4 <= _REGISTERS or channels * alignment == 1:
+                fold = elements // fold
+            held = elements // fold
+            if self.regions * held * of_region <= _REGISTERS or held == 1:
                 return channels, pixels, alignment, fold
             if of_channels and alignment > 1:
                 alignment //= 2
-            elif channels > 1:
-                channels //= 2
             else:
-                alignment = 1
+                channels //= 2
 
 
 @triton.jit

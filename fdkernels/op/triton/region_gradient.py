@@ -31,8 +31,15 @@ from fdkernels.op.triton.region_blocks import RegionBlocks, append, load_region,
 
 __all__ = ["region_gradient", "region_weight_gradient"]
 
-# Channels and pixels of a block of the gradient of weights, whose loop has 32 regions of accumulators.
+# Regions that the gradient unrolls, and the same under moments, where each takes three loads more: the loads
+# of more at once are moved ahead and take more registers than there are.
+_UNROLLED = 8
+_UNROLLED_MOMENTS = 4
+# Regions for which the gradient of weights has accumulators, 4 registers each.
+_MOST_REGIONS = 16
+# Channels and pixels of a block of the gradient of weights, and the elements that a thread loads together.
 _WEIGHT_BLOCK = (32, 64)
+_TOGETHER = 4
 
 
 @triton.jit
@@ -159,7 +166,9 @@ def region_weight_gradient_kernel(
 ):  # fmt: skip
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     dtype: tl.constexpr = grad_sums_ptr.dtype.element_ty
-    FOLD: tl.constexpr = 4  # channels that mostly one thread holds, added before they are accumulated
+    TOGETHER: tl.constexpr = ALIGN if DTYPE.primitive_bitwidth * ALIGN <= 128 else 2  # that a thread loads
+    # Channels that one thread holds of a pixel, which are added before they are accumulated.
+    FOLD: tl.constexpr = TOGETHER if UNIT == "channels" else BLOCK_C * BLOCK_P // (256 * TOGETHER)
     part = tl.program_id(0) % PARTS  # fastest: neighbours share the features in cache
     program = tl.program_id(0) // PARTS
     layer = layer_of(starts, program)
@@ -232,11 +241,11 @@ def region_gradient(
     towards = [grad if addend is None else addend for grad, addend in zip(grads, added, strict=False)]
     maps = [tensors for tensors in (grads, towards, read) if tensors]
     R = regions.num_regions
-    parts, part = split_regions(R)
+    parts, part = split_regions(R, _UNROLLED if pivots is None else _UNROLLED_MOMENTS)
     _, groups = plan_layers(
         access_of_layers(Weights(regions.weights, []), *maps),
         grad_sums.dtype,
-        RegionBlocks(0, grad_sums.dtype.itemsize),
+        RegionBlocks(0, False, grad_sums.dtype.itemsize),
     )
     channel_starts = starts_of(pyramid.channels)
     for group in groups:
@@ -257,7 +266,7 @@ def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequen
     grad_sums, pivots = grad_sums.contiguous(), _pivots_of(regions)
     grads = [torch.empty_like(weight, dtype=grad_sums.dtype) for weight in regions.weights]
     R = regions.num_regions
-    parts, part = split_regions(R)
+    parts, part = split_regions(R, _MOST_REGIONS)
     plans, groups = plan_layers(access_of_layers(Weights(regions.weights, []), features), grad_sums.dtype)
     channel_starts = starts_of([plan.shape[1] for plan in plans])
     for group in groups:
@@ -268,7 +277,7 @@ def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequen
             grad_sums, pivots, grad_sums.shape[1], grad_sums.shape[2], per_layer_table(starts),
             (per_layer_table(starts), per_layer_table(channel_starts[i] for i in layers),
                 *addresses(layers, grads, features, regions.weights)),
-            group.columns, group.strides, ALIGN=min(shape[2] for shape in group.block_shapes),
+            group.columns, group.strides, ALIGN=min(_TOGETHER, *[shape[2] for shape in group.block_shapes]),
             SELECTS=regions.selects, R=R, PARTS=parts, PART=part,
             BLOCK_C=_WEIGHT_BLOCK[0], BLOCK_P=_WEIGHT_BLOCK[1], **group.constants,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Sums over any number of regions (C1), and second moments (C2), on backend `triton`.
 
 Two launches, as for two regions: partial sums of tiles, and the second pass. A program reads a tile of the
-features once for up to 32 regions; of more, each part has programs of its own, next to each other, so that
-the tile is mostly in the cache.
+features once for up to 32 sums; of more, each part of the regions has programs of its own, next to each
+other, so that the tile is mostly in the cache.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from fdkernels.op.triton.region_blocks import RegionBlocks, append, load_region,
 from fdkernels.op.triton.second_pass import plan_second_pass
 
 __all__ = ["region_sums"]
+
+# Sums that a program unrolls, with accumulators in registers while it reads the features once.
+_MOST_SUMS = 32
 
 
 @triton.jit
@@ -188,11 +191,11 @@ def region_sums(features: Sequence[Tensor], regions: Regions, pyramid: Pyramid) 
     N, L = features[0].shape[0], len(features)
     pivots = None if regions.pivots is None else regions.pivots.contiguous()
     each = 1 if pivots is None else 2  # rows of a region
-    parts, part = split_regions(R)
+    parts, part = split_regions(R, _MOST_SUMS // each)
     plans, groups = plan_layers(
         access_of_layers(Weights(regions.weights, []), features),
         dtype,
-        RegionBlocks(each * part, dtype.itemsize),
+        RegionBlocks(part, pivots is not None, dtype.itemsize),
     )
     second_pass = plan_second_pass(
         tuple(plan.shape[1] for plan in plans), tuple(plan.tiles for plan in plans), each * R * N

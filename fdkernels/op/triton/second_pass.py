@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdkernels.op.triton.launch import WARPS, chunks, entry_of_layer, launch, per_layer_table, power_of_2
+from fdkernels.op.triton.launch import (
+    WARPS,
+    ceil_div,
+    chunks,
+    entry_of_layer,
+    launch,
+    layer_of,
+    per_layer_table,
+    power_of_2,
+)
 
 __all__ = ["Partials", "add_partials", "plan_second_pass"]
 
@@ -23,15 +32,14 @@ Tables = tuple[tuple[int, ...], ...]
 
 @triton.jit
 def add_partials(
-    partial_ptr, sums_ptr, masses_ptr, row, rows, mass_rows, L, total_channels, C, tiles,
+    partial_ptr, sums_ptr, masses_ptr, row, N, L, total_channels, C, tiles,
     BLOCK_T: tl.constexpr, BLOCK_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """The second pass for one region and sample (a row) of one layer, in float64 and the order of tiles.
 
-    The first `mass_rows` rows have a mass, those of second moments none. The pointers point to the layer: its
-    partial sums, its first channel, its column of masses.
+    The pointers point to the layer: its partial sums, its first channel, its column of masses.
     """
-    step = rows.to(tl.int64) * (C + 1)
+    step = 2 * N.to(tl.int64) * (C + 1)
     row_ptr = partial_ptr + row * (C + 1)
     for start in range(0, C, BLOCK_COLUMN):
         column = start + tl.arange(0, BLOCK_COLUMN)
@@ -45,29 +53,51 @@ def add_partials(
             ).to(tl.float64)
         sums = tl.sum(total, axis=0).to(sums_ptr.dtype.element_ty)
         tl.store(sums_ptr + row * total_channels + column, sums, mask=column < C)
-    if row < mass_rows:
-        mass = tl.zeros([BLOCK_T], tl.float64)
-        for first in range(0, tiles, BLOCK_T):
-            tile = first + tl.arange(0, BLOCK_T)
-            mass_ptr = row_ptr + tile.to(tl.int64) * step + C
-            mass += tl.load(mass_ptr, mask=tile < tiles, other=0).to(tl.float64)
-        tl.store(masses_ptr + row * L, tl.sum(mass, axis=0).to(masses_ptr.dtype.element_ty))
+    mass = tl.zeros([BLOCK_T], tl.float64)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        mass_ptr = row_ptr + tile.to(tl.int64) * step + C
+        mass += tl.load(mass_ptr, mask=tile < tiles, other=0).to(tl.float64)
+    tl.store(masses_ptr + row * L, tl.sum(mass, axis=0).to(masses_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _add_columns(
+    partial_ptr, sums_ptr, masses_ptr, block, rows, mass_rows, L, total_channels, C, tiles,
+    BLOCK_T: tl.constexpr, BLOCK_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """The second pass for BLOCK_COLUMN of the rows·(C + 1) numbers that each tile of a layer has."""
+    size = rows.to(tl.int64) * (C + 1)
+    place = block.to(tl.int64) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    row, column = place // (C + 1), place % (C + 1)
+    of_sums = (place < size) & (column < C)
+    of_masses = (column == C) & (row < mass_rows)
+    total = tl.zeros([BLOCK_T, BLOCK_COLUMN], tl.float64)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        total += tl.load(
+            partial_ptr + (tile.to(tl.int64) * size)[:, None] + place[None, :],
+            mask=(tile < tiles)[:, None] & (of_sums | of_masses)[None, :],
+            other=0,
+        ).to(tl.float64)
+    added = tl.sum(total, axis=0).to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + row * total_channels + column, added, mask=of_sums)
+    tl.store(masses_ptr + row * L, added, mask=of_masses)
 
 
 @triton.jit(do_not_specialize=["rows", "mass_rows", "L", "first_layer", "total_channels"])
 def second_pass_kernel(
-    partial_ptr, sums_ptr, masses_ptr, rows, mass_rows, L, first_layer, total_channels, tables,
+    partial_ptr, sums_ptr, masses_ptr, rows, mass_rows, L, first_layer, total_channels, starts, tables,
     BLOCK_SHAPES: tl.constexpr,
 ):  # fmt: skip
-    layers: tl.constexpr = len(tables[0])
-    layer = tl.program_id(0) % layers
-    row = (tl.program_id(0) // layers).to(tl.int64)  # region and sample
-    C, tiles, partial_start, channel_start, block_shape = entry_of_layer(tables, layer)
+    program = tl.program_id(0)
+    layer = layer_of(starts, program)
+    start, C, tiles, partial_start, channel_start, block_shape = entry_of_layer(tables, layer)
     for i in tl.static_range(len(BLOCK_SHAPES)):
         if block_shape == i:
-            add_partials(
+            _add_columns(
                 partial_ptr + partial_start, sums_ptr + channel_start, masses_ptr + first_layer + layer,
-                row, rows, mass_rows, L, total_channels, C.to(tl.int32), tiles.to(tl.int32),
+                program - start.to(tl.int32), rows, mass_rows, L, total_channels, C, tiles.to(tl.int32),
                 BLOCK_SHAPES[i][0], BLOCK_SHAPES[i][1],
             )  # fmt: skip
 
@@ -80,15 +110,15 @@ class SecondPass(NamedTuple):
     channel_starts: list[int]  # the first channel of each layer
     total_channels: int
     launches: list[tuple[list[int], Tables, tuple[tuple[int, int], ...]]]  # layers, tables, blocks
+    of_columns: list[tuple[int, int, Tables, tuple[tuple[int, int], ...]]]  # first layer, programs, the same
 
     def run(self, partial: Tensor, sums: Tensor, masses: Tensor) -> None:
         """Add the partial sums to sums [rows, N, ΣC] and masses [R, N, L], which the first R rows have."""
         R, N, L = masses.shape
-        rows = sums.shape[0] * N
-        for layers, tables, blocks in self.launches:
-            launch(second_pass_kernel, len(layers) * rows,
-                partial, sums, masses, rows, R * N, L, layers[0], sums.shape[2], tables,
-                BLOCK_SHAPES=blocks, num_warps=WARPS,
+        for first_layer, programs, tables, blocks in self.of_columns:
+            launch(second_pass_kernel, programs,
+                partial, sums, masses, sums.shape[0] * N, R * N, L, first_layer, self.total_channels,
+                tables[0], tables, BLOCK_SHAPES=blocks, num_warps=WARPS,
             )  # fmt: skip
 
 
@@ -104,18 +134,30 @@ class Partials(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan_second_pass(channels: tuple[int, ...], tiles: tuple[int, ...], rows: int) -> SecondPass:
-    """Plan the second pass over layers with these channels and tiles, and rows of sums."""
-    sizes = [rows * t * (C + 1) for t, C in zip(tiles, channels, strict=True)]
+    """Plan the second pass over layers with these channels and tiles, and rows of a region and sample."""
+    columns = [rows * (C + 1) for C in channels]
+    sizes = [t * size for t, size in zip(tiles, columns, strict=True)]
     *starts, size = itertools.accumulate(sizes, initial=0)
     *channel_starts, total_channels = itertools.accumulate(channels, initial=0)
-    launches = []
+    launches, of_columns = [], []
     for layers in chunks(range(len(channels))):
+        of_layers = [[values[i] for i in layers] for values in (channels, tiles, starts, channel_starts)]
         blocks = [_reduce_block(tiles[i], channels[i]) for i in layers]
-        block_shapes = sorted(set(blocks))
-        columns = [[column[i] for i in layers] for column in (channels, tiles, starts, channel_starts)]
-        columns.append([block_shapes.index(block) for block in blocks])
-        launches.append((layers, tuple(per_layer_table(column) for column in columns), tuple(block_shapes)))
-    return SecondPass(starts, size, channel_starts, total_channels, launches)
+        launches.append((layers, *_tables(of_layers, blocks)))
+        blocks = [_reduce_block(tiles[i], columns[i]) for i in layers]
+        programs = [ceil_div(columns[i], block[1]) for i, block in zip(layers, blocks, strict=True)]
+        *first_programs, end = itertools.accumulate(programs, initial=0)
+        of_columns.append((layers[0], end, *_tables([first_programs, *of_layers], blocks)))
+    return SecondPass(starts, size, channel_starts, total_channels, launches, of_columns)
+
+
+def _tables(
+    columns: list[list[int]], blocks: list[tuple[int, int]]
+) -> tuple[Tables, tuple[tuple[int, int], ...]]:
+    """Tables of these columns and of the number of each layer's block, and the blocks that occur."""
+    block_shapes = sorted(set(blocks))
+    numbers = [block_shapes.index(block) for block in blocks]
+    return tuple(per_layer_table(column) for column in [*columns, numbers]), tuple(block_shapes)
 
 
 def _reduce_block(tiles: int, channels: int) -> tuple[int, int]:
