@@ -288,6 +288,35 @@ void bind_cuda(py::module_& m) {
                                  pointer(stream));
       },
       "layers"_a, "batch"_a, "accumulate"_a, "grad_sums"_a, "device"_a, "stream"_a);
+  m.def(
+      "cuda_region_sums",
+      [](const Words& layers, int64_t batch, int64_t num_regions, bool selects, uintptr_t pivots, fdk::DType accumulate,
+         uintptr_t sums, uintptr_t masses, const Allocate& allocate, int device, uintptr_t stream) {
+        const fdk::Regions regions = fdk::as_regions(layers, batch, num_regions, selects, pointer(pivots), accumulate);
+        void* workspace = pointer(allocate(fdk::cuda::region_sums_workspace(regions)));
+        fdk::cuda::region_sums(regions, pointer(sums), pointer(masses), workspace, device, pointer(stream));
+      },
+      "layers"_a, "batch"_a, "num_regions"_a, "selects"_a, "pivots"_a, "accumulate"_a, "sums"_a, "masses"_a,
+      "allocate"_a, "device"_a, "stream"_a);
+  m.def(
+      "cuda_region_gradient",
+      [](const Words& layers, int64_t batch, int64_t num_regions, bool selects, uintptr_t pivots, fdk::DType accumulate,
+         uintptr_t grad_sums, int device, uintptr_t stream) {
+        fdk::cuda::region_gradient(fdk::as_regions(layers, batch, num_regions, selects, pointer(pivots), accumulate),
+                                   pointer(grad_sums), device, pointer(stream));
+      },
+      "layers"_a, "batch"_a, "num_regions"_a, "selects"_a, "pivots"_a, "accumulate"_a, "grad_sums"_a, "device"_a,
+      "stream"_a);
+  m.def(
+      "cuda_region_weight_gradient",
+      [](const Words& layers, int64_t batch, int64_t num_regions, bool selects, uintptr_t pivots, fdk::DType accumulate,
+         uintptr_t grad_sums, int device, uintptr_t stream) {
+        fdk::cuda::region_weight_gradient(
+            fdk::as_regions(layers, batch, num_regions, selects, pointer(pivots), accumulate), pointer(grad_sums),
+            device, pointer(stream));
+      },
+      "layers"_a, "batch"_a, "num_regions"_a, "selects"_a, "pivots"_a, "accumulate"_a, "grad_sums"_a, "device"_a,
+      "stream"_a);
 }
 #endif
 

@@ -177,9 +177,13 @@ void losses(const Pyramid& pyramid, const void* sums, const void* masses, const 
 void gradient(const Pyramid& pyramid, const void* grad_sums, const void* factor, int64_t factor_stride, int device,
               void* stream);
 void mask_gradient(const Pyramid& pyramid, const void* grad_sums, int device, void* stream);
+void region_sums(const Regions& regions, void* sums, void* masses, void* workspace, int device, void* stream);
+void region_gradient(const Regions& regions, const void* grad_sums, int device, void* stream);
+void region_weight_gradient(const Regions& regions, const void* grad_sums, int device, void* stream);
 
-// Bytes of scratch memory that `sums`, with or without losses, and `losses` need.
+// Bytes of scratch memory that `sums`, with or without losses, `losses` and `region_sums` need.
 int64_t sums_workspace(const Pyramid& pyramid, bool with_losses);
 int64_t losses_workspace(const Pyramid& pyramid);
+int64_t region_sums_workspace(const Regions& regions);
 
 } // namespace fdk::cuda

@@ -230,3 +230,38 @@ def cuda_gradient(
 def cuda_mask_gradient(
     layers: list[int], batch: int, accumulate: DType, grad_sums: int, device: int, stream: int
 ) -> None: ...
+def cuda_region_sums(
+    layers: list[int],
+    batch: int,
+    num_regions: int,
+    selects: bool,
+    pivots: int,
+    accumulate: DType,
+    sums: int,
+    masses: int,
+    allocate: Callable[[int], int],
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_region_gradient(
+    layers: list[int],
+    batch: int,
+    num_regions: int,
+    selects: bool,
+    pivots: int,
+    accumulate: DType,
+    grad_sums: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_region_weight_gradient(
+    layers: list[int],
+    batch: int,
+    num_regions: int,
+    selects: bool,
+    pivots: int,
+    accumulate: DType,
+    grad_sums: int,
+    device: int,
+    stream: int,
+) -> None: ...

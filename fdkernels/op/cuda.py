@@ -10,9 +10,18 @@ from torch import Tensor
 from fdkernels import _C
 from fdkernels.conventions import Options
 from fdkernels.op import packing
-from fdkernels.op.pyramid import Pyramid, Sums, Weights, describe
+from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights, describe
 
-__all__ = ["gradient", "losses", "mask_gradient", "masks", "sums"]
+__all__ = [
+    "gradient",
+    "losses",
+    "mask_gradient",
+    "masks",
+    "region_gradient",
+    "region_sums",
+    "region_weight_gradient",
+    "sums",
+]
 
 
 def masks(
@@ -142,6 +151,91 @@ def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
     return grads
+
+
+def region_sums(features: Sequence[Tensor], regions: Regions, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """Sum layers [N, C_l, *S_l] by (C1) and (C2) to [R, N, ΣC] or [2R, N, ΣC], and masses [R, N, L].
+
+    Two launches; the features are read once for every 32 regions.
+    """
+    sums, masses = packing.empty_region_sums(regions, pyramid)
+    pivots, device = _contiguous_pivots(regions), features[0].device
+    workspace: list[Tensor] = []
+    _C.cuda_region_sums(
+        layers=packing.region_words(regions, pyramid, features=features),
+        batch=sums.shape[1],
+        num_regions=regions.num_regions,
+        selects=regions.selects,
+        pivots=packing.pointer(pivots),
+        accumulate=packing.DTYPES[sums.dtype],
+        sums=sums.data_ptr(),
+        masses=masses.data_ptr(),
+        allocate=_allocate_in(workspace, device),
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+    return sums, masses
+
+
+def region_gradient(
+    grad_sums: Tensor,
+    regions: Regions,
+    features: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    pyramid: Pyramid,
+) -> list[Tensor]:
+    """Write the gradient (C3) of each layer for grad_sums [R, N, ΣC] or [2R, N, ΣC], plus upstream.
+
+    One launch, which reads the features under moments alone.
+    """
+    grad_sums, pivots, device = grad_sums.contiguous(), _contiguous_pivots(regions), grad_sums.device
+    grads = packing.empty_gradients(pyramid.layers, device)
+    upstream = packing.same_dtype(upstream, pyramid.layers)
+    words = packing.region_words(
+        regions,
+        pyramid,
+        features=() if pivots is None else features,
+        gradient=grads,
+        upstream=upstream,
+    )
+    _C.cuda_region_gradient(
+        layers=words,
+        batch=grad_sums.shape[1],
+        num_regions=regions.num_regions,
+        selects=regions.selects,
+        pivots=packing.pointer(pivots),
+        accumulate=packing.DTYPES[grad_sums.dtype],
+        grad_sums=grad_sums.data_ptr(),
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+    return grads
+
+
+def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequence[Tensor]) -> list[Tensor]:
+    """Write the gradients (C4) of the weights, [N, R, P_l] in the dtype of `grad_sums`.
+
+    One launch.
+    """
+    grad_sums, pivots, device = grad_sums.contiguous(), _contiguous_pivots(regions), grad_sums.device
+    grads = [torch.empty_like(weight, dtype=grad_sums.dtype) for weight in regions.weights]
+    _C.cuda_region_weight_gradient(
+        layers=packing.region_words(regions, describe(features), features=features, grad_weights=grads),
+        batch=grad_sums.shape[1],
+        num_regions=regions.num_regions,
+        selects=regions.selects,
+        pivots=packing.pointer(pivots),
+        accumulate=packing.DTYPES[grad_sums.dtype],
+        grad_sums=grad_sums.data_ptr(),
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+    return grads
+
+
+def _contiguous_pivots(regions: Regions) -> Tensor | None:
+    """The pivots [R, N, ΣC] as kernels read them; they must outlive the call."""
+    return None if regions.pivots is None else regions.pivots.contiguous()
 
 
 def _allocate_in(workspace: list[Tensor], device: torch.device) -> Callable[[int], int]:

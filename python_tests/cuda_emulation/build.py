@@ -1,6 +1,6 @@
 """Compiles csrc with the CUDA kernels as host code, once a session.
 
-Tests elsewhere can run backend `cuda` on the CPU, too: `emulate().backend` has the five functions.
+Tests elsewhere can run backend `cuda` on the CPU, too: `emulate().backend` has the functions of a backend.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ DEFINES = [
 SOURCES = {
     "cuda/sums.cu": ["-O1", "-x", "c++"],
     "bindings.cpp": ["-O0"],
+    "cuda/regions.cu": ["-O1", "-x", "c++"],
     "cuda/losses.cu": ["-O1", "-x", "c++"],
     "cuda/masks.cu": ["-O1", "-x", "c++"],
     "cpu/isa/kernels.cpp": ["-O0"],

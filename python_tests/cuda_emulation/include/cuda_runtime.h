@@ -44,6 +44,10 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -253,6 +257,11 @@ template <typename T>
 T __ldcg(const T* address) {
   cuda_emulation::check_alignment(address);
   return *address;
+}
+
+template <typename T>
+T __ldca(const T* address) {
+  return __ldcg(address);
 }
 
 template <typename T>
