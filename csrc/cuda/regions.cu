@@ -7,12 +7,12 @@
 namespace fdk::cuda {
 namespace {
 
-// Blocks a multiprocessor: limits registers, so that enough loads are in flight.
-template <typename Acc, bool kMoments>
-constexpr int kBlocks = std::is_same_v<Acc, float> ? (kMoments ? 2 : 3) : 1;
+// Blocks a multiprocessor: limits registers, as far as the sums of a thread allow.
+template <typename Acc>
+constexpr int kBlocks = std::is_same_v<Acc, float> ? 2 : 1;
 
 template <typename Acc, bool kMoments>
-__global__ void __launch_bounds__(kThreads, kBlocks<Acc, kMoments>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     region_sums_kernel(const __grid_constant__ RegionWork work, const RegionOutputs<Acc> out) {
   __shared__ SumsShared<Acc, kMoments> shared;
   const int index = layer_of_block(work, blockIdx.x);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Acc, bool kMoments>
-__global__ void __launch_bounds__(kThreads, kBlocks<Acc, kMoments>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     region_gradient_kernel(const __grid_constant__ RegionWork work, const Acc* grad_sums) {
   __shared__ GradientShared<Acc> shared;
   const int index = layer_of_block(work, blockIdx.x);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc, kMoments>)
 }
 
 template <typename Acc, bool kMoments>
-__global__ void __launch_bounds__(kThreads, kBlocks<Acc, kMoments>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     region_weight_gradient_kernel(const __grid_constant__ RegionWork work, const Acc* grad_sums) {
   __shared__ WeightGradientShared<Acc> shared;
   const int index = layer_of_block(work, blockIdx.x);

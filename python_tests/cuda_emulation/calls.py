@@ -11,7 +11,7 @@ from torch import Tensor
 from cuda_emulation.build import Emulation
 from cuda_emulation.pyramids import Inputs, Outside, unwritten
 from fdkernels.conventions import Options
-from fdkernels.op.pyramid import Layer, Pyramid, Sums, Weights, describe
+from fdkernels.op.pyramid import Layer, Pyramid, Regions, Sums, Weights, describe
 
 HERE = {"device": 0, "stream": 0}
 
@@ -139,6 +139,86 @@ def run_mask_gradient(emulated: Emulation, grad_sums: Tensor, inputs: Inputs) ->
     for output in (*fg, *bg):
         output.assert_untouched()
     return grads
+
+
+def run_region_sums(
+    emulated: Emulation, features: Sequence[Tensor], regions: Regions
+) -> tuple[Tensor, Tensor]:
+    """Sums, with pivots also moments, and masses."""
+    packing, pyramid = emulated.packing, describe(features)
+    batch, R = regions.weights[0].shape[:2]
+    rows = R if regions.pivots is None else 2 * R
+    sums = unwritten((rows, batch, pyramid.total_channels), pyramid.dtype)
+    masses = unwritten((R, batch, len(features)), pyramid.dtype)
+    workspace: list[Outside] = []
+    emulated.module.cuda_region_sums(
+        layers=packing.region_words(regions, pyramid, features=features),
+        **_of_regions(emulated, regions, pyramid),
+        sums=sums.tensor.data_ptr(),
+        masses=masses.tensor.data_ptr(),
+        allocate=_allocate_in(workspace),
+        **HERE,
+    )
+    for output in (sums, masses, *workspace):
+        output.assert_untouched()
+    return sums.tensor, masses.tensor
+
+
+def run_region_gradient(
+    emulated: Emulation,
+    grad_sums: Tensor,
+    features: Sequence[Tensor],
+    regions: Regions,
+    upstream: Sequence[Tensor | None],
+    layout: str,
+) -> list[Tensor]:
+    """The gradients of the features, in this layout; features are given where the regions have pivots."""
+    packing, pyramid = emulated.packing, describe(features)
+    outputs = [unwritten(layer.shape, layer.dtype, layout) for layer in features]
+    grads = [output.tensor for output in outputs]
+    emulated.module.cuda_region_gradient(
+        layers=packing.region_words(
+            regions,
+            pyramid,
+            features=() if regions.pivots is None else features,
+            gradient=grads,
+            upstream=upstream,
+        ),
+        **_of_regions(emulated, regions, pyramid),
+        grad_sums=grad_sums.data_ptr(),
+        **HERE,
+    )
+    for output in outputs:
+        output.assert_untouched()
+    return grads
+
+
+def run_region_weight_gradient(
+    emulated: Emulation, grad_sums: Tensor, features: Sequence[Tensor], regions: Regions
+) -> list[Tensor]:
+    """The gradients of the weights."""
+    packing, pyramid = emulated.packing, describe(features)
+    outputs = [unwritten(w.shape, grad_sums.dtype) for w in regions.weights]
+    grads = [output.tensor for output in outputs]
+    emulated.module.cuda_region_weight_gradient(
+        layers=packing.region_words(regions, pyramid, features=features, grad_weights=grads),
+        **_of_regions(emulated, regions, pyramid),
+        grad_sums=grad_sums.data_ptr(),
+        **HERE,
+    )
+    for output in outputs:
+        output.assert_untouched()
+    return grads
+
+
+def _of_regions(emulated: Emulation, regions: Regions, pyramid: Pyramid) -> dict[str, object]:
+    return {
+        "batch": regions.weights[0].shape[0],
+        "num_regions": regions.num_regions,
+        "selects": regions.selects,
+        "pivots": emulated.packing.pointer(regions.pivots),
+        "accumulate": emulated.packing.DTYPES[pyramid.dtype],
+    }
 
 
 def _allocate_in(workspace: list[Outside]) -> Callable[[int], int]:

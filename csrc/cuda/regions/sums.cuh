@@ -17,6 +17,7 @@ template <typename Acc, bool kMoments>
 struct SumsShared {
   alignas(16) Acc weights[kStagedWeights<Acc>];         // [regions, staged_pixels]; later the threads' sums
   alignas(16) Acc pivots[kMoments ? kStagedPivots : 1]; // [regions, block_channels]
+  Acc masses[kBlockRegions];
   uint8_t ignored[kMaxStagedPixels];
 };
 
@@ -71,6 +72,20 @@ __device__ void add_tile(const Tile<Acc>& tile, int regions, const Acc* weights,
       sums[r][k] += sum;
       if constexpr (kMoments) squares[r][k] += square;
     }
+  }
+}
+
+// Adds the weights of `count` pixels to the masses; a warp takes every eighth region.
+template <typename Acc>
+__device__ void add_masses(const RegionLayerWork& layer, const RegionRange& range, int count, const Acc* weights,
+                           Acc* masses) {
+  const int lane = threadIdx.x % kWarp;
+  for (int region = threadIdx.x / kWarp; region < range.count; region += kWarps) {
+    Acc sum = 0;
+    for (int pixel = lane; pixel < count; pixel += kWarp)
+      sum += weights[region * layer.staged_pixels + pixel];
+    sum = lane_sum(sum);
+    if (lane == 0) masses[region] += sum;
   }
 }
 
@@ -154,24 +169,14 @@ __device__ void sum_regions(const RegionWork& work, int index, uint32_t block, c
   const Acc* pivots = shared.pivots + (kMoments ? first_region * block_channels + place.channel : 0);
   Acc sums[kThreadRegions][kTileChannels] = {};
   Acc squares[kMoments ? kThreadRegions : 1][kTileChannels] = {};
-  constexpr int kMasses = kBlockRegions / kWarps; // of a warp
-  Acc masses[kMasses] = {};
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (threadIdx.x < kBlockRegions) shared.masses[threadIdx.x] = 0;
   const int64_t begin = static_cast<int64_t>(item.tile) * layer.tile_pixels;
   const int64_t end = min(begin + layer.tile_pixels, layer.pixels);
   for (int64_t first = begin; first < end; first += layer.staged_pixels) {
     const int count = static_cast<int>(min(static_cast<int64_t>(layer.staged_pixels), end - first));
     stage_weights(work, layer, item.n, range, first, count, shared.weights);
     if (work.selects) note_ignored(work, layer, item.n, range, first, count, shared.weights, shared.ignored);
-    if (item.group == 0) {
-#pragma unroll
-      for (int i = 0; i < kMasses; ++i) {
-        const int region = warp + i * kWarps;
-        if (region >= range.count) break;
-        for (int pixel = lane; pixel < count; pixel += kWarp)
-          masses[i] += shared.weights[region * layer.staged_pixels + pixel];
-      }
-    }
+    if (item.group == 0) add_masses(layer, range, count, shared.weights, shared.masses);
     for (int pixel = active ? place.pixel : count; pixel < count; pixel += layer.step_pixels) {
       Tile<Acc> tile;
       load_tile<Acc>(layer, layer.features.values,
@@ -195,14 +200,9 @@ __device__ void sum_regions(const RegionWork& work, int index, uint32_t block, c
     const int first_row = static_cast<int>(work.num_regions) + range.first;
     put_block_sums(work, index, item, range, place, first_row, squares, shared.weights, out);
   }
-  if (item.group > 0) return;
-#pragma unroll
-  for (int i = 0; i < kMasses; ++i) {
-    const int region = warp + i * kWarps;
-    if (region >= range.count) break;
-    const Acc mass = lane_sum(masses[i]);
-    if (lane == 0) put_region_partial(work, index, item, range.first + region, layer.channels, mass, out);
-  }
+  const int region = static_cast<int>(threadIdx.x);
+  if (item.group > 0 || region >= range.count) return;
+  put_region_partial(work, index, item, range.first + region, layer.channels, shared.masses[region], out);
 }
 
 struct RegionSecondPassLayer {

@@ -24,8 +24,8 @@ constexpr int kStagedPivots = kThreads / kWarp * kThreadRegions * kMaxChannelLan
 constexpr int kStagedCoefficients = 3 * kBlockRegions * kMaxChannelLanes * kTileChannels;
 
 // Steps of a thread from tile to tile of pixels: many, to keep partial sums few, but few enough to add up in float32;
-// and fewer where there would be too few blocks to occupy the multiprocessors.
-constexpr int kMaxSteps = 64, kMinSteps = 8;
+// and fewer, down to kMinTilePixels of a block, where there would be too few blocks to occupy the multiprocessors.
+constexpr int kMaxSteps = 64;
 constexpr int64_t kManyBlocks = kManyWarps / kWarps;
 
 enum class RegionKernel { kSums, kGradient, kWeightGradient };
@@ -161,7 +161,7 @@ void cut_layer(RegionLayerWork& work, const RegionWork& call, RegionKernel kerne
   int steps = 1, least_steps = 1;
   if (kernel == RegionKernel::kSums) {
     steps = kMaxSteps;
-    least_steps = kMinSteps;
+    least_steps = std::max(1, kMinTilePixels / work.step_pixels);
   } else if (is_gradient && call.chunks == 1) { // else each step goes through all regions
     steps = staged;
   }
