@@ -234,7 +234,7 @@ def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor
 
 
 def in_dtype_of(grads: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Upstream gradients in the dtypes of the gradients that they are added to."""
+    """Upstream gradients [N, C_l, *S_l] in the dtypes of the gradients that they are added to."""
     return [
         addend if addend is None else addend.to(grad.dtype)
         for grad, addend in zip(grads, upstream, strict=True)
