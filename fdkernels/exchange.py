@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ def draw_pairing(
     pairing: Tensor | None,
     domains: Tensor | None,
     generator: torch.Generator | None,
-    group: dist.ProcessGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor | None:
     """The checked or drawn partners of the exchange term.
 
@@ -30,7 +30,7 @@ def draw_pairing(
         pairing: given partners, [N] or [K, 2]; None draws them.
         domains: [N] of {0, 1}, needed to draw pairs under `"pooled"`.
         generator: where the random numbers come from; None is torch's own.
-        group: the ranks that share the batch; the first of them draws for all.
+        ranks: those that share the batch; the first of them draws for all.
 
     Returns:
         None for `"none"`; int64 [N] for `"shuffle"`, the sample whose foreground meets background n; int64
@@ -50,8 +50,8 @@ def draw_pairing(
         drawn = _permutation(batch, device, generator)
     else:
         drawn = _cross_pairs(_check_domains(domains, batch, device), generator)
-    if group is not None:
-        dist.broadcast(drawn, src=dist.get_global_rank(group, 0), group=group)
+    if ranks is not None:
+        dist.broadcast(drawn, src=dist.get_global_rank(ranks.group, 0), group=ranks.group)
     return drawn
 
 
@@ -184,35 +184,81 @@ def _check_batch(exchange: str, batch: int) -> None:
         )
 
 
+class Ranks(NamedTuple):
+    """The ranks whose samples are one batch.
+
+    Attributes:
+        group: the ranks.
+        sizes: the number of samples of each.
+    """
+
+    group: dist.ProcessGroup
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def even(cls, group: dist.ProcessGroup, batch: int) -> Ranks:
+        """Ranks that are known to hold `batch` samples each."""
+        return cls(group, (batch,) * dist.get_world_size(group))
+
+    @property
+    def total(self) -> int:
+        """The samples of all ranks."""
+        return sum(self.sizes)
+
+    @property
+    def own(self) -> slice:
+        """The place of this rank's samples."""
+        rank = dist.get_rank(self.group)
+        start = sum(self.sizes[:rank])
+        return slice(start, start + self.sizes[rank])
+
+
+def ranks_of(group: dist.ProcessGroup | None, batch: int, device: torch.device) -> Ranks | None:
+    """Tell the ranks of a group from one another's number of samples; None without a group.
+
+    Reading them is a synchronisation on devices other than the CPU: gathered tensors and drawn pairs have
+    sizes that depend on them.
+    """
+    if group is None:
+        return None
+    own = torch.tensor([batch], device=device)
+    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, own, group=group)
+    return Ranks(group, tuple(torch.cat(sizes).tolist()))
+
+
 class _GatherBatch(torch.autograd.Function):
-    """[2, N, X] of every rank as [2, R·N, X], ranks in order; backward sums every rank's gradient."""
+    """[K, N, X] of every rank as [K, ΣN, X], ranks in order; backward sums every rank's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Gather `local` [2, N, X] from all ranks."""
-        ctx.group = group
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
+    def forward(ctx: Any, local: Tensor, ranks: Ranks) -> Tensor:
+        """Gather `local` [K, N, X] from all ranks."""
+        ctx.ranks = ranks
+        # Collectives take tensors of one size: smaller batches are padded to the largest.
+        most = max(ranks.sizes)
+        rows = local.new_zeros((local.shape[0], most, *local.shape[2:]))
+        rows[:, : local.shape[1]] = local
+        parts = [torch.empty_like(rows) for _ in ranks.sizes]
+        dist.all_gather(parts, rows, group=ranks.group)
+        return torch.cat([part[:, :size] for part, size in zip(parts, ranks.sizes, strict=True)], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Add up the gradients [2, R·N, X] of all ranks and keep the rows of this one."""
-        return reduce_batch(grad, ctx.group), None
+        """Add up the gradients [K, ΣN, X] of all ranks and keep the rows of this one."""
+        return reduce_batch(grad, ctx.ranks), None
 
 
-def gather_batch(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Region sums [2, N, ΣC] or masses [2, N, L] of all ranks, [2, R·N, …]; differentiable.
+def gather_batch(local: Tensor, ranks: Ranks) -> Tensor:
+    """Region sums [K, N, ΣC] or masses [K, N, L] of all ranks, [K, ΣN, …]; differentiable.
 
-    Every rank must hold the same number of samples. Features never travel: only these O(N·C) numbers do.
+    Features never travel: only these O(N·C) numbers do.
     """
-    gathered: Tensor = _GatherBatch.apply(local, group)
+    gathered: Tensor = _GatherBatch.apply(local, ranks)
     return gathered
 
 
-def reduce_batch(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Add up [2, R·N, X] over the ranks and keep this rank's rows [2, N, X], as the gradient is gathered."""
+def reduce_batch(gathered: Tensor, ranks: Ranks) -> Tensor:
+    """Add up [K, ΣN, X] over the ranks and keep this rank's rows [K, N, X], as the gradient is gathered."""
     total = gathered.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    return total.chunk(world, dim=1)[rank]
+    dist.all_reduce(total, group=ranks.group)
+    return total[:, ranks.own]

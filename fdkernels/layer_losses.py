@@ -13,7 +13,7 @@ from fdkernels import backend as backends
 from fdkernels import checks, geometry
 from fdkernels.classes import BINARY, Classes, Planes, check_class_mask
 from fdkernels.conventions import EXCHANGES, MASK_RESIZES, REDUCTIONS, Convention
-from fdkernels.exchange import draw_pairing, gather_batch
+from fdkernels.exchange import Ranks, draw_pairing, gather_batch, ranks_of
 from fdkernels.op.autograd import Call, run_pass
 from fdkernels.op.entries import RegionSums, losses_of_regions
 from fdkernels.op.loss_formulas import losses_of, wide
@@ -138,29 +138,45 @@ def losses_per_layer(
         [L], without reduction [N, L], of several classes [N, L, E], or [ΣC] (over a group this rank's rows),
         and under `tapped` an alias of each layer, else an empty list.
     """
-    group, device, batch = settings.group, layers[0].device, layers[0].shape[0]
+    device, batch = layers[0].device, layers[0].shape[0]
     placeholders = None
     # Placeholders are of features as the network gave them, with their channels in place 1.
     if taps is not None and not planes.values.requires_grad and settings.channel_dim == 1:
         placeholders = taps.take_placeholders()
-    world = 1 if group is None else dist.get_world_size(group)
-    pairing = draw_pairing(settings.exchange, world * batch, device, *partners, group)
+    ranks = ranks_of(settings.group, batch, device)
+    total = batch if ranks is None else ranks.total
+    pairing = draw_pairing(settings.exchange, total, device, *partners, ranks)
     run = _of_two_regions if settings.has_two_regions else _of_several_regions
-    losses, aliases = run(layers, planes, settings, pairing, tapped, placeholders)
-    if group is not None and losses.dim() > 1:
-        losses = losses.chunk(world)[dist.get_rank(group)]
+    losses, aliases = run(layers, planes, settings, Batch(ranks, pairing, placeholders, tapped))
+    if ranks is not None and losses.dim() > 1:
+        losses = losses[ranks.own]
     return losses, aliases
+
+
+class Batch(NamedTuple):
+    """What the roads of a call take beside layers, mask and settings.
+
+    Attributes:
+        ranks: those that share the batch, or None.
+        pairing: the partners of the samples of all ranks, or None.
+        placeholders: the slots and placeholders of fused taps, or None.
+        tapped: whether the layers are returned, too.
+    """
+
+    ranks: Ranks | None
+    pairing: Tensor | None
+    placeholders: tuple[Any, ...] | None
+    tapped: bool
 
 
 def _of_two_regions(
     layers: Sequence[Tensor],
     planes: Planes,
     settings: Settings,
-    pairing: Tensor | None,
-    tapped: bool,
-    placeholders: tuple[Any, ...] | None,
+    shared: Batch,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses of foreground and background, over a group of all samples, and the tapped layers."""
+    ranks, pairing, placeholders, tapped = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     pyramid = describe(layers)
     mask_resize = settings.mask_resize or settings.convention.mask_resize
@@ -170,7 +186,7 @@ def _of_two_regions(
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
     has_slopes = settings.reduction != "none" and not planes.values.requires_grad
-    call = Call(backend, pyramid, options if has_slopes else None, settings.group, tapped)
+    call = Call(backend, pyramid, options if has_slopes else None, ranks, tapped)
     if in_transform():
         outputs = run_transformed(call, layers, weights, pairing)
     elif placeholders is None:
@@ -181,8 +197,8 @@ def _of_two_regions(
     if has_slopes:
         return outputs[0], aliases
     sums, masses = outputs[:2]
-    if settings.group is not None:
-        sums, masses = gather_batch(sums, settings.group), gather_batch(masses, settings.group)
+    if ranks is not None:
+        sums, masses = gather_batch(sums, ranks), gather_batch(masses, ranks)
     entries = losses_of(wide(sums), wide(masses), pyramid, options, pairing).to(pyramid.dtype)
     return entries, aliases
 
@@ -191,11 +207,10 @@ def _of_several_regions(
     layers: Sequence[Tensor],
     planes: Planes,
     settings: Settings,
-    pairing: Tensor | None,
-    tapped: bool,
-    placeholders: tuple[Any, ...] | None,
+    shared: Batch,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses of several classes, or of second moments, as `_of_two_regions` returns its own."""
+    ranks, pairing, placeholders, tapped = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     classes, convention, pyramid = settings.classes, settings.convention, describe(layers)
     mask_resize = settings.mask_resize or convention.mask_resize
@@ -205,12 +220,12 @@ def _of_several_regions(
         regions = regions._replace(pivots=pivots_of(layers, regions, pyramid))
     call = RegionCall(backend, pyramid, regions.selects, tapped)
     if in_transform():
-        refuse_group(settings.group)
+        refuse_group(ranks)
     if placeholders is None:
         sums, masses, *aliases = run_regions(call, layers, regions)
     else:
         sums, masses, *aliases = RegionsFromTaps.apply(call, layers, regions, *placeholders)
-    found = RegionSums(sums, masses, regions.pivots, settings.group)
+    found = RegionSums(sums, masses, regions.pivots, ranks)
     options = convention.options(settings.exchange, settings.reduction, settings.eps)
     losses = losses_of_regions(found, pyramid, options, classes, pairing, backend)
     is_plain = classes.is_binary and losses.dim() == 3  # [N, L, 1]

@@ -78,9 +78,9 @@ def feature_discrepancy_loss(
             paired with background n; [K, 2] for `"pooled"`. Sample numbers are those of the group's batch.
         domains: [N] of 0 (base) and 1 (novel), from which `"pooled"` draws its pairs.
         generator: draws the pairs; None is torch's own generator.
-        group: the ranks over whose samples pairs are made; each must hold the same number of samples.
-            The result, on every rank, is that of one process with the whole batch, and so is the gradient
-            once DistributedDataParallel has averaged it.
+        group: the ranks over whose samples pairs are made, however many each of them holds. The result, on
+            every rank, is that of one process with the whole batch, and so is the gradient once
+            DistributedDataParallel has averaged it.
         layer_weights: [L], α; weighted layers are added. Differentiable.
         mask_resize: `"area"`, `"max"` or `"nearest"`; None is the convention's own.
         aspect: `"same"` refuses a mask whose height and width, with room for what odd sizes, borders and

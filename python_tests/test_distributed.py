@@ -1,4 +1,4 @@
-"""Two processes with half of the batch each give the loss and the gradients of one with all of it."""
+"""Several processes with a part of the batch each give the loss and the gradients of one with all of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
 )
 
-WORLD = 2
+# How many of the four samples each rank has.
+SHARES = {"two even ranks": (2, 2), "three uneven ranks": (1, 2, 1)}
 CASES = {
     "none": {},
     "shuffle": {"pairing": [3, 0, 0, 2]},
@@ -28,7 +29,12 @@ CASES = {
     "pooled": {"pairing": [[0, 3], [2, 1], [0, 1]]},
     "pooled drawn": {"domains": [0, 1, 1, 0], "seed": 3},
     "released": {"pairing": [1, 2, 3, 0]},
+    "shuffle of classes": {"pairing": [3, 0, 0, 2]},
+    "fisher": {},
 }
+CONVENTIONS = {"released": "released", "fisher": "fisher"}
+EXCHANGES = {"released": "shuffle", "fisher": "none"}
+CLASSES = {"shuffle of classes": {"mode": "multiclass", "num_classes": 2}}
 
 
 class Net(nn.Module):
@@ -37,8 +43,9 @@ class Net(nn.Module):
         generator = torch.Generator().manual_seed(1)
         self.conv = nn.Conv2d(1, 3, 3, padding=1)
         with torch.no_grad():
+            self.double()
             for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.conv(images)
@@ -47,7 +54,7 @@ class Net(nn.Module):
 def data() -> tuple[Tensor, Tensor]:
     """Images and masks of four samples; the last counts nowhere, so that the means of the ranks differ."""
     generator = torch.Generator().manual_seed(2)
-    images = torch.randn(4, 1, 6, 6, generator=generator)
+    images = torch.randn(4, 1, 6, 6, generator=generator, dtype=torch.float64)
     mask = torch.randint(0, 2, (4, 6, 6), generator=generator)
     mask[3] = 255
     return images, mask
@@ -60,11 +67,11 @@ def losses(
     results = {}
     taps = fdk.FeatureTaps(net, ["module.conv" if group is not None else "conv"], fused=fused)
     for name, case in CASES.items():
-        exchange = "shuffle" if name == "released" else name.split()[0]
+        exchange = EXCHANGES.get(name, name.split()[0])
         partners = {key: value for key, value in case.items() if key != "seed"}
         if "seed" in case:
             partners["generator"] = torch.Generator().manual_seed(case["seed"])
-        convention = "released" if name == "released" else "paper"
+        convention, classes = CONVENTIONS.get(name, "paper"), CLASSES.get(name, {})
         net.zero_grad()
         features = net(images)
         crit = fdk.FeatureDiscrepancyLoss(
@@ -74,6 +81,7 @@ def losses(
             convention=convention,
             ignore_index=255,
             group=group if fused else None,
+            **classes,
         )
         # The group is the module's own, or that of the call.
         loss = crit(taps, mask, **partners) if fused else crit(features, mask, group=group, **partners)
@@ -88,6 +96,7 @@ def losses(
             ignore_index=255,
             group=group,
             reduction="none",
+            **classes,
             **partners,
         )
         grads = [parameter.grad.clone() for parameter in net.parameters()]
@@ -96,14 +105,14 @@ def losses(
     return results
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, shares: tuple[int, ...]) -> None:
     # A rank that waits for the other for ever would hold up all tests.
     faulthandler.dump_traceback_later(120, exit=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(shares))
     net = nn.parallel.DistributedDataParallel(Net())
-    images, mask = (part.chunk(WORLD)[rank] for part in data())
+    images, mask = (part.split(shares)[rank] for part in data())
     for fused in (False, True):
         results = losses(net, images, mask, dist.group.WORLD, fused)
         torch.save(results, Path(folder) / f"{rank}-{fused}.pt")
@@ -112,38 +121,45 @@ def work(rank: int, folder: str) -> None:
     os._exit(0)
 
 
+@pytest.fixture(scope="module", params=SHARES)
+def shares(request) -> tuple[int, ...]:
+    return SHARES[request.param]
+
+
 @pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory) -> dict[bool, list[dict[str, list[Tensor]]]]:
+def of_ranks(tmp_path_factory, shares) -> dict[bool, list[dict[str, list[Tensor]]]]:
     """What each rank computed, from plain features and from fused taps."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder, world = tmp_path_factory.mktemp("ranks"), len(shares)
     # By the path of this file: what pytest names the module, another process cannot import.
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(rank), str(folder), *map(str, shares)],
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        for rank in range(WORLD)
+        for rank in range(world)
     ]
     for rank in ranks:
         _, errors = rank.communicate()
         assert rank.returncode == 0, errors
     return {
-        fused: [torch.load(folder / f"{rank}-{fused}.pt") for rank in range(WORLD)] for fused in (False, True)
+        fused: [torch.load(folder / f"{rank}-{fused}.pt") for rank in range(world)] for fused in (False, True)
     }
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused taps"])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_together_equal_one_process(of_ranks, name, fused):
+def test_ranks_together_equal_one_process(of_ranks, shares, name, fused):
     loss, entries, grad_alpha, *grads = losses(Net(), *data(), group=None)[name]
     for rank, results in enumerate(of_ranks[fused]):
         rank_loss, rank_entries, rank_grad_alpha, *rank_grads = results[name]
         torch.testing.assert_close(rank_loss, loss)
         torch.testing.assert_close(rank_grad_alpha, grad_alpha)
-        own = entries if name == "released" else entries.chunk(WORLD)[rank]
+        own = entries if name == "released" else entries.split(shares)[rank]
         torch.testing.assert_close(rank_entries, own)
         for rank_grad, grad in zip(rank_grads, grads, strict=True):
-            torch.testing.assert_close(rank_grad, grad, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(rank_grad, grad, rtol=1e-9, atol=1e-10)
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    work(int(sys.argv[1]), sys.argv[2], tuple(map(int, sys.argv[3:])))

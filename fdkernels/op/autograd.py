@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fdkernels.conventions import Options
-from fdkernels.exchange import gather_batch, reduce_batch
+from fdkernels.exchange import Ranks, gather_batch, reduce_batch
 from fdkernels.op import reference, registered
 from fdkernels.op.pyramid import Pyramid, Sums, Weights, describe, select_layers, unpack
 
@@ -32,14 +31,14 @@ class Call(NamedTuple):
         backend: the name of an available backend.
         pyramid: the layers.
         options: how sums become losses, with a reduction; None for sums and masses alone.
-        group: the ranks whose samples are one batch, or None.
+        ranks: those whose samples are one batch, or None.
         tap: whether the features are returned, too, and take the gradient of what uses them.
     """
 
     backend: str
     pyramid: Pyramid
     options: Options | None = None
-    group: dist.ProcessGroup | None = None
+    ranks: Ranks | None = None
     tap: bool = False
 
 
@@ -158,12 +157,12 @@ def run_kernels(
     call: Call, features: Sequence[Tensor], weights: Weights, pairing: Tensor | None, with_slopes: bool
 ) -> Sums:
     """The forward of a call. Over a group, losses and slopes [2, R·N, ΣC] are those of all ranks' samples."""
-    if call.options is None or call.group is None:
+    if call.options is None or call.ranks is None:
         return registered.sums(
             features, weights, call.pyramid, call.options, pairing, with_slopes, call.backend
         )
     own = registered.sums(features, weights, call.pyramid, None, None, False, call.backend)
-    gathered = gather_batch(own.sums, call.group), gather_batch(own.masses, call.group)
+    gathered = gather_batch(own.sums, call.ranks), gather_batch(own.masses, call.ranks)
     losses, slopes = registered.losses(*gathered, call.pyramid, call.options, pairing, call.backend)
     return Sums(own.sums, own.masses, losses, slopes)
 
@@ -177,12 +176,12 @@ def gradient_of_sums(
         return grad_sums, None
     if torch.is_grad_enabled() and ctx.keeps_sums:
         g = _differentiable_slopes(ctx, call.options, kept, grad_losses)
-    elif call.group is None and grad_sums is None:
+    elif call.ranks is None and grad_sums is None:
         return kept.slopes, grad_losses
     else:
         g = kept.slopes * registered.expand_factor(grad_losses, call.pyramid)
-        if call.group is not None:
-            g = reduce_batch(g, call.group)
+        if call.ranks is not None:
+            g = reduce_batch(g, call.ranks)
     return g if grad_sums is None else g + grad_sums, None
 
 
@@ -193,8 +192,8 @@ def _differentiable_slopes(ctx: Any, options: Options, kept: Kept, grad_losses: 
         # An alias, so that the inner derivative ends at it and not at what made the sums.
         S = kept.sums.view_as(kept.sums) if kept.sums.requires_grad else kept.sums.detach().requires_grad_()
         sums, masses = reference.wide(S), reference.wide(kept.masses)
-        if call.group is not None:
-            sums, masses = gather_batch(sums, call.group), gather_batch(masses, call.group)
+        if call.ranks is not None:
+            sums, masses = gather_batch(sums, call.ranks), gather_batch(masses, call.ranks)
         losses = reference.losses_of(sums, masses, call.pyramid, options, kept.pairing)
         return torch.autograd.grad(losses, S, grad_losses.to(losses.dtype), create_graph=True)[0]
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fdkernels.classes import Classes
 from fdkernels.conventions import Options
-from fdkernels.exchange import gather_batch
+from fdkernels.exchange import Ranks, gather_batch
 from fdkernels.op import loss_formulas, registered
 from fdkernels.op.loss_formulas import Moments, wide
 from fdkernels.op.pyramid import Pyramid
@@ -35,12 +34,10 @@ class RegionSums:
         masses: [R, N, L].
     """
 
-    def __init__(
-        self, sums: Tensor, masses: Tensor, pivots: Tensor | None, group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, sums: Tensor, masses: Tensor, pivots: Tensor | None, ranks: Ranks | None) -> None:
         rows = sums if pivots is None else torch.cat([sums, pivots.to(sums.dtype)])
-        if group is not None:
-            rows, masses = gather_batch(rows, group), gather_batch(masses, group)
+        if ranks is not None:
+            rows, masses = gather_batch(rows, ranks), gather_batch(masses, ranks)
         self.masses, R = masses, masses.shape[0]
         self.sums = rows[:R]
         self.moments = None if pivots is None else rows[R : 2 * R]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 
+from fdkernels.exchange import Ranks
 from fdkernels.op import reference
 from fdkernels.op.autograd import Call
 from fdkernels.op.pyramid import Weights
@@ -28,7 +28,7 @@ def run_transformed(
     Raises:
         RuntimeError: the call gathers the batch of a group, which no transform sees through.
     """
-    refuse_group(call.group)
+    refuse_group(call.ranks)
     sums, masses = reference.sums(features, weights, call.pyramid, None, None, with_slopes=False)[:2]
     aliases = [layer.view_as(layer) for layer in features] if call.tap else []
     if call.options is None:
@@ -38,9 +38,9 @@ def run_transformed(
     return losses.to(sums.dtype), sums, *aliases
 
 
-def refuse_group(group: dist.ProcessGroup | None) -> None:
+def refuse_group(ranks: Ranks | None) -> None:
     """Raise RuntimeError for a group of ranks, whose batch no transform can see."""
-    if group is not None:
+    if ranks is not None:
         raise RuntimeError(
             "group must be None inside torch.func's transforms and forward-mode differentiation, got a "
             "process group; gather the region sums outside of them"

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fdkernels.exchange import gather_batch
+from fdkernels.exchange import Ranks, gather_batch
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class DiceLoss(nn.Module):
         sums = torch.stack([(soft * truth).sum(), soft.sum() + truth.sum()])  # [2]
         group = self.group if group is None else group
         if group is not None:
-            sums = gather_batch(sums.view(2, 1, 1), group).sum(dim=(1, 2))
+            sums = gather_batch(sums.view(2, 1, 1), Ranks.even(group, 1)).sum(dim=(1, 2))
         return 1 - (2 * sums[0] + self.eps) / (sums[1] + self.eps)
 
 
