@@ -327,6 +327,19 @@ def test_reentrant_checkpointing_of_a_fused_tap_is_refused():
         step.total(fused=True)
 
 
+def test_reentrant_checkpointing_of_a_plain_tap_is_refused_in_backward_where_a_loss_read_it():
+    step = Step(Checkpointed().double())
+    step.net.reentrant = True
+    total = step.total(fused=False)
+    with pytest.raises(RuntimeError, match=r"'enc2' were computed without gradients.*use_reentrant=False"):
+        total.backward()
+    with fdk.FeatureTaps(step.net, NAMES) as taps:  # to look at them is no loss
+        out = step.net(step.images).sum()
+        with torch.no_grad():
+            assert taps.features[1].isfinite().all()
+        out.backward()
+
+
 def test_fused_taps_under_torch_compile_give_the_numbers_of_plain_ones():
     step = Step()
     wanted = gradients(step.total(False), step.net)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fdkernels import checks
-from fdkernels.taps.names import find, in_place_around, own_name
-from fdkernels.taps.recording import Change, Enter, Keep, Leave, Recording
+from fdkernels.taps.names import Place, find, in_place_around, own_name
+from fdkernels.taps.recording import Change, Enter, Keep, Leave, Recording, describe_without_grad
 
 __all__ = ["FeatureTaps"]
 
@@ -31,7 +31,13 @@ class FeatureTaps:
 
     The features are the outputs themselves, not copies, and part of the graph. The network is not changed:
     leaving the block (or `close()`) removes the hooks, and so does deleting the taps. Use the network's own
-    submodule names, also for one wrapped by DistributedDataParallel, FSDP or torch.compile.
+    submodule names, also for one wrapped by DistributedDataParallel, FSDP or torch.compile; the network
+    itself is `""`.
+
+    Where a submodule returns a tuple, list, dict, named tuple, dataclass or any object, the path behind a
+    colon leads to the tensor, by keys, indices and attributes joined by dots: `"encoder:1"`, `"encoder:-1"`,
+    `"backbone:features.2"`, or `":out"` for what the network itself returns. A name that leads to no tensor
+    is an error of the forward pass, which lists those that do.
 
     What is read is of one forward pass, or an error:
 
@@ -54,12 +60,14 @@ class FeatureTaps:
     pass reads the upstream gradient of a tapped output and writes its sum with the loss's gradient, as
     `fdkernels.tap` does. This serves the first such call of a forward pass; later calls, calls inside
     torch.compile or torch.func's transforms, and calls with a mask that requires a gradient or with
-    `channel_dim=-1` use the features instead. A change in place is then an error of the forward pass. Under
+    `channel_dim=-1` use the features instead, and so do tensors within objects other than those named above,
+    of which no copy can be made to go on with. A change in place is then an error of the forward pass. Under
     torch.utils.checkpoint set `use_reentrant=False`.
 
     Args:
         model: any network.
-        names: submodule names as in `model.named_modules()`; `features` keeps their order.
+        names: submodule names as in `model.named_modules()`, with the path of a tensor behind a colon where a
+            submodule returns several; `features` keeps their order.
         fused: add the upstream gradient in the backward pass of the loss.
         calls: what to keep of a module that runs several times in a forward pass: `"once"` refuses it,
             `"last"` keeps the last call, `"all"` keeps each call as a layer of its own, in order.
@@ -68,7 +76,9 @@ class FeatureTaps:
         names: the names, as a tuple.
 
     Raises:
-        ValueError: no names, a name twice, or one that the network does not have; unknown `calls`.
+        ValueError: no names, a name twice, or one that the network does not have; unknown `calls`. In the
+            forward pass: a path that what the submodule returns does not have.
+        TypeError: in the forward pass: a name that leads to something else than a tensor.
     """
 
     def __init__(
@@ -82,9 +92,9 @@ class FeatureTaps:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"names must differ from one another, got {list(self.names)}")
         checks.one_of("calls", calls, CALLS)
-        modules, paths = find(model, self.names)
+        modules, places = find(model, self.names)
         self._recording = Recording(self.names, calls, fused)
-        self._handles = _set_hooks(self._recording, modules, paths)
+        self._handles = _set_hooks(self._recording, modules, places)
         self._is_copy = False
         weakref.finalize(self, _remove, self._handles).atexit = False
 
@@ -124,10 +134,7 @@ class FeatureTaps:
             return None
         for name, of_module in zip(self.names, recorded, strict=True):
             if any(output.without_grad for output in of_module):
-                raise RuntimeError(
-                    f"the features of {name!r} were computed without gradients, those of other taps with; "
-                    "under torch.utils.checkpoint set use_reentrant=False"
-                )
+                raise RuntimeError(describe_without_grad(name))
         if any(output.placeholder is None and output.features.requires_grad for output in outputs):
             return None
         self._recording.outputs = [
@@ -165,17 +172,18 @@ class FeatureTaps:
 
 
 def _set_hooks(
-    recording: Recording, modules: dict[str, nn.Module], paths: Sequence[str]
+    recording: Recording, modules: dict[str, nn.Module], places: Sequence[Place]
 ) -> list[RemovableHandle]:
     """Set hooks on tapped modules, on those that hold them, and on those that may change their outputs."""
+    paths = [place.path for place in places]
     holders = [{path.rsplit(".", up)[0] for up in range(1, path.count(".") + 1)} | {""} for path in paths]
     whole, watched = set.intersection(*holders), sorted(set.union(*holders, paths))
     handles = [
         modules[path].register_forward_pre_hook(Enter(recording, path, path in whole)) for path in watched
     ]
-    for index, path in enumerate(paths):
-        handles.append(modules[path].register_forward_hook(Keep(recording, index)))
-        for changer in in_place_around(modules, path):
+    for index, place in enumerate(places):
+        handles.append(modules[place.path].register_forward_hook(Keep(recording, index, place)))
+        for changer in in_place_around(modules, place.path):
             hook = Change(recording, index, own_name(changer))
             handles.append(modules[changer].register_forward_pre_hook(hook))
     handles += [

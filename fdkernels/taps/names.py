@@ -1,9 +1,10 @@
-"""Finds submodules by the network's own names, and the in-place modules beside them."""
+"""Finds what names stand for by the network's own names, and the in-place modules beside it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -19,25 +20,56 @@ def own_name(path: str) -> str:
     return ".".join(parts)
 
 
-def find(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn.Module], list[str]]:
-    """Return all modules of the network by path, and the path of each name.
+class Place(NamedTuple):
+    """Where a tapped tensor is.
+
+    Attributes:
+        name: as the user gave it, such as `"encoder.out:1"`.
+        path: of the submodule, as `named_modules` has it.
+        keys: that lead to the tensor in what the submodule returns; none for the output itself.
+    """
+
+    name: str
+    path: str
+    keys: tuple[str, ...]
+
+
+def find(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn.Module], list[Place]]:
+    """Return all modules of the network by path, and the place of each name.
 
     Raises:
-        ValueError: the network does not have one of the names.
+        ValueError: the network does not have a submodule of one of the names, or a name ends with its colon.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    if all(name in modules for name in names):
-        return modules, list(names)
+    parts = [_split(name, modules) for name in names]
+    if all(submodule in modules for submodule, _ in parts):
+        return modules, [Place(name, *each) for name, each in zip(names, parts, strict=True)]
     paths: dict[str, str] = {}
     for path in modules:
         paths.setdefault(own_name(path), path)  # the wrapper comes before what it wraps
-    for name in names:
-        if own_name(name) not in paths:
+    for name, (submodule, _) in zip(names, parts, strict=True):
+        if own_name(submodule) not in paths:
             raise ValueError(
                 f"names must be submodules of {type(model).__name__}, got {name!r}, which it does not have"
-                + _did_you_mean(name, paths, modules)
+                + _did_you_mean(submodule, paths, modules)
             )
-    return modules, [paths[own_name(name)] for name in names]
+    return modules, [
+        Place(name, paths[own_name(submodule)], keys)
+        for name, (submodule, keys) in zip(names, parts, strict=True)
+    ]
+
+
+def _split(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, tuple[str, ...]]:
+    """The submodule of a name, and the keys behind its colon."""
+    if name in modules:
+        return name, ()
+    submodule, colon, keys = name.partition(":")
+    if colon and not keys:
+        raise ValueError(
+            f"names must name a tensor behind the colon, or have none: {name!r} ends with it, "
+            f"take {submodule!r} or, say, '{submodule}:0'"
+        )
+    return submodule, tuple(keys.split(".")) if keys else ()
 
 
 def _did_you_mean(unknown: str, paths: Mapping[str, str], modules: Mapping[str, nn.Module]) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fdkernels.op.tapped import Tap, TapSlot
+from fdkernels.taps.names import Place
+from fdkernels.taps.structures import pick, replaced
 from fdkernels.transforms import in_transform
 
 
@@ -50,6 +52,8 @@ class Recording:
         is_open: whether a part that is called by itself goes on with the pass.
         calls_itself: whether the outermost module called itself.
         why_missing: why a submodule may not have run; None before the first pass.
+        with_grad: whether gradients were enabled where the pass began.
+        is_read: whether the features were read for a loss, with gradients enabled.
     """
 
     def __init__(self, names: tuple[str, ...], calls: str, fused: bool) -> None:
@@ -62,7 +66,7 @@ class Recording:
         self.outputs: list[list[Output]] = [[] for _ in self.names]
         self.counts = [0] * len(self.names)
         self.changed_by: list[str | None] = [None] * len(self.names)
-        self.is_open = self.calls_itself = False
+        self.is_open = self.calls_itself = self.with_grad = self.is_read = False
         self.why_missing: str | None = None
 
     def check(self) -> None:
@@ -83,6 +87,20 @@ class Recording:
         if self.calls == "once" and max(self.counts) > 1:
             raise RuntimeError(self._describe_repeated(in_parts))
         self.check_unchanged()
+        self.is_read = torch.is_grad_enabled()
+
+    def check_computed_again(self, index: int) -> None:
+        """Refuse, where backward runs a tapped submodule again, what reentrant checkpointing does to a loss.
+
+        Its forward disables gradients, so that a loss of the features had none, and nobody was told.
+
+        Raises:
+            RuntimeError: the features were read for a loss, but computed in such a block.
+        """
+        if self.is_read and self.with_grad and torch.is_grad_enabled():
+            for output in self.outputs[index]:
+                if output.without_grad:
+                    raise RuntimeError(describe_without_grad(self.names[index]))
 
     def check_unchanged(self) -> None:
         """Refuse outputs that were written over."""
@@ -125,11 +143,19 @@ class Recording:
         )
 
 
+def describe_without_grad(name: str) -> str:
+    """Say what is wrong with features that have no gradient although the network's output has one."""
+    return (
+        f"the features of {name!r} were computed without gradients, those of other taps or the output of the "
+        "network with; under torch.utils.checkpoint set use_reentrant=False"
+    )
+
+
 def _describe_changed(name: str, by: str | None) -> str:
     if by is not None:
         instead = f"{by!r}, which modifies it, or give {by!r} inplace=False"
     else:
-        block = name.rpartition(".")[0]
+        block = name.partition(":")[0].rpartition(".")[0]
         around = f" or the block {block!r}" if block else ""
         instead = f"what modified it (such as an in-place activation){around}, or set inplace=False"
     return f"the output of {name!r} was modified in place after it was recorded; tap {instead}"
@@ -181,6 +207,8 @@ class Enter(_Hook):
                 if self.whole
                 else "a part of the network was called by itself, which begins a pass of its own"
             )
+        if not recording.is_open:
+            recording.with_grad = torch.is_grad_enabled()
         recording.is_open = recording.is_running = True
         recording.outermost = self.path
 
@@ -206,21 +234,24 @@ class Leave(_Hook):
 
 
 class Keep(_Hook):
-    """The forward hook of a tapped module."""
+    """The forward hook of a tapped module.
 
-    def __init__(self, recording: Recording, index: int) -> None:
-        self.recording, self.index = recording, index
+    Args:
+        recording: of the taps.
+        index: of the tap.
+        place: of the tapped tensor.
+    """
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-        """Record the output [N, C, *S]; under `fused` return what the network goes on with."""
+    def __init__(self, recording: Recording, index: int, place: Place) -> None:
+        self.recording, self.index, self.place = recording, index, place
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """Record the tensor [N, C, *S]; under `fused` return the output that the network goes on with."""
         recording, index = self.recording, self.index
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                "a tapped submodule must return one tensor, got "
-                f"{type(output).__name__} from {recording.names[index]!r}"
-            )
         if _in_backward():
+            recording.check_computed_again(index)
             return None
+        features = pick(output, self.place.keys, self.place.name)
         if not torch.compiler.is_compiling() and getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "taps must see the whole batch, but nn.DataParallel runs a replica of the network on each of "
@@ -231,21 +262,28 @@ class Keep(_Hook):
         if recording.calls == "once" and recording.counts[index] > 1:
             recording.outputs[index] = []  # nothing can read them
             return None
-        tapped: Tensor | None = None
         # A compiled graph and torch.func's transforms have no autograd nodes of ours.
         plain = torch.compiler.is_compiling() or in_transform()
-        if not recording.fused or not output.requires_grad or plain:
+        recorded, goes_on = None, None
+        if recording.fused and features.requires_grad and not plain:
+            recorded, goes_on = self._tap(output, features)
+        if recorded is None:
             without_grad = not torch.is_grad_enabled()
-            recorded = Output(output, None, None, version_of(output), without_grad)
-        else:
-            slot = TapSlot()
-            tapped, placeholder = Tap.apply(output, slot)
-            recorded = Output(tapped, placeholder, slot, version_of(tapped))
+            recorded = Output(features, None, None, version_of(features), without_grad)
         if recording.calls == "all":
             recording.outputs[index].append(recorded)
         else:
             recording.outputs[index], recording.changed_by[index] = [recorded], None
-        return tapped
+        return goes_on
+
+    def _tap(self, output: Any, features: Tensor) -> tuple[Output | None, Any]:
+        """Put what `Tap` makes of the features [N, C, *S] in their place; None where that cannot be done."""
+        slot = TapSlot()
+        tapped, placeholder = Tap.apply(features, slot)
+        goes_on = replaced(output, self.place.keys, tapped)
+        if goes_on is None:
+            return None, None
+        return Output(tapped, placeholder, slot, version_of(tapped)), goes_on
 
 
 class Change(_Hook):
