@@ -51,6 +51,8 @@ class FeatureTaps:
     - The output of a tapped module must not be modified in place afterwards, as by the
       `nn.ReLU(inplace=True)` behind a batch norm: tap that activation. Inside torch.compile a change is
       seen only where a sibling of the tapped module (or of a module that holds it) makes it.
+    - Under torch.utils.checkpoint set `use_reentrant=False`: with True the features have no gradient, and
+      reading them for a loss is refused.
     - torch.compile sees taps that are set before the first compiled call.
     - A network with taps can be copied, averaged, pickled and saved at any time: the copy has no taps. A
       copy of the taps themselves has no network, and says so when it is read.
@@ -61,8 +63,7 @@ class FeatureTaps:
     `fdkernels.tap` does. This serves the first such call of a forward pass; later calls, calls inside
     torch.compile or torch.func's transforms, and calls with a mask that requires a gradient or with
     `channel_dim=-1` use the features instead, and so do tensors within objects other than those named above,
-    of which no copy can be made to go on with. A change in place is then an error of the forward pass. Under
-    torch.utils.checkpoint set `use_reentrant=False`.
+    of which no copy can be made to go on with. A change in place is then an error of the forward pass.
 
     Args:
         model: any network.

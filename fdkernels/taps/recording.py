@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import CheckpointFunction
 
 from fdkernels.op.tapped import Tap, TapSlot
 from fdkernels.taps.names import Place
@@ -24,6 +25,8 @@ class Output(NamedTuple):
         placeholder, slot: as `fdkernels.op.autograd.Tap` returns and takes them.
         version: how often it had been modified in place when it was recorded; None if unknown.
         without_grad: whether it was computed in a block without gradients.
+        is_cut_off: whether that block is reentrant checkpointing's: the network's output gets a gradient, but
+            a loss of the features would get none.
     """
 
     features: Tensor
@@ -31,6 +34,7 @@ class Output(NamedTuple):
     slot: TapSlot | None = None
     version: int | None = None
     without_grad: bool = False
+    is_cut_off: bool = False
 
 
 class Recording:
@@ -53,7 +57,6 @@ class Recording:
         calls_itself: whether the outermost module called itself.
         why_missing: why a submodule may not have run; None before the first pass.
         with_grad: whether gradients were enabled where the pass began.
-        is_read: whether the features were read for a loss, with gradients enabled.
     """
 
     def __init__(self, names: tuple[str, ...], calls: str, fused: bool) -> None:
@@ -66,7 +69,7 @@ class Recording:
         self.outputs: list[list[Output]] = [[] for _ in self.names]
         self.counts = [0] * len(self.names)
         self.changed_by: list[str | None] = [None] * len(self.names)
-        self.is_open = self.calls_itself = self.with_grad = self.is_read = False
+        self.is_open = self.calls_itself = self.with_grad = False
         self.why_missing: str | None = None
 
     def check(self) -> None:
@@ -87,20 +90,9 @@ class Recording:
         if self.calls == "once" and max(self.counts) > 1:
             raise RuntimeError(self._describe_repeated(in_parts))
         self.check_unchanged()
-        self.is_read = torch.is_grad_enabled()
-
-    def check_computed_again(self, index: int) -> None:
-        """Refuse, where backward runs a tapped submodule again, what reentrant checkpointing does to a loss.
-
-        Its forward disables gradients, so that a loss of the features had none, and nobody was told.
-
-        Raises:
-            RuntimeError: the features were read for a loss, but computed in such a block.
-        """
-        if self.is_read and self.with_grad and torch.is_grad_enabled():
-            for output in self.outputs[index]:
-                if output.without_grad:
-                    raise RuntimeError(describe_without_grad(self.names[index]))
+        for name, outputs in zip(self.names, self.outputs, strict=True):
+            if torch.is_grad_enabled() and any(output.is_cut_off for output in outputs):
+                raise RuntimeError(describe_without_grad(name))
 
     def check_unchanged(self) -> None:
         """Refuse outputs that were written over."""
@@ -249,7 +241,6 @@ class Keep(_Hook):
         """Record the tensor [N, C, *S]; under `fused` return the output that the network goes on with."""
         recording, index = self.recording, self.index
         if _in_backward():
-            recording.check_computed_again(index)
             return None
         features = pick(output, self.place.keys, self.place.name)
         if not torch.compiler.is_compiling() and getattr(module, "_is_replica", False):
@@ -269,7 +260,8 @@ class Keep(_Hook):
             recorded, goes_on = self._tap(output, features)
         if recorded is None:
             without_grad = not torch.is_grad_enabled()
-            recorded = Output(features, None, None, version_of(features), without_grad)
+            is_cut_off = without_grad and recording.with_grad and _in_reentrant_checkpoint()
+            recorded = Output(features, None, None, version_of(features), without_grad, is_cut_off)
         if recording.calls == "all":
             recording.outputs[index].append(recorded)
         else:
@@ -326,3 +318,13 @@ def _in_backward() -> bool:
         return False
     running: int = torch._C._current_graph_task_id()  # noqa: SLF001 - torch's only name for it
     return running != -1
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint runs the submodule with use_reentrant=True: only its frame tells."""
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe()  # noqa: SLF001 - public in the documentation of sys, but for its name
+    while frame.f_back is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame.f_code is CheckpointFunction.forward.__code__
