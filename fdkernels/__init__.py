@@ -18,6 +18,7 @@ from fdkernels.conventions import CONVENTIONS, Convention
 from fdkernels.criterion import FeatureDiscrepancyLoss
 from fdkernels.loss import RegionSums, feature_discrepancy_loss, region_sums, tap
 from fdkernels.taps import FeatureTaps
+from fdkernels.taps.suggest import suggest_taps
 
 __all__ = [
     "CONVENTIONS",
@@ -31,6 +32,7 @@ __all__ = [
     "feature_discrepancy_loss",
     "models",
     "region_sums",
+    "suggest_taps",
     "tap",
     "use_backend",
 ]
