@@ -48,7 +48,7 @@ class Name:
             not self.path,
             self.only_hands_on,
             self.path.count("."),
-            -self.order,
+            self.order,
         )
 
 
@@ -86,7 +86,7 @@ class Survey:
     """What happened in one forward pass.
 
     Attributes:
-        made: the tensors that submodules returned, by `id`, in the order in which they first were.
+        made: the tensors that submodules returned, by `id`, in the order in which they were, or were modified.
         calls: how often each submodule ran; 0 for those that did not.
         returned: the tensors, by `id`, that each submodule returned.
         outputs: those of the network.
@@ -123,6 +123,7 @@ def run_once(model: nn.Module, example: Any) -> Survey:
         for handle in handles:
             handle.remove()
     survey.outputs = [tensor for _, tensor in tensors_in(output)]
+    survey.made = dict(sorted(survey.made.items(), key=lambda item: item[1].names[0].order))
     return survey
 
 
