@@ -101,7 +101,7 @@ def suggest_taps(model: nn.Module, example: Any, max_taps: int | None = None) ->
     Suggested is the last map of each resolution: on the way down to the coarsest one, there, and on the way
     up. A map is named by the largest block that returns it, by the in-place activation that modifies it last,
     and with the path of the tensor where a submodule returns several. Maps within a block that returns
-    another resolution count only where there are no others.
+    another resolution, or logits, count only where there are no others.
 
     Left out, with a reason, are logits, maps of one pixel, sequences without a spatial shape, what changes in
     place where no submodule can be named, and what runs several times in a forward pass. Of maps with
@@ -193,6 +193,8 @@ def _maps_of(survey: Survey, image: _Size, left_out: dict[str, str]) -> list[_Ma
     sizes = {key: found for key, found in spatial.items() if not isinstance(found, str)}
     levels = _levels({key: size for key, (_, size) in sizes.items()}, image[2:])
     heads = _heads(survey, levels)
+    if heads.issuperset(levels):  # an encoder whose maps look like deep supervision
+        heads = set()
     maps = []
     for key, made in survey.made.items():
         names = sorted(made.names, key=lambda name: name.rank)
@@ -204,7 +206,7 @@ def _maps_of(survey: Survey, image: _Size, left_out: dict[str, str]) -> list[_Ma
         elif key in heads:
             reason = "logits"
         elif made.is_changed_later:
-            reason = "modified in place afterwards, where no submodule can be named"
+            reason = "modified in place afterwards by no submodule"
         elif made.is_dropout:
             reason = "dropout, which draws in training"
         elif not once:
@@ -214,6 +216,8 @@ def _maps_of(survey: Survey, image: _Size, left_out: dict[str, str]) -> list[_Ma
             maps.append(_Map(best.text, best.path, made.tensor, found[0], stride, levels[key]))
             names.remove(best)
             reason = f"the tensor of another name, {best.text!r}"
+        for name in made.earlier_names:
+            left_out[name.text] = f"modified in place afterwards, {best.text!r}"
         for name in names:
             left_out[name.text] = reason
     for path, count in survey.calls.items():
@@ -289,7 +293,7 @@ def _are_features(outputs: Sequence[Tensor], survey: Survey, levels: dict[int, _
     if len(of_outputs) > 1:
         is_coarser = all(sum(level) > 0 for level in of_outputs)
         return is_coarser or len({tensor.shape[1] for tensor in outputs}) > 1
-    (level,) = of_outputs
+    level = of_outputs.pop()
     beside = [survey.made[key].tensor.shape[1] for key, other in levels.items() if other == level]
     coarsest = max(map(sum, levels.values()))
     return sum(level) == coarsest and all(tensor.shape[1] >= max(beside) for tensor in outputs)
@@ -322,7 +326,7 @@ def _last_of(survey: Survey, maps: Sequence[_Map], of_level: Sequence[_Map]) -> 
 
 
 def _foreign(survey: Survey, levels: dict[int, _Size], inner: _Map) -> list[str]:
-    """The submodules that hold a map and return none of its resolution."""
+    """The submodules that hold a map and return none of its resolution that can be tapped."""
     parts = inner.path.split(".")
     holders = [".".join(parts[:count]) for count in range(1, len(parts))]
     return [
@@ -347,7 +351,7 @@ def _say_why_not(
         if later:
             left_out[each.name] = f"before the last of its resolution, {later[0].name!r}"
         elif foreign:
-            left_out[each.name] = f"within what returns another resolution, {foreign[-1]!r}"
+            left_out[each.name] = f"within what returns another resolution or logits, {foreign[-1]!r}"
         else:
             left_out[each.name] = f"another stands for its resolution, {alike[-1].name!r}"
 

@@ -62,6 +62,7 @@ class Made:
         maker: the submodule that returned it first, or modified it.
         taken: the tensors, by `id`, that the maker was given.
         names: those of its final state.
+        earlier_names: those of states that a submodule modified in place.
     """
 
     tensor: Tensor
@@ -69,6 +70,7 @@ class Made:
     maker: nn.Module
     taken: set[int]
     names: list[Name]
+    earlier_names: list[Name]
 
     @property
     def is_changed_later(self) -> bool:
@@ -77,8 +79,8 @@ class Made:
 
     @property
     def is_dropout(self) -> bool:
-        """Whether only dropout names it, which draws in training."""
-        return isinstance(self.maker, _DropoutNd)
+        """Whether only dropout names it, which draws in training, and does not modify what came before."""
+        return isinstance(self.maker, _DropoutNd) and not self.maker.inplace
 
 
 @dataclasses.dataclass
@@ -86,7 +88,7 @@ class Survey:
     """What happened in one forward pass.
 
     Attributes:
-        made: the tensors that submodules returned, by `id`, in the order in which they were, or were modified.
+        made: the tensors that submodules returned, by `id`, in the order in which they got their final state.
         calls: how often each submodule ran; 0 for those that did not.
         returned: the tensors, by `id`, that each submodule returned.
         outputs: those of the network.
@@ -148,11 +150,12 @@ class _Note:
             version = tensor._version  # noqa: SLF001 - torch's only name for it
             made = survey.made.get(id(tensor))
             if made is None:
-                made = survey.made[id(tensor)] = Made(tensor, version, module, taken, [])
+                made = survey.made[id(tensor)] = Made(tensor, version, module, taken, [], [])
             elif made.version != version or (works_in_place and id(tensor) in taken):
                 # In evaluation a dropout in place changes nothing, in training it will.
                 made.version, made.maker, made.taken = version, module, taken
-                made.names.clear()
+                made.earlier_names += made.names
+                made.names = []
             hands_on = not has_parts and not works_in_place and id(tensor) in taken
             made.names.append(Name(self.path, keys, order, hands_on))
 
