@@ -377,3 +377,47 @@ left out:
   before the last of its resolution: down1.0, down2.0, bottom.0, up2.0, up1.0
   max_taps=2 leaves no room: down2, bottom, up2"""
     )
+
+
+def test_a_detour_to_the_coarsest_resolution_within_a_block_is_not_the_turn():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return x * F.interpolate(self.gate(x), x.shape[2:]).sigmoid()
+
+    class Net(UNet):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.down1 = Gated()
+
+    suggested = fdk.suggest_taps(Net(), torch.randn(2, 1, 16, 16))
+    assert suggested.names == PLACES
+    assert suggested.left_out["down1.gate"] == "within what returns another resolution or logits, 'down1'"
+
+
+def test_logits_that_a_function_makes_larger_and_maps_of_attention_are_left_out():
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.soft = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1), nn.Softmax(-1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.soft(torch.ones(2, 4, 65, 16))
+            return self.one(x) + self.other(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = block(2, 1, 4, 2), Head()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(self.head(self.body(x)), x.shape[2:])
+
+    suggested = fdk.suggest_taps(Net(), torch.randn(2, 1, 16, 16))
+    assert suggested.names == ["body"]
+    assert suggested.left_out["head"] == suggested.left_out["head.one"] == "logits"
+    assert suggested.left_out["head.soft"] == "not the aspect of the image"

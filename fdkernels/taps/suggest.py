@@ -8,9 +8,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fdkernels.geometry import check_aspect
 from fdkernels.taps.structures import tensors_in
 from fdkernels.taps.survey import Survey, run_once
 
@@ -229,18 +231,33 @@ def _maps_of(survey: Survey, image: _Size, left_out: dict[str, str]) -> list[_Ma
 def _spatial(tensor: Tensor, image: _Size) -> tuple[int, _Size] | str:
     """The axis of the channels, and the size; or why the tensor does not show the image."""
     shape, full = tuple(tensor.shape), image[2:]
+    reason = ""
     if not tensor.is_floating_point():
-        return f"holds {str(tensor.dtype).removeprefix('torch.')}"
-    if len(shape) != len(image):
-        return "no spatial shape" if len(shape) != 3 else "a sequence without a spatial shape"
-    if shape[0] != image[0]:
-        return f"a batch of {shape[0]}, not of {image[0]}"
-    if 0 in shape:
-        return "empty"
+        reason = f"holds {str(tensor.dtype).removeprefix('torch.')}"
+    elif len(shape) != len(image):
+        reason = "a sequence without a spatial shape" if len(shape) == 3 else "no spatial shape"
+    elif shape[0] != image[0]:
+        reason = f"a batch of {shape[0]}, not of {image[0]}"
+    elif 0 in shape:
+        reason = "empty"
+    if reason:
+        return reason
     # Of the two readings the one whose strides are more alike; channels first, unless it is far off.
     first, last = shape[2:], shape[1:-1]
     channel_dim, size = (-1, last) if _spread_of(full, last) < 0.7 * _spread_of(full, first) else (1, first)
-    return (channel_dim, size) if math.prod(size) > 1 else "one pixel"
+    if math.prod(size) == 1:
+        return "one pixel"
+    return (channel_dim, size) if _shows(size, full) else "not the aspect of the image"
+
+
+def _shows(size: _Size, full: _Size) -> bool:
+    """Whether the loss takes a map of that size, beside one of the image's."""
+    layers = [torch.empty((1, 1, *each), device="meta") for each in (full, size)]
+    try:
+        check_aspect(layers[0], layers, "same")
+    except ValueError:
+        return False
+    return True
 
 
 def _spread_of(full: _Size, size: _Size) -> float:
@@ -271,12 +288,15 @@ def _heads(survey: Survey, levels: dict[int, _Size]) -> set[int]:
     outputs = [tensor for tensor in survey.outputs if id(tensor) in levels]
     # A functional ending, such as an interpolation, has no name, and its size may be new.
     unnamed = [tensor for tensor in survey.outputs if id(tensor) not in survey.made and tensor.dim() > 2]
-    if not outputs and not unnamed:
+    if not levels or not (outputs or unnamed):
         return set()
     channels = {tensor.shape[1] for tensor in (*outputs, *unnamed)}
     if not unnamed and _are_features(outputs, survey, levels):
         return set()
     heads = {id(tensor) for tensor in outputs}
+    *_, last = levels
+    if unnamed and survey.made[last].tensor.shape[1] in channels:
+        heads.add(last)
     for key, made in survey.made.items():
         if key not in levels or made.tensor.shape[1] not in channels:
             continue
@@ -304,25 +324,28 @@ def _choose(survey: Survey, maps: Sequence[_Map]) -> list[_Map]:
     if not maps:
         return []
     order = {each: index for index, each in enumerate(maps)}
+    levels = {id(each.tensor): each.level for each in maps}
+    foreign = {each: len(_foreign(survey, levels, each)) for each in maps}
     coarsest = max(maps, key=lambda each: sum(each.level)).level  # the first of those
-    middle = [each for each in maps if each.level == coarsest]
-    turn = _last_of(survey, maps, middle)
-    down = [each for each in maps if order[each] < order[middle[0]]]
+    fewest = min(foreign[each] for each in maps if each.level == coarsest)
+    bottom: list[_Map] = []  # from the first map there until the network goes on to another resolution
+    for each in maps:
+        if each.level == coarsest and foreign[each] == fewest:
+            bottom.append(each)
+        elif bottom and each.level != coarsest and foreign[each] <= fewest:
+            break
+    turn = bottom[-1]
+    down = [each for each in maps if order[each] < order[bottom[0]] and each.level != coarsest]
     up = [each for each in maps if order[each] > order[turn] and each.level != coarsest]
     chosen = [turn]
     for side in (down, up):
         of_level: dict[_Size, list[_Map]] = defaultdict(list)
         for each in side:
             of_level[each.level].append(each)
-        chosen += [_last_of(survey, maps, alike) for alike in of_level.values()]
+        for alike in of_level.values():
+            least = min(foreign[each] for each in alike)
+            chosen.append([each for each in alike if foreign[each] == least][-1])
     return sorted(chosen, key=order.__getitem__)
-
-
-def _last_of(survey: Survey, maps: Sequence[_Map], of_level: Sequence[_Map]) -> _Map:
-    """The last map of one resolution, of those in the fewest blocks that return another resolution."""
-    levels = {id(each.tensor): each.level for each in maps}
-    fewest = min(len(_foreign(survey, levels, each)) for each in of_level)
-    return [each for each in of_level if len(_foreign(survey, levels, each)) == fewest][-1]
 
 
 def _foreign(survey: Survey, levels: dict[int, _Size], inner: _Map) -> list[str]:
@@ -352,8 +375,10 @@ def _say_why_not(
             left_out[each.name] = f"before the last of its resolution, {later[0].name!r}"
         elif foreign:
             left_out[each.name] = f"within what returns another resolution or logits, {foreign[-1]!r}"
-        else:
+        elif alike:
             left_out[each.name] = f"another stands for its resolution, {alike[-1].name!r}"
+        else:
+            left_out[each.name] = "between maps of the coarsest resolution"
 
 
 def _spread(chosen: Sequence[_Map], count: int) -> list[_Map]:
