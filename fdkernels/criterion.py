@@ -14,6 +14,7 @@ from fdkernels import checks
 from fdkernels.alpha import ALPHA_RULES, AlphaWatch, Rule, bounds_of
 from fdkernels.classes import Classes
 from fdkernels.conventions import Convention, get_convention
+from fdkernels.copies import HoldsGroup
 from fdkernels.layer_losses import Partners, Settings, check_features_and_mask, losses_per_layer
 from fdkernels.taps import FeatureTaps
 from fdkernels.transforms import in_transform
@@ -24,7 +25,7 @@ __all__ = ["FeatureDiscrepancyLoss"]
 TARGET_PASSES = 10
 
 
-class FeatureDiscrepancyLoss(nn.Module):
+class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
     """Add up α_ℓ·L_ℓ over the layers of a network, with one α a layer: `crit(features, mask)`.
 
     The gradient of α·L with respect to α is L itself. Where L > 0, plain descent drives α below zero or,
@@ -60,6 +61,8 @@ class FeatureDiscrepancyLoss(nn.Module):
         convention, exchange, group, mask_resize, aspect, channel_dim, ignore_index, mode, num_classes,
         include_background, pairs, eps, backend: as for `fdkernels.feature_discrepancy_loss`.
         reduction: `"mean"` or `"sum"` over the samples, or entries, of a layer.
+
+    A deep copy shares the group; a pickle leaves it out, and calls say so until `crit.group` is assigned.
 
     Attributes:
         alpha: [L], a parameter, or a buffer under `"ramp"`; within its bounds whenever it is read.
@@ -287,6 +290,9 @@ class FeatureDiscrepancyLoss(nn.Module):
             settings = settings._replace(exchange=exchange)
         if group is not None:
             settings = settings._replace(group=group)
+        else:
+            self.check_group()
+        layers, mask = check_features_and_mask(features, mask, settings)
         layers, planes = check_features_and_mask(features, mask, settings)
         alpha = self.alpha
         if len(layers) != alpha.shape[0]:

@@ -286,16 +286,14 @@ def _levels(sizes: dict[int, _Size], full: _Size) -> dict[int, _Size]:
 def _heads(survey: Survey, levels: dict[int, _Size]) -> set[int]:
     """The tensors that are logits: outputs that are no features, and what likewise ends in K channels."""
     outputs = [tensor for tensor in survey.outputs if id(tensor) in levels]
-    # A functional ending, such as an interpolation, has no name, and its size may be new.
-    unnamed = [tensor for tensor in survey.outputs if id(tensor) not in survey.made and tensor.dim() > 2]
-    if not levels or not (outputs or unnamed):
+    if not outputs or _are_features(outputs, survey, levels):
         return set()
-    channels = {tensor.shape[1] for tensor in (*outputs, *unnamed)}
-    if not unnamed and _are_features(outputs, survey, levels):
-        return set()
+    channels = {tensor.shape[1] for tensor in outputs}
     heads = {id(tensor) for tensor in outputs}
-    *_, last = levels
-    if unnamed and survey.made[last].tensor.shape[1] in channels:
+    *_, last = [key for key in levels if key not in heads] or heads
+    # The network itself may end with a function, such as an interpolation.
+    by_function = any(not name.path for tensor in outputs for name in survey.made[id(tensor)].names[:1])
+    if by_function and survey.made[last].tensor.shape[1] in channels:
         heads.add(last)
     for key, made in survey.made.items():
         if key not in levels or made.tensor.shape[1] not in channels:
@@ -371,7 +369,8 @@ def _say_why_not(
         alike = [other for other in chosen if other.level == each.level]
         later = [other for other in alike if order[other] > order[each]]
         foreign = _foreign(survey, levels, each)
-        if later:
+        is_outer = any(len(_foreign(survey, levels, other)) < len(foreign) for other in alike)
+        if later and not is_outer:
             left_out[each.name] = f"before the last of its resolution, {later[0].name!r}"
         elif foreign:
             left_out[each.name] = f"within what returns another resolution or logits, {foreign[-1]!r}"
