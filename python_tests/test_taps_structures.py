@@ -281,3 +281,18 @@ def test_a_submodule_may_hold_a_colon_in_its_name():
     with fdk.FeatureTaps(net, ["a:b"]) as taps:
         net(images())
         assert taps.features[0].shape == (2, 4, 6, 6)
+
+
+def test_an_object_that_refers_to_what_holds_it_and_to_much_else_is_listed_once():
+    class Circular(Net):
+        def forward(self, x: Tensor) -> Any:
+            out = types.SimpleNamespace(maps=self.encoder(x), torch=torch, net=self)
+            out.shared = [types.SimpleNamespace(up=out, maps=out.maps) for _ in range(40)]
+            return out
+
+    net = Circular("tuple")
+    message = (
+        r"got SimpleNamespace from ''; name one of its tensors: ':maps\.0' \[.*\], ':maps\.1' \[2, 6, 4, 4\]$"
+    )
+    with fdk.FeatureTaps(net, [""]), pytest.raises(TypeError, match=message):
+        net(images())

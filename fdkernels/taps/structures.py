@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import types
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -67,18 +68,22 @@ def replaced(output: Any, keys: tuple[str, ...], tensor: Tensor) -> Any:
 
 
 def tensors_in(output: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the path and the tensor, of any shape, of all tensors of a structure, in its order."""
-    return _tensors_in(output, ())
+    """Yield the path and the tensor, of any shape, of all tensors of a structure, in its order.
+
+    What two paths share is listed under the first; an object may even refer to what holds it.
+    """
+    return _tensors_in(output, {})
 
 
-def _tensors_in(output: Any, inside: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(output: Any, seen: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         yield "", output
         return
-    if id(output) in inside:  # an object may refer to what holds it
+    if id(output) in seen:
         return
+    seen[id(output)] = output  # alive, so that no other object gets its id
     for key in _keys_of(output):
-        for path, tensor in _tensors_in(_child(output, key), (*inside, id(output))):
+        for path, tensor in _tensors_in(_child(output, key), seen):
             yield f"{_written(output, key)}.{path}" if path else _written(output, key), tensor
 
 
@@ -88,7 +93,7 @@ def _keys_of(structure: Any) -> list[Any]:
         return list(structure)
     if isinstance(structure, (tuple, list)):
         return list(range(len(structure)))
-    if isinstance(structure, (nn.Module, type)):
+    if isinstance(structure, (nn.Module, type, types.ModuleType)):
         return []
     if fields := _dataclass_fields(structure):
         return [field for field in fields if hasattr(structure, field)]
