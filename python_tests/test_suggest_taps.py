@@ -331,10 +331,22 @@ def test_an_example_may_be_a_tuple_or_a_dict_of_inputs():
     assert fdk.suggest_taps(Two(2), {"x": x, "scale": scale}).names == PLACES
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
-def test_a_wrapped_network_has_its_own_names(wrap):
+def test_a_wrapped_network_has_its_own_names():
+    assert fdk.suggest_taps(nn.DataParallel(UNet(2)), torch.randn(2, 1, 16, 16)).names == PLACES
+
+
+def test_a_compiled_network_is_not_compiled_for_it_and_sees_taps_that_are_set_later():
     torch.compiler.reset()
-    assert fdk.suggest_taps(wrap(UNet(2)), torch.randn(2, 1, 16, 16)).names == PLACES
+    graphs = []
+    net, images = UNet(2), torch.randn(2, 1, 16, 16)
+    fast = torch.compile(net, backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True)
+    suggested = fdk.suggest_taps(fast, images)
+    assert suggested.names == PLACES
+    assert graphs == []
+    with fdk.FeatureTaps(fast, suggested.names) as taps:
+        fast(images)
+        assert len(taps.features) == 5
+    assert graphs == [1]
     torch.compiler.reset()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def run_once(model: nn.Module, example: Any) -> Survey:
     ]
     survey.calls.update(dict.fromkeys(paths.values(), 0))
     try:
-        with _in_evaluation(model), torch.no_grad(), torch.random.fork_rng(_gpus_of(model)):
+        with _in_evaluation(model), torch.no_grad(), torch.random.fork_rng(_gpus_of(model)), _uncompiled():
             if isinstance(example, tuple):
                 output = model(*example)
             else:
@@ -171,6 +172,14 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run a compiled network as it is: what it compiled now would not see taps that are set later."""
+    if "torch._dynamo" not in sys.modules:  # its import takes seconds
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def _gpus_of(model: nn.Module) -> list[torch.device]:
