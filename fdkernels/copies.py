@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fdkernels.loss import Settings
+from fdkernels.layer_losses import Settings
 
 __all__ = ["HoldsGroup"]
 

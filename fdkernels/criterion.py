@@ -44,8 +44,7 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
     calls in training mode with gradients enabled. Every `patience` of them the module looks whether an α
     does nothing (never stepped, held at 0, another on every rank), and warns once of each.
 
-    Save and load the module's `state_dict` beside the network's: α, its phase, its target and the number of
-    steps are tensors in it.
+    Save and load the module's `state_dict` beside the network's: α, its phase, target and steps are in it.
 
     Args:
         num_layers: L, the number of layers.
@@ -292,7 +291,6 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
             settings = settings._replace(group=group)
         else:
             self.check_group()
-        layers, mask = check_features_and_mask(features, mask, settings)
         layers, planes = check_features_and_mask(features, mask, settings)
         alpha = self.alpha
         if len(layers) != alpha.shape[0]:

@@ -20,10 +20,8 @@ SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 # What a room may import of the package besides itself. A room is a folder of fdkernels or a module of its
 # top level.
 COMMON = {"checks", "conventions", "transforms", "_C", "_version"}
-THE_OP = {*COMMON, "op", "exchange"}
-THE_LOSS = {*THE_OP, "geometry", "backend", "taps", "loss", "alpha", "copies", "criterion"}
 THE_OP = {*COMMON, "op", "exchange", "classes"}
-THE_LOSS = {*THE_OP, "geometry", "backend", "taps", "layer_losses", "loss", "alpha", "criterion"}
+THE_LOSS = {*THE_OP, "geometry", "backend", "taps", "layer_losses", "loss", "alpha", "copies", "criterion"}
 ALLOWED = {
     "_version": set(),
     "_C": set(),
@@ -37,14 +35,10 @@ ALLOWED = {
     "op": {*COMMON, "exchange", "classes"},
     "backend": {*COMMON, "op"},
     "taps": {*COMMON, "op", "geometry"},
-    "loss": {*THE_OP, "geometry", "backend", "taps"},
-    "copies": {*THE_OP, "geometry", "backend", "taps", "loss"},
-    "criterion": {*THE_OP, "backend", "taps", "loss", "geometry", "alpha", "copies"},
-    "criterion": {*THE_OP, "backend", "taps", "loss", "geometry", "alpha"},
-    "taps": {*COMMON, "op"},
     "layer_losses": {*THE_OP, "geometry", "backend", "taps"},
     "loss": {*THE_OP, "taps", "layer_losses"},
-    "criterion": {*THE_OP, "taps", "layer_losses", "alpha"},
+    "copies": {*THE_OP, "layer_losses"},
+    "criterion": {*THE_OP, "taps", "layer_losses", "alpha", "copies"},
     "models": {"checks"},
     "build_info": {"_C", "_version"},
     "info": {"_C", "_version", "backend", "build_info"},
