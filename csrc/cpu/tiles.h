@@ -54,13 +54,15 @@ inline constexpr int64_t kRegionTileChannels = 256, kMaxBlock = 1024, kMinBlock 
 // Elements of the blocks: the weights of all regions for the pixels of a block, and features of as many.
 inline constexpr int64_t kBlockElements = 1 << 14;
 
-// The room consists of three buffers of so many elements.
+// Elements between the rows of a block beyond its pixels: rows a power of two apart would share the sets of the cache.
+inline constexpr int64_t kPadding = 16;
+
+// The room consists of four buffers of so many elements, each for a block of at least kMinBlock pixels.
 static inline int64_t room_elements(const Regions& regions) {
-  const int64_t least = kMinBlock * regions.num_regions;
-  return least > kBlockElements ? least : kBlockElements;
+  return kBlockElements + (kMinBlock + kPadding) * regions.num_regions;
 }
 static inline int64_t room_bytes(const Regions& regions) {
-  return 3 * room_elements(regions) * element_size(regions.accumulate);
+  return 4 * room_elements(regions) * element_size(regions.accumulate);
 }
 
 // Rows of sums, or of their gradients: R, with second moments 2R.

@@ -38,30 +38,29 @@ inline int64_t block_pixels(int64_t rows, int64_t most) {
   return wanted < kMinBlock ? kMinBlock : min(wanted, most);
 }
 
+inline int64_t block_by_channels(int64_t num_regions, int64_t channels) {
+  return min(block_pixels(num_regions, kMaxBlockByChannels), block_pixels(channels, kMaxBlockByChannels));
+}
+
 // The weights of a block of pixels.
 template <class T>
 struct BlockWeights {
-  const T* values; // [R][step]
+  T* values; // [R][step]
   int64_t step;
   uint8_t used[kMaxBlock]; // whether a pixel has a weight that is not 0, if `has_ignored`
   bool has_ignored;
 
-  // Converts the weights into `buffer` [R][buffer_step], or if `in_place` allows and they are T refers to them.
-  void load_block(const RegionTile& t, int64_t p, int64_t count, T* buffer, int64_t buffer_step, bool in_place) {
+  // Converts or copies the weights to `buffer` [R][row], a row for each region.
+  FDK_NOINLINE void load_block(const RegionTile& t, int64_t p, int64_t count, T* buffer, int64_t row) {
     const RegionLayer& layer = t.layer;
     const int64_t R = t.regions.num_regions, pixels = pixels_of(layer), element = element_size(layer.weight_dtype);
     const char* start = static_cast<const char*>(layer.weights) + (t.tile.n * R * pixels + p) * element;
-    if (in_place && layer.weight_dtype == Is<T>::kDType) {
-      values = reinterpret_cast<const T*>(start);
-      step = pixels;
-    } else {
-      values = buffer;
-      step = buffer_step;
-      for (int64_t k = 0; k < R; ++k) {
-        T* out = buffer + k * step;
-        const T* source = load(start + k * pixels * element, layer.weight_dtype, 1, count, out);
-        if (source != out) std::memcpy(out, source, sizeof(T) * count);
-      }
+    values = buffer;
+    step = row;
+    for (int64_t k = 0; k < R; ++k) {
+      T* out = buffer + k * step;
+      const T* source = load(start + k * pixels * element, layer.weight_dtype, 1, count, out);
+      if (source != out) std::memcpy(out, source, sizeof(T) * count);
     }
     has_ignored = t.regions.selects && find_ignored(R, count);
   }
@@ -86,7 +85,8 @@ struct BlockWeights {
 // Returns a block of pixels of one channel, which begins at `channel`, as contiguous T: in place where they are, else
 // in `buffer`.
 template <class T>
-inline const T* load_pixels(const char* channel, DType dtype, const Rows& rows, int64_t p, int64_t count, T* buffer) {
+FDK_NOINLINE const T* load_pixels(const char* channel, DType dtype, const Rows& rows, int64_t p, int64_t count,
+                                  T* buffer) {
   const int64_t element = element_size(dtype);
   if (rows.rest_of_row(p) >= count) return load(channel + rows.offset(p) * element, dtype, rows.stride, count, buffer);
   for (int64_t done = 0, run; done < count; done += run) {
@@ -97,13 +97,13 @@ inline const T* load_pixels(const char* channel, DType dtype, const Rows& rows, 
   return buffer;
 }
 
-// Sets ignored pixels to 0, in `buffer`.
+// Replaces ignored pixels by those of `others`, or by 0 if it is null, in `out`.
 template <class T>
-inline const T* select_used(const T* values, const uint8_t* used, int64_t count, T* buffer) {
+FDK_NOINLINE const T* select_used(const T* values, const uint8_t* used, const T* others, int64_t count, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i)
-    buffer[i] = used[i] ? values[i] : T(0);
-  return buffer;
+    out[i] = used[i] ? values[i] : others != nullptr ? others[i] : T(0);
+  return out;
 }
 
 // The address of channel c of a map, for the sample of a tile.

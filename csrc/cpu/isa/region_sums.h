@@ -12,12 +12,26 @@ struct PartialSums {
   int64_t width, moments;
 };
 
+// What is read after a block, which the passes over it prefetch evenly: each step some lines that lie `spacing` bytes
+// apart, `rate` bytes after those of the step before. Without it the memory would rest in all passes but the first.
+struct Ahead {
+  const char* next;
+  int64_t rate, spacing;
+
+  template <int kLines>
+  void prefetch_lines() {
+    for (int a = 0; a < kLines; ++a)
+      prefetch(next + a * spacing);
+    next += rate;
+  }
+};
+
 // ---------------------------------------------------------------- pixels along the vector
 
 // Adds a block of pixels of kChannels channels in kRegions regions.
 template <int kChannels, int kRegions, bool kMoments, class T>
 inline void add_rows(const T* const* rows, const T* weights, int64_t step, int64_t count, const RowsOfLayer<T>& pivots,
-                     int64_t k, int64_t c, PartialSums out) {
+                     int64_t k, int64_t c, Ahead& ahead, PartialSums out) {
   using V = Vector<T>;
   V s[kChannels][kRegions], q[kChannels][kRegions], pivot[kChannels][kRegions];
   for (int a = 0; a < kChannels; ++a) {
@@ -30,6 +44,7 @@ inline void add_rows(const T* const* rows, const T* weights, int64_t step, int64
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
     V x[kChannels];
+    ahead.prefetch_lines<kChannels>();
     for (int a = 0; a < kChannels; ++a)
       x[a] = load_vector(rows[a] + i);
     for (int b = 0; b < kRegions; ++b) {
@@ -64,9 +79,11 @@ inline void add_rows(const T* const* rows, const T* weights, int64_t step, int64
 // Adds a block of pixels of channels c to c + kChannels - 1 in all regions.
 template <int kChannels, bool kMoments, class T>
 void add_block(const T* const* rows, const BlockWeights<T>& weights, int64_t count, int64_t num_regions,
-               const RowsOfLayer<T>& pivots, int64_t c, PartialSums out) {
+               const RowsOfLayer<T>& pivots, int64_t c, Ahead ahead, PartialSums out) {
   int64_t k = 0;
-  const auto add = [&](auto add_group) { add_group(rows, weights.values, weights.step, count, pivots, k, c, out); };
+  const auto add = [&](auto add_group) {
+    add_group(rows, weights.values, weights.step, count, pivots, k, c, ahead, out);
+  };
   for (; k + kRegionGroup <= num_regions; k += kRegionGroup, out.first += kRegionGroup * out.width)
     add(add_rows<kChannels, kRegionGroup, kMoments, T>);
   if (num_regions - k == 3) add(add_rows<kChannels, 3, kMoments, T>);
@@ -95,22 +112,31 @@ void region_sums_by_pixels(const RegionTile& t, double* sums, double* masses) {
   const Rows rows(t.layer.size, t.layer.features.stride);
   const RowsOfLayer<T> pivots(t.regions.pivots, t);
   const int64_t R = t.regions.num_regions, width = t.tile.channel_end - t.tile.channel_begin;
-  const int64_t block = block_pixels(R, kMaxBlock);
+  const int64_t block = block_pixels(R, kMaxBlock), element = element_size(t.layer.dtype);
+  const int64_t passes = (R + kRegionGroup - 1) / kRegionGroup;
+  const bool in_place = t.layer.dtype == Is<T>::kDType && rows.stride == 1;
   for (int64_t p = t.tile.pixel_begin, count; p < t.tile.pixel_end; p += count) {
     count = min(block, t.tile.pixel_end - p);
-    weights.load_block(t, p, count, weights_buffer, block, true);
+    weights.load_block(t, p, count, weights_buffer, block + kPadding);
     if (t.tile.channel_begin == 0) add_masses(weights.values, weights.step, R, count, masses);
     for (int64_t c = t.tile.channel_begin, taken; c < t.tile.channel_end; c += taken) {
       taken = c + kChannels <= t.tile.channel_end ? kChannels : 1;
       const T* group[kChannels];
       for (int64_t a = 0; a < taken; ++a) {
-        T* own = buffer + a * kMaxBlock;
+        T* own = buffer + a * (kMaxBlock + kPadding);
         group[a] = load_pixels(channel_of(t.layer.features, t, c + a), t.layer.dtype, rows, p, count, own);
-        if (weights.has_ignored) group[a] = select_used(group[a], weights.used, count, own);
+        if (weights.has_ignored) group[a] = select_used<T>(group[a], weights.used, nullptr, count, own);
+      }
+      Ahead ahead{reinterpret_cast<const char*>(group[0]), kVectorBytes / passes, 0};
+      if (in_place) {
+        const bool same_pixels = c + taken < t.tile.channel_end;
+        const int64_t next = same_pixels ? c + taken : t.tile.channel_begin;
+        ahead.next = channel_of(t.layer.features, t, next) + rows.offset(same_pixels ? p : p + count) * element;
+        ahead.spacing = t.layer.features.stride_c * element;
       }
       const PartialSums out{sums + c - t.tile.channel_begin, width, R * width};
-      taken == kChannels ? add_block<kChannels, kMoments>(group, weights, count, R, pivots, c, out)
-                         : add_block<1, kMoments>(group, weights, count, R, pivots, c, out);
+      taken == kChannels ? add_block<kChannels, kMoments>(group, weights, count, R, pivots, c, ahead, out)
+                         : add_block<1, kMoments>(group, weights, count, R, pivots, c, ahead, out);
     }
   }
 }
@@ -121,7 +147,8 @@ void region_sums_by_pixels(const RegionTile& t, double* sums, double* masses) {
 // channels are taken.
 template <int kVectors, int kRegions, bool kMoments, class T>
 inline void add_pixels(const T* pixels, int64_t pixel_step, const T* weights, int64_t step, int64_t count,
-                       const RowsOfLayer<T>& pivots, int64_t k, int64_t c, int64_t valid, PartialSums out) {
+                       const RowsOfLayer<T>& pivots, int64_t k, int64_t c, int64_t valid, Ahead& ahead,
+                       PartialSums out) {
   using V = Vector<T>;
   V s[kVectors][kRegions], q[kVectors][kRegions], pivot[kVectors][kRegions];
   for (int a = 0; a < kVectors; ++a) {
@@ -136,13 +163,13 @@ inline void add_pixels(const T* pixels, int64_t pixel_step, const T* weights, in
     }
   }
   weights += k * step;
+  ahead.spacing = ahead.rate / kVectors;
   for (int64_t i = 0; i < count; ++i) {
     const T* pixel = pixels + i * pixel_step;
     V x[kVectors];
-    for (int a = 0; a < kVectors; ++a) {
-      if (k == 0) prefetch(reinterpret_cast<const char*>(pixel + a * kLanes<T>) + kPrefetchBytesByChannels);
+    ahead.prefetch_lines<kVectors>();
+    for (int a = 0; a < kVectors; ++a)
       x[a] = load_vector(pixel + a * kLanes<T>);
-    }
     for (int b = 0; b < kRegions; ++b) {
       const T w = weights[b * step + i];
       for (int a = 0; a < kVectors; ++a) {
@@ -175,11 +202,11 @@ inline void add_pixels(const T* pixels, int64_t pixel_step, const T* weights, in
 
 template <int kVectors, bool kMoments, class T>
 void add_block_by_channels(const T* pixels, int64_t pixel_step, const T* weights, int64_t step, int64_t count,
-                           int64_t num_regions, const RowsOfLayer<T>& pivots, int64_t c, int64_t valid,
+                           int64_t num_regions, const RowsOfLayer<T>& pivots, int64_t c, int64_t valid, Ahead& ahead,
                            PartialSums out) {
   int64_t k = 0;
   const auto add = [&](auto add_group) {
-    add_group(pixels, pixel_step, weights, step, count, pivots, k, c, valid, out);
+    add_group(pixels, pixel_step, weights, step, count, pivots, k, c, valid, ahead, out);
   };
   for (; k + kRegionGroup <= num_regions; k += kRegionGroup, out.first += kRegionGroup * out.width)
     add(add_pixels<kVectors, kRegionGroup, kMoments, T>);
@@ -209,7 +236,6 @@ int64_t copy_used(const char* first, DType dtype, int64_t pixel_step, int64_t ch
 template <bool kMoments, class T>
 void region_sums_by_channels(const RegionTile& t, double* sums, double* masses) {
   constexpr int kVectors = kMoments ? kChannelGroup / 2 : kChannelGroup;
-  constexpr int64_t kStep = kMaxBlockByChannels;
   BlockWeights<T> weights;
   T* weights_buffer = static_cast<T*>(t.room);
   T* buffer = weights_buffer + room_elements(t.regions);
@@ -217,29 +243,43 @@ void region_sums_by_channels(const RegionTile& t, double* sums, double* masses) 
   const Rows rows(t.layer.size, t.layer.features.stride);
   const RowsOfLayer<T> pivots(t.regions.pivots, t);
   const int64_t R = t.regions.num_regions, width = t.tile.channel_end - t.tile.channel_begin;
-  const int64_t block = min(block_pixels(R, kStep), block_pixels(width, kStep));
+  const int64_t block = block_by_channels(R, width), step = block + kPadding;
+  const int64_t vectors = (width + kLanes<T> - 1) / kLanes<T>, full = width / (kVectors * kLanes<T>);
+  const int64_t groups = full + (vectors - full * kVectors + 1) / 2;
+  const int64_t passes = groups * ((R + kRegionGroup - 1) / kRegionGroup);
   const char* start = channel_of(t.layer.features, t, t.tile.channel_begin);
   for (int64_t p = t.tile.pixel_begin, count; p < t.tile.pixel_end; p += count) {
     count = min(min(block, t.tile.pixel_end - p), rows.rest_of_row(p));
-    weights.load_block(t, p, count, weights_buffer, block, false);
-    if (t.tile.channel_begin == 0) add_masses(weights.values, block, R, count, masses);
+    weights.load_block(t, p, count, weights_buffer, step);
+    if (t.tile.channel_begin == 0) add_masses(weights.values, step, R, count, masses);
     const char* first = start + rows.offset(p) * element_size(t.layer.dtype);
     const T* pixels = reinterpret_cast<const T*>(first);
     int64_t pixel_step = rows.stride, taken = count;
     if (weights.has_ignored || t.layer.dtype != Is<T>::kDType) {
       taken = copy_used(first, t.layer.dtype, rows.stride, width, weights.has_ignored ? weights.used : nullptr, count,
-                        weights_buffer, block, R, buffer);
+                        weights_buffer, step, R, buffer);
       pixels = buffer;
       pixel_step = width;
     }
     int64_t c = 0;
+    Ahead ahead{reinterpret_cast<const char*>(pixels), 0, 0};
+    if (pixels != buffer) {
+      ahead.next += count * pixel_step * static_cast<int64_t>(sizeof(T));
+      ahead.rate = width * static_cast<int64_t>(sizeof(T)) / passes;
+    }
     const auto add = [&](auto add_channels, const T* from, int64_t from_step, int64_t valid) {
-      add_channels(from, from_step, weights_buffer, block, taken, R, pivots, t.tile.channel_begin + c, valid,
+      add_channels(from, from_step, weights_buffer, step, taken, R, pivots, t.tile.channel_begin + c, valid, ahead,
                    PartialSums{sums + c, width, R * width});
     };
     constexpr int64_t kGroup = kVectors * kLanes<T>;
     for (; c + kGroup <= width; c += kGroup)
       add(add_block_by_channels<kVectors, kMoments, T>, pixels + c, pixel_step, kGroup);
+    if constexpr (kVectors == 4) {
+      if (c + 2 * kLanes<T> <= width) {
+        add(add_block_by_channels<2, kMoments, T>, pixels + c, pixel_step, 2 * kLanes<T>);
+        c += 2 * kLanes<T>;
+      }
+    }
     for (; c + kLanes<T> <= width; c += kLanes<T>)
       add(add_block_by_channels<1, kMoments, T>, pixels + c, pixel_step, kLanes<T>);
     if (c < width) {

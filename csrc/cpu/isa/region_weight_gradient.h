@@ -29,7 +29,7 @@ void region_weight_gradient_of_tile(const RegionTile& t, const void* grad_sums) 
   const RowsOfLayer<T> g(grad_sums, t), pivots(t.regions.pivots, t);
   for (int64_t p = t.tile.pixel_begin, count; p < t.tile.pixel_end; p += count) {
     count = min(block, t.tile.pixel_end - p);
-    weights.load_block(t, p, count, static_cast<T*>(t.room), block, true);
+    weights.load_block(t, p, count, static_cast<T*>(t.room), block + kPadding);
     for (int64_t first = 0; first < R; first += kRegions) {
       const int64_t group = min(kRegions, R - first);
       for (int64_t k = 0; k < group; ++k)

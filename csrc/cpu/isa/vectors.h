@@ -33,10 +33,12 @@ struct VectorOf {
 template <class T>
 using Vector = typename VectorOf<T, kVectorBytes / static_cast<int64_t>(sizeof(T))>::type;
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
+#define FDK_NOINLINE __attribute__((noinline))
 #else
 template <class T>
 using Vector = T; // one lane, which makes the loops scalar
 inline void prefetch(const void*) {}
+#define FDK_NOINLINE
 #endif
 
 template <class T>
