@@ -13,7 +13,7 @@ from torch import Tensor
 import fdkernels as fdk
 from cases import FEATURE_DTYPES, lay_out
 from fdkernels.op.kernels import kernels_of
-from fdkernels.op.pyramid import Weights, describe
+from fdkernels.op.pyramid import Regions, Weights, describe
 from oracles import unit
 
 pytestmark = [
@@ -105,6 +105,33 @@ def test_the_number_of_threads_does_not_change_a_bit(layout):
             loss = sum((part.fg * part.bg).sum() for part in sums)
             values = [value for part in sums for value in part]
             results.append([*values, *torch.autograd.grad(loss, (*layers, mask))])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("count", [3, 40])
+def test_the_number_of_threads_does_not_change_a_bit_of_several_regions(layout, count):
+    layers = [lay_out(torch.randn(2, c, s, s), layout) for c, s in ((8, 130), (300, 17), (3, 5))]
+    pyramid, kernels = describe(layers), kernels_of("cpu")
+    weights = [torch.rand(2, count, layer.shape[2:].numel()) for layer in layers]
+    regions = Regions(weights, False, torch.randn(count, 2, pyramid.total_channels))
+    g = torch.randn(2 * count, 2, pyramid.total_channels)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    *kernels.region_sums(layers, regions, pyramid),
+                    *kernels.region_gradient(g, regions, layers, [], pyramid),
+                    *kernels.region_weight_gradient(g, regions, layers),
+                ]
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
