@@ -158,21 +158,18 @@ def region_sums(features: Sequence[Tensor], regions: Regions, pyramid: Pyramid) 
 
     Two launches; the features are read once for every 32 regions.
     """
+    regions = packing.with_contiguous_pivots(regions)
     sums, masses = packing.empty_region_sums(regions, pyramid)
-    pivots, device = _contiguous_pivots(regions), features[0].device
+    device = features[0].device
     workspace: list[Tensor] = []
-    _C.cuda_region_sums(
-        layers=packing.region_words(regions, pyramid, features=features),
-        batch=sums.shape[1],
-        num_regions=regions.num_regions,
-        selects=regions.selects,
-        pivots=packing.pointer(pivots),
-        accumulate=packing.DTYPES[sums.dtype],
-        sums=sums.data_ptr(),
-        masses=masses.data_ptr(),
-        allocate=_allocate_in(workspace, device),
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+    _C.cuda_region_sums(  # by position, as `sums`
+        packing.region_words(regions, pyramid, features=features),
+        *packing.region_arguments(regions, pyramid.dtype),
+        sums.data_ptr(),
+        masses.data_ptr(),
+        _allocate_in(workspace, device),
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
     )
     return sums, masses
 
@@ -188,26 +185,17 @@ def region_gradient(
 
     One launch, which reads the features under moments alone.
     """
-    grad_sums, pivots, device = grad_sums.contiguous(), _contiguous_pivots(regions), grad_sums.device
+    regions = packing.with_contiguous_pivots(regions)
+    grad_sums, device = grad_sums.contiguous(), grad_sums.device
     grads = packing.empty_gradients(pyramid.layers, device)
     upstream = packing.same_dtype(upstream, pyramid.layers)
-    words = packing.region_words(
-        regions,
-        pyramid,
-        features=() if pivots is None else features,
-        gradient=grads,
-        upstream=upstream,
-    )
+    read = () if regions.pivots is None else features
     _C.cuda_region_gradient(
-        layers=words,
-        batch=grad_sums.shape[1],
-        num_regions=regions.num_regions,
-        selects=regions.selects,
-        pivots=packing.pointer(pivots),
-        accumulate=packing.DTYPES[grad_sums.dtype],
-        grad_sums=grad_sums.data_ptr(),
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        packing.region_words(regions, pyramid, features=read, gradient=grads, upstream=upstream),
+        *packing.region_arguments(regions, grad_sums.dtype),
+        grad_sums.data_ptr(),
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
     )
     return grads
 
@@ -217,25 +205,17 @@ def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequen
 
     One launch.
     """
-    grad_sums, pivots, device = grad_sums.contiguous(), _contiguous_pivots(regions), grad_sums.device
+    regions = packing.with_contiguous_pivots(regions)
+    grad_sums, device = grad_sums.contiguous(), grad_sums.device
     grads = [torch.empty_like(weight, dtype=grad_sums.dtype) for weight in regions.weights]
     _C.cuda_region_weight_gradient(
-        layers=packing.region_words(regions, describe(features), features=features, grad_weights=grads),
-        batch=grad_sums.shape[1],
-        num_regions=regions.num_regions,
-        selects=regions.selects,
-        pivots=packing.pointer(pivots),
-        accumulate=packing.DTYPES[grad_sums.dtype],
-        grad_sums=grad_sums.data_ptr(),
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        packing.region_words(regions, describe(features), features=features, grad_weights=grads),
+        *packing.region_arguments(regions, grad_sums.dtype),
+        grad_sums.data_ptr(),
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
     )
     return grads
-
-
-def _contiguous_pivots(regions: Regions) -> Tensor | None:
-    """The pivots [R, N, ΣC] as kernels read them; they must outlive the call."""
-    return None if regions.pivots is None else regions.pivots.contiguous()
 
 
 def _allocate_in(workspace: list[Tensor], device: torch.device) -> Callable[[int], int]:
