@@ -1,4 +1,4 @@
-"""The five registered ops: torch's own checks, the numbers of the kernels, and their derivatives."""
+"""The registered ops: torch's own checks, the numbers of the kernels, and their derivatives."""
 
 from __future__ import annotations
 
@@ -76,6 +76,19 @@ def test_mask_gradient_passes_opcheck(backend, device, interpreted, kind):
     g = torch.randn(2, 3, 4, device=device, requires_grad=True)
     fg, bg = weights_for(features, kind)
     opcheck(OPS.mask_gradient, (g, fg, bg, features, backend), interpreted)
+
+
+@pytest.mark.parametrize("moments", [False, True], ids=["sums", "moments"])
+def test_the_ops_over_regions_pass_opcheck(backend, device, interpreted, moments):
+    features = layers(device)
+    weights = [torch.rand(3, 3, F.shape[2:].numel(), device=device) for F in features]
+    pivots = torch.randn(3, 3, 4, device=device) if moments else None
+    g = torch.randn(6 if moments else 3, 3, 4, device=device)
+    given, about = (weights, pivots, True), (pack(describe(features)), backend)
+    opcheck(OPS.region_sums, (features, *given, backend), interpreted)
+    read, added = features if moments else [], [torch.randn_like(features[1])]
+    opcheck(OPS.region_gradient, (g, *given, read, added, [1], *about), interpreted)
+    opcheck(OPS.region_weight_gradient, (g, *given, features, backend), interpreted)
 
 
 def test_an_op_gives_the_numbers_of_its_kernels(backend, device):
