@@ -15,7 +15,7 @@ from fdkernels.classes import BINARY, Classes, Planes, check_class_mask
 from fdkernels.conventions import EXCHANGES, MASK_RESIZES, REDUCTIONS, Convention
 from fdkernels.exchange import Ranks, draw_pairing, gather_batch, ranks_of
 from fdkernels.op.autograd import Call, run_pass
-from fdkernels.op.entries import RegionSums, losses_of_regions
+from fdkernels.op.entries import GatheredSums, losses_of_regions
 from fdkernels.op.loss_formulas import losses_of, wide
 from fdkernels.op.pyramid import describe
 from fdkernels.op.region_pass import RegionCall, pivots_of, regions_of, run_regions
@@ -225,7 +225,7 @@ def _of_several_regions(
         sums, masses, *aliases = run_regions(call, layers, regions)
     else:
         sums, masses, *aliases = RegionsFromTaps.apply(call, layers, regions, *placeholders)
-    found = RegionSums(sums, masses, regions.pivots, ranks)
+    found = GatheredSums(sums, masses, regions.pivots, ranks)
     options = convention.options(settings.exchange, settings.reduction, settings.eps)
     losses = losses_of_regions(found, pyramid, options, classes, pairing, backend)
     is_plain = classes.is_binary and losses.dim() == 3  # [N, L, 1]

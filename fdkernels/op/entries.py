@@ -21,10 +21,10 @@ from fdkernels.op.loss_formulas import Moments, wide
 from fdkernels.op.pyramid import Pyramid
 from fdkernels.transforms import in_transform
 
-__all__ = ["RegionSums", "losses_of_regions"]
+__all__ = ["GatheredSums", "losses_of_regions"]
 
 
-class RegionSums:
+class GatheredSums:
     """The sums of the regions of a batch, over all ranks if there are several.
 
     Attributes:
@@ -45,7 +45,7 @@ class RegionSums:
 
 
 def losses_of_regions(
-    found: RegionSums,
+    found: GatheredSums,
     pyramid: Pyramid,
     options: Options,
     classes: Classes,
