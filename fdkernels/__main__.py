@@ -15,8 +15,8 @@ _PACKAGES = frozenset(
         *("skimage", "tensorboard", "tifffile", "torchmetrics", "typer"),
     }
 )
-_EXTRAS = {"prepare": "train,dicom", "demo": "demo"}
-_USAGE = "usage: fdkernels info | train | evaluate | prepare | demo"
+_EXTRAS = {"experiment": "train,report", "prepare": "train,dicom", "demo": "demo"}
+_USAGE = "usage: fdkernels info | train | evaluate | experiment | prepare | demo"
 
 
 def _install(arguments: list[str]) -> str:

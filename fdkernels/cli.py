@@ -1,4 +1,4 @@
-"""The command line: `fdkernels train`, `evaluate`, `prepare`, `demo` and `info`."""
+"""The command line: `fdkernels train`, `evaluate`, `experiment`, `prepare`, `demo` and `info`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fdkernels.commands.evaluate import evaluate
+from fdkernels.commands.experiment import experiment
 from fdkernels.commands.prepare import prepare
 from fdkernels.commands.train import train
 from fdkernels.info import info_text, version_text
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 app.command()(train)
 app.command()(evaluate)
+app.command()(experiment)
 app.command()(prepare)
 
 

@@ -7,23 +7,17 @@ import inspect
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
-from fdkernels.commands.options import options_named
+from fdkernels.commands.options import as_field, field_options, options_named, was_given
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.presets import preset_fields
 from fdkernels.segmentation.runfiles import is_first_process
-from fdkernels.segmentation.saved_runs import read_config
+from fdkernels.segmentation.saved_runs import FREE_ON_RESUME, read_config
 from fdkernels.segmentation.signals import ending_on_signals
 from fdkernels.segmentation.terminal import terminal
-
-# Fields that may differ from the run that is resumed: paths, and what only changes the time.
-_FREE_ON_RESUME = ("data", "novel_data", "output", "workers", "accelerator", "tensorboard")
-# Where an option differs from its field: in type or default.
-_TYPES: dict[str, Any] = {"output": Path, "data": Path | None, "novel_data": Path | None, "fold": str | None}
-_DEFAULTS: dict[str, Any] = {"data": None, "dataset": "tnbc"}
 
 
 def train(
@@ -64,8 +58,8 @@ def _train(
     context: typer.Context, preset: str | None, resume: bool, options: Mapping[str, Any]
 ) -> tuple[TrainingConfig, dict[str, Any]]:
     """Make the configuration from the options, train, and return both."""
-    fields = {name: _as_field(name, value) for name, value in options.items()}
-    given = {name: value for name, value in fields.items() if _was_given(context, name)}
+    fields = {name: as_field(name, value) for name, value in options.items()}
+    given = {name: value for name, value in fields.items() if was_given(context, name)}
     if preset is not None:
         given = {**preset_fields(preset), **given}
     if resume:
@@ -81,45 +75,13 @@ def _train(
 
 def _with_fields(written: inspect.Signature) -> inspect.Signature:
     """Put an option for each field of `TrainingConfig` between those that `train` writes out."""
-    hints = get_type_hints(TrainingConfig)
-    fields = [_option(field, hints[field.name]) for field in dataclasses.fields(TrainingConfig)]
     context, preset, resume, _ = written.parameters.values()
     # Parameters with a default come last in a signature; by keyword alone their order is free.
-    options = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (preset, *fields, resume)]
+    options = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (preset, *field_options(), resume)]
     return written.replace(parameters=[context, *options])
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
-    """Make the option of a field: its name, type, default and help."""
-    name, shown = field.name, field.metadata["shown"]
-    kind = _TYPES.get(name, hint)
-    default = _DEFAULTS.get(name, field.default)
-    switch = name.replace("_", "-")
-    names: list[str] = []
-    if kind in (bool, bool | None):
-        names.append(f"--{switch}" if default is False else f"--{switch}/--no-{switch}")
-    info = typer.Option(*names, help=field.metadata["help"], show_default=True if shown is None else shown)
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
-        annotation=Annotated[kind, info],
-    )
-
-
 train.__signature__ = _with_fields(inspect.signature(train, eval_str=True))  # type: ignore[attr-defined]
-
-
-def _as_field(name: str, value: Any) -> Any:
-    """Convert the value of an option to that of its field."""
-    if isinstance(value, Path):
-        return str(value)
-    return int(value) if name == "fold" and value is not None and value.isdecimal() else value
-
-
-def _was_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _resumed(output: Path, given: Mapping[str, Any]) -> TrainingConfig:
@@ -137,13 +99,13 @@ def _resumed(output: Path, given: Mapping[str, Any]) -> TrainingConfig:
     saved = read_config(output / "config.json")
     for name, value in given.items():
         before = getattr(saved, name)
-        if name not in _FREE_ON_RESUME and value != before:
+        if name not in FREE_ON_RESUME and value != before:
             option = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{option} is {value}, but the run in {output} began with {before}; leave it out "
                 "to continue that run, or start another one"
             )
-    changed = {name: value for name, value in given.items() if name in _FREE_ON_RESUME}
+    changed = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
     return dataclasses.replace(saved, **{**changed, "output": str(output)})
 
 

@@ -29,15 +29,21 @@ def mean_dice(rows: Sequence[SampleScores], baseline: Sequence[SampleScores]) ->
     return dice
 
 
-def interval(differences: Sequence[float], groups: Sequence[str]) -> list[float] | None:
+def interval(
+    differences: Sequence[float], groups: Sequence[str], blocks: Sequence[int] | None = None
+) -> list[float] | None:
     """Compute the 95 % interval of the mean of `differences` by a bootstrap over groups.
 
     Draws as many groups as there are, with replacement and all values of each, 10,000 times, and takes
-    the 2.5 % and 97.5 % quantiles of the means. The draws are the same in each call.
+    the 2.5 % and 97.5 % quantiles of the means. With blocks these are drawn in the same way, each whole, and
+    a value counts as often as its group and its block were drawn, multiplied. The draws are the same in each
+    call.
 
     Args:
-        differences: one value an image.
+        differences: one value an image, or an image and block.
         groups: the patient of each; images of one patient are not independent.
+        blocks: the seed of each, where several networks were scored on the images: all images share what
+            one seed does to them.
 
     Returns:
         The two ends, or None for fewer than two groups.
@@ -46,10 +52,18 @@ def interval(differences: Sequence[float], groups: Sequence[str]) -> list[float]
     if len(names) < 2:
         return None
     values = np.asarray(differences, dtype=np.float64)
-    sums = np.bincount(place, values)  # [G]
-    sizes = np.bincount(place)  # [G]
-    drawn = np.random.default_rng(SEED).multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)
-    means = (drawn @ sums) / (drawn @ sizes)  # [DRAWS]
+    seeds, row = np.unique(np.zeros(len(values)) if blocks is None else blocks, return_inverse=True)
+    shape, flat = (len(seeds), len(names)), row * len(names) + place
+    sums = np.bincount(flat, values, minlength=shape[0] * shape[1]).reshape(shape)  # [B, G]
+    sizes = np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape)  # [B, G]
+    generator = np.random.default_rng(SEED)
+    drawn, together = (
+        generator.multinomial(count, np.full(count, 1 / count), DRAWS) for count in (len(names), len(seeds))
+    )  # [DRAWS, G] and [DRAWS, B]
+    sizes_drawn = (together @ sizes * drawn).sum(axis=1)  # [DRAWS]
+    # A seed need not have seen every patient: a draw without any value has no mean.
+    kept = sizes_drawn > 0
+    means = (together @ sums * drawn).sum(axis=1)[kept] / sizes_drawn[kept]
     low, high = np.quantile(means, [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return [float(low), float(high)]
 

@@ -110,7 +110,7 @@ class RunLoaders(LightningDataModule):
             workers=default_workers(images) if config.workers is None else config.workers,
             seed=self.seed,
             ranks=self._ranks,
-            pairs=config.exchanges,
+            pairs=config.exchange != "none",
             epoch=epoch,
         )
 

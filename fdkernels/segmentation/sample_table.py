@@ -25,8 +25,8 @@ def write_samples(path: Path, samples: Sequence[SampleScores]) -> None:
         cells: dict[str, Any] = {"fold": row.fold} if folds else {}
         cells |= {"phase": row.phase, "image": row.image, "patient": row.patient}
         cells |= {"symmetry": row.symmetry} if augmented else {}
-        cells |= {name: _cell(row.scores[name]) for name in (*SCORES, "foreground_share")}
-        cells |= {f"discrepancy_loss/{name}": _cell(value) for name, value in row.layer_losses.items()}
+        cells |= {name: cell(row.scores[name]) for name in (*SCORES, "foreground_share")}
+        cells |= {f"discrepancy_loss/{name}": cell(value) for name, value in row.layer_losses.items()}
         table.append(cells)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
@@ -34,8 +34,9 @@ def write_samples(path: Path, samples: Sequence[SampleScores]) -> None:
         writer.writerows(table)
 
 
-def _cell(value: float) -> str:
+def cell(value: float) -> str:
+    """Write a score with nine digits; an undefined one is an empty cell."""
     return "" if math.isnan(value) else f"{value:.9g}"
 
 
-__all__ = ["write_samples"]
+__all__ = ["cell", "write_samples"]

@@ -27,6 +27,8 @@ from fdkernels.segmentation.runfiles import (
 )
 
 PARTS = ("train", "validation", "test")
+# Fields that may differ from the run that is resumed: paths, and what only changes the time.
+FREE_ON_RESUME = ("data", "novel_data", "output", "workers", "accelerator", "tensorboard")
 
 
 def begin_run(config: TrainingConfig, described: Mapping[str, Any], resume: bool) -> None:
@@ -53,7 +55,7 @@ def begin_run(config: TrainingConfig, described: Mapping[str, Any], resume: bool
                 "the run began with"
             )
     remove_unfinished(folder)
-    write_json(folder / "config.json", {**config.as_json(), "versions": _versions()})
+    write_json(folder / "config.json", {**config.as_json(), "versions": versions()})
     write_json(written, described)
 
 
@@ -68,8 +70,8 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"output {folder} already holds a run; continue it with --resume, or name another")
 
 
-def _versions() -> dict[str, str]:
-    """The versions on which the numbers of a run depend."""
+def versions() -> dict[str, str]:
+    """List the versions on which the numbers of a run depend."""
     packages = {name: metadata.version(name) for name in ("torch", "lightning", "torchmetrics", "numpy")}
     return {"fdkernels": fdkernels.__version__, "python": platform.python_version(), **packages}
 
@@ -268,6 +270,7 @@ def fill_network(
 
 
 __all__ = [
+    "FREE_ON_RESUME",
     "PARTS",
     "SavedRun",
     "begin_run",
@@ -278,4 +281,5 @@ __all__ = [
     "read_config",
     "read_result",
     "read_run",
+    "versions",
 ]

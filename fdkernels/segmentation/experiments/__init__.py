@@ -1,0 +1,1 @@
+"""The paper's experiments: plans of runs, their execution, and the statistics of their scores."""
