@@ -127,7 +127,7 @@ def discrepancy_losses(features: Sequence[Tensor], mask: Tensor, convention: str
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
+def repeatable(device: torch.device) -> Iterator[None]:
     """Turn off gradients and, on a GPU, use full float32 and one algorithm for every batch size."""
     with (
         torch.inference_mode(),
@@ -181,7 +181,7 @@ def score(
         by_symmetry = []
         for symmetry in SYMMETRIES if augmented else ("identity",):
             with (
-                _repeatable(device),
+                repeatable(device),
                 fdk.FeatureTaps(network, network.tap_names) as taps,
             ):
                 mask = symmetric(masks, symmetry).contiguous()
@@ -237,4 +237,12 @@ def _rows(
     ]
 
 
-__all__ = ["SYMMETRIES", "Candidate", "SampleScores", "discrepancy_losses", "score", "symmetric"]
+__all__ = [
+    "SYMMETRIES",
+    "Candidate",
+    "SampleScores",
+    "discrepancy_losses",
+    "repeatable",
+    "score",
+    "symmetric",
+]

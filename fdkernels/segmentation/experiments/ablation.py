@@ -6,6 +6,7 @@ from typing import Any
 
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.experiments.effects import compare_arms, layer_means
+from fdkernels.segmentation.experiments.features import feature_means, measure
 from fdkernels.segmentation.experiments.plan import FIRST_PHASE, Arm, Experiment, Study
 
 WITHOUT = Arm("without", {"fd_loss": False}, goes_on_from=FIRST_PHASE.name)
@@ -18,13 +19,16 @@ def arms(config: TrainingConfig, novel_images: int) -> list[Arm]:
 
 
 def results(study: Study) -> dict[str, Any]:
-    """Compare the arms over worst-off, best-off and all test images, and give L_fd of each layer."""
+    """Compare the arms over worst-off, best-off and all test images; give features and L_fd of each layer."""
     return {
         **compare_arms(study, [(WITH.name, WITHOUT.name)]),
+        "features": feature_means(study),
         "discrepancy_loss": {arm.name: layer_means(study.of_arm(arm.name)) for arm in study.arms()},
     }
 
 
-ABLATION = Experiment("ablation", "With and without the loss, from the same first phase.", arms, results)
+ABLATION = Experiment(
+    "ablation", "With and without the loss, from the same first phase.", arms, results, measure=measure
+)
 
 __all__ = ["ABLATION", "WITH", "WITHOUT", "arms", "results"]

@@ -30,7 +30,8 @@ def _table(
         title=f"{summary['experiment']}: {summary['settings']['model']} on {summary['settings']['dataset']}, "
         f"{arm} against {baseline}; {len(summary['seeds'])} seeds, {len(summary['folds'])} folds",
         caption="In brackets: 95 % interval, bootstrap over patients with the seeds as blocks. p: Wilcoxon, "
-        f"corrected for {tested} comparisons (Holm). r: rank-biserial. Worst off: {results['worst_off_rule']}.",
+        f"corrected for {tested} comparisons (Holm). r: rank-biserial. "
+        f"Worst off: {results['worst_off_rule']}.",
     )
     table.add_column("samples")
     for heading in ("", baseline, arm, "difference", "p", "r"):
