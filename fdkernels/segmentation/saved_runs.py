@@ -43,20 +43,35 @@ def begin_run(config: TrainingConfig, described: Mapping[str, Any], resume: bool
         ValueError: the folder holds a run and `resume` is False, or a run with another split.
     """
     folder = Path(config.output)
-    if not resume:
+    if resume:
+        check_split(config, described)
+    else:
         check_free(folder)
-    written = folder / "split.json"
-    if resume and written.exists():
-        # Skipped files are told with the path of the data, which may have been moved.
-        before, now = ({**content, "skipped": []} for content in (read_object(written), described))
-        if before != now:
-            raise ValueError(
-                f"data {config.data} no longer splits as {written} says; resume with the files that "
-                "the run began with"
-            )
     remove_unfinished(folder)
     write_json(folder / "config.json", {**config.as_json(), "versions": versions()})
-    write_json(written, described)
+    write_json(folder / "split.json", described)
+
+
+def check_split(config: TrainingConfig, described: Mapping[str, Any]) -> None:
+    """Refuse data that split otherwise than those with which the run in the folder began, if there is one.
+
+    Args:
+        config: the run.
+        described: what split.json should hold.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    written = Path(config.output) / "split.json"
+    if not written.exists():
+        return
+    # Skipped files are told with the path of the data, which may have been moved.
+    before, now = ({**content, "skipped": []} for content in (read_object(written), described))
+    if before != now:
+        raise ValueError(
+            f"data {config.data} no longer splits as {written} says; resume with the files that "
+            "the run began with"
+        )
 
 
 def check_free(folder: Path) -> None:
@@ -275,6 +290,7 @@ __all__ = [
     "SavedRun",
     "begin_run",
     "check_free",
+    "check_split",
     "fill_network",
     "find_runs",
     "load_network",

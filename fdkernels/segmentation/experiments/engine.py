@@ -29,7 +29,8 @@ from fdkernels.segmentation.experiments.running import read_scores
 from fdkernels.segmentation.experiments.workers import carry_out_all
 from fdkernels.segmentation.fields import FieldError, one_of
 from fdkernels.segmentation.run_data import RunData, find_data, split_data
-from fdkernels.segmentation.saved_runs import versions
+from fdkernels.segmentation.runfiles import remove_unfinished
+from fdkernels.segmentation.saved_runs import check_split, versions
 from fdkernels.segmentation.signals import ending_on_signals
 from fdkernels.segmentation.terminal import terminal
 from fdkernels.segmentation.trainer import check_possible
@@ -231,7 +232,11 @@ def _carry_out(
         "arm_settings": {run.arm.name: dict(run.arm.changes) for run in study.runs},
         "versions": {**versions(), "scipy": metadata.version("scipy")},
     }
+    remove_unfinished(study.output)
     finished = {run.key for run in study.runs if run.marker.exists()}
+    for run in study.runs:
+        if run.key in finished:
+            check_split(run.config, run.data.as_json(run.config))
     scores = {run.key: read_scores(run) for run in study.runs if run.key in finished}
 
     def collect(results: Mapping[str, Any] | None = None) -> tuple[Study, dict[str, Any]]:

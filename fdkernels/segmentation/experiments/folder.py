@@ -59,7 +59,8 @@ def check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> Non
         ValueError: it holds something and `resume` is False, or nothing and `resume` is True.
         FieldError: it holds an experiment with another setting; names that.
     """
-    held = output.is_dir() and any(entry.name != _LOCK for entry in output.iterdir())
+    # Hidden files are the lock, and what a process that was killed had begun to write.
+    held = output.is_dir() and any(not entry.name.startswith(".") for entry in output.iterdir())
     if not resume:
         if held:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def results(study: Study) -> dict[str, Any]:
     dice = {(row.arm, row.sample): row.dice for row in rows}
     runs = {run.key: run for run in study.runs}
     found: dict[str, dict[str, Any]] = {}
+    for left in study.output.glob(f".{PICTURES}.*"):  # of a process that was killed
+        shutil.rmtree(left)
     folders = [f"{place:02}" for place in range(1, MOST + 1)]
     with one_thread(), replacing_folder(study.output / PICTURES, folders) as new:
         for fold in study.folds:
