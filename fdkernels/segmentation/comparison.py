@@ -60,10 +60,10 @@ def interval(
     drawn, together = (
         generator.multinomial(count, np.full(count, 1 / count), DRAWS) for count in (len(names), len(seeds))
     )  # [DRAWS, G] and [DRAWS, B]
-    sizes_drawn = (together @ sizes * drawn).sum(axis=1)  # [DRAWS]
+    sizes_drawn = (drawn @ sizes.T * together).sum(axis=1)  # [DRAWS]
     # A seed need not have seen every patient: a draw without any value has no mean.
     kept = sizes_drawn > 0
-    means = (together @ sums * drawn).sum(axis=1)[kept] / sizes_drawn[kept]
+    means = (drawn @ sums.T * together).sum(axis=1)[kept] / sizes_drawn[kept]
     low, high = np.quantile(means, [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return [float(low), float(high)]
 

@@ -36,6 +36,17 @@ def test_images_of_one_patient_are_drawn_together():
     assert interval([0.0, 0.0, 0.0, 4.0], ["a", "b", "c", "d"]) == [0, 3]
 
 
+def test_seeds_are_drawn_as_whole_blocks():
+    # The seeds' means are 0 and 1 for every patient: drawing patients alone would show no spread.
+    values, patients, seeds = [0.0, 0.0, 1.0, 1.0], ["a", "b", "a", "b"], [0, 0, 1, 1]
+    assert interval(values, patients, seeds) == [0, 1]
+    assert interval(values, patients) == [0.5, 0.5]
+
+
+def test_a_draw_of_seeds_and_patients_that_never_met_is_left_out():
+    assert interval([1.0, 3.0], ["a", "b"], [0, 1]) == [1, 3]
+
+
 def test_one_group_has_no_interval():
     assert interval([1.0, 2.0], ["a", "a"]) is None
     assert interval([], []) is None

@@ -46,7 +46,7 @@ def run_experiment(
     *,
     seeds: int = 3,
     folds: int = FOLDS,
-    jobs: int | None = None,
+    jobs: int | None = 1,
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -61,7 +61,8 @@ def run_experiment(
         config: the options of a run; `output` is the folder of the experiment.
         seeds: how many.
         folds: how many of the five of a cross-validation.
-        jobs: how many runs side by side; None for one a GPU, or on CPUs one a core up to 4.
+        jobs: how many runs side by side, each in a process of its own where there are several; None for one
+            a GPU, or on CPUs one a core up to 4.
         resume: go on with the experiment that the folder holds.
         progress: show how far it is.
 

@@ -147,10 +147,11 @@ def _wait_for(condition, seconds=120):
 
 ENDS = [
     pytest.param(signal.SIGKILL, -signal.SIGKILL, 1, id="SIGKILL"),
-    pytest.param(signal.SIGINT, 130, 2, id="SIGINT", marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, 130, 2, id="SIGINT"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")
 @pytest.mark.parametrize(("number", "code", "jobs"), ENDS)
 def test_ended_with_two_jobs_and_resumed_with_any(ablation, tmp_path, number, code, jobs):
