@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 
 from rich.console import Console, RenderableType
@@ -15,13 +15,14 @@ from fdkernels.segmentation.terminal import terminal
 
 
 class _Bars(Progress):
-    """Bars, and below them lines of text."""
+    """Bars, and below them the time, which goes on between two epochs, and lines of text."""
 
+    clock: Callable[[], str] = str
     lines: Sequence[str] = ()
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        for line in self.lines:
+        for line in (self.clock(), *self.lines):
             yield Text(line, style="dim")
 
 
@@ -68,6 +69,7 @@ class Board:
             console=self.console,
             expand=True,
         )
+        self._bars.clock = self.times
         for name in ("", *dict.fromkeys(run.arm.name for run in self.runs.values())):
             total = sum(run.epochs for run in self._of(name))
             self._tasks[name] = self._bars.add_task(name or f"{self.title}, epochs", total=total, note="")
@@ -109,7 +111,7 @@ class Board:
         left = sum(run.epochs for run in self.runs.values()) - done
         pace = done - self._at_start
         rest = "unknown" if pace <= 0 and left else _duration(gone / max(pace, 1) * left)
-        return f"{_duration(gone)} < {rest}"
+        return f"{_duration(gone)} gone, {rest} left"
 
     def _of(self, arm: str) -> list[PlannedRun]:
         return [run for run in self.runs.values() if arm in ("", run.arm.name)]
@@ -120,7 +122,7 @@ class Board:
         for name, task in self._tasks.items():
             runs = self._of(name)
             ended = sum(run.key in self._finished for run in runs)
-            note = self.times() if name == "" else f"{ended} of {len(runs)} runs"
+            note = f"{ended} of {len(runs)} runs"
             self._bars.update(task, completed=sum(self._done[run.key] for run in runs), note=note)
         self._bars.lines = [
             f"{_named(self.runs[key])}: epoch {epochs} of {self.runs[key].epochs}"

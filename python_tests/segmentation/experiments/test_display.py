@@ -23,14 +23,17 @@ def test_the_time_left_is_what_the_epochs_of_this_sitting_tell(tiny, monkeypatch
     runs = _runs(tiny)  # of two epochs each
     text = io.StringIO()
     with Board("ablation", runs, {runs[0].key}, Console(file=text)) as board:
-        assert board.times() == "0:00:00 < unknown"
+        assert board.times() == "0:00:00 gone, unknown left"
         clock[0] = 10.0
         board.trained(runs[1], 1)
-        assert board.times() == "0:00:10 < 0:00:50"
+        assert board.times() == "0:00:10 gone, 0:00:50 left"
         clock[0] = 20.0
         board.finished(runs[1])
-        assert board.times() == "0:00:20 < 0:00:40"
-    assert "ablation: with, seed 0, fold 1 is finished, 2 of 4 runs, 0:00:20 < 0:00:40" in text.getvalue()
+        assert board.times() == "0:00:20 gone, 0:00:40 left"
+    assert (
+        "ablation: with, seed 0, fold 1 is finished, 2 of 4 runs, 0:00:20 gone, 0:00:40 left"
+        in text.getvalue()
+    )
 
 
 def test_epochs_of_an_earlier_sitting_cost_no_time(tiny, monkeypatch):
@@ -40,7 +43,7 @@ def test_epochs_of_an_earlier_sitting_cost_no_time(tiny, monkeypatch):
     with Board("ablation", runs, (), Console(file=io.StringIO())) as board:
         clock[0] = 10.0
         board.trained(runs[0], 2)  # its first epoch was trained before
-        assert board.times() == "0:00:10 < 0:01:00"
+        assert board.times() == "0:00:10 gone, 0:01:00 left"
 
 
 def test_a_terminal_shows_arms_and_the_run_at_work(tiny):
@@ -48,5 +51,5 @@ def test_a_terminal_shows_arms_and_the_run_at_work(tiny):
     runs = _runs(tiny)
     with Board("ablation", runs, (), Console(file=text, force_terminal=True, width=100)) as board:
         board.trained(runs[0], 1)
-    for part in ("ablation, epochs", "0 of 2 runs", "without, seed 0, fold 1: epoch 1 of 2"):
+    for part in ("ablation, epochs", "0 of 2 runs", "0:00:00 gone", "without, seed 0, fold 1: epoch 1 of 2"):
         assert part in text.getvalue()
