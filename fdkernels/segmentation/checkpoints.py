@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from fdkernels.segmentation.module import NotFiniteError
 from fdkernels.segmentation.runfiles import replacing
 
 # A checkpoint of the largest network takes about a second to write.
@@ -96,7 +97,7 @@ class SaveBestAndLast(ModelCheckpoint):
         seconds: how long to train on without writing last.ckpt.
 
     Raises:
-        RuntimeError: at the end, the Dice of every epoch was NaN.
+        NotFiniteError: at the end, the Dice of every epoch was NaN.
     """
 
     def __init__(self, folder: Path, seconds: float = SECONDS_BETWEEN) -> None:
@@ -142,7 +143,7 @@ class SaveBestAndLast(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
         is_end = trainer.current_epoch + 1 == trainer.max_epochs
         if is_end and self.best_model_score is None:
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"none of {trainer.max_epochs} epochs has a validation Dice: the network puts out NaN on "
                 "validation images; a lower lr, or 32-bit precision, may keep it finite"
             )

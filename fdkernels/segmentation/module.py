@@ -20,6 +20,10 @@ from fdkernels.segmentation.metrics import OverlapScores
 from fdkernels.segmentation.objective import SegmentationLoss
 
 
+class NotFiniteError(RuntimeError):
+    """A loss or an output of the network is NaN or infinite, as it will be each time the run is repeated."""
+
+
 class SegmentationModule(LightningModule):
     """Train `model` on the segmentation objective, with the feature discrepancy loss if given.
 
@@ -55,7 +59,7 @@ class SegmentationModule(LightningModule):
         compile_network: run the network, with its taps, through `torch.compile`.
 
     Raises:
-        RuntimeError: the training loss of an epoch is not finite, or the network puts out NaN in a test.
+        NotFiniteError: the training loss of an epoch is not finite, or the network puts out NaN in a test.
 
     References:
         Section 2.3.1 and equations 3 to 5.
@@ -211,7 +215,7 @@ class SegmentationModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         loss = self.trainer.callback_metrics["train/loss"]
         if not torch.isfinite(loss):
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"the training loss became {float(loss)} in epoch {self.current_epoch + 1}; "
                 "a lower lr or alpha_lr, or 32-bit precision, may keep it finite"
             )
@@ -251,7 +255,7 @@ class SegmentationModule(LightningModule):
         scores = self.test_scores.compute()
         self.test_scores.reset()
         if scores["dice"].isnan():
-            raise RuntimeError("the network puts out NaN on test images: their Dice is not defined")
+            raise NotFiniteError("the network puts out NaN on test images: their Dice is not defined")
         self.log_dict({f"test/{name}": value for name, value in scores.items()})
 
     def _counted(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -303,4 +307,4 @@ class SeedSteps(Callback):
         self._seeder(derive_seed(self.seed, trainer.current_epoch, 2, batch_idx, trainer.global_rank))
 
 
-__all__ = ["SeedSteps", "SegmentationModule"]
+__all__ = ["NotFiniteError", "SeedSteps", "SegmentationModule"]

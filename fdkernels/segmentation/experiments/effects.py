@@ -100,7 +100,10 @@ def difference(
         no image has the number in both arms.
     """
     before = {(row.seed, row.fold, row.sample): value(row) for row in baseline}
-    gains = [row._replace(dice=value(row) - before[row.seed, row.fold, row.sample]) for row in rows]
+    # A run that failed has no rows.
+    gains = [
+        row._replace(dice=value(row) - before.get((row.seed, row.fold, row.sample), math.nan)) for row in rows
+    ]
     gains = [row for row in gains if math.isfinite(row.dice)]
     values, patients, seeds = (
         [row.dice for row in gains],
@@ -143,15 +146,16 @@ def compare_arms(study: Study, pairs: Sequence[tuple[str, str]]) -> dict[str, An
         corrected over all comparisons of the list.
     """
     sets, rule = sample_sets(study)
+    names = dict.fromkeys([*(arm.name for arm in study.arms()), *(name for pair in pairs for name in pair)])
     means = {
-        arm.name: {
+        arm: {
             name: {
-                score: mean(getattr(row, score) for row in study.of_arm(arm.name) if row.sample in members)
+                score: mean(getattr(row, score) for row in study.of_arm(arm) if row.sample in members)
                 for score in SCORES
             }
             for name, members in sets.items()
         }
-        for arm in study.arms()
+        for arm in names
     }
     found: list[dict[str, Any]] = []
     for arm, baseline in pairs:

@@ -249,15 +249,19 @@ def _carry_out(
             **summary,
             "state": {"finished": len(done), "total": len(study.runs)},
             "seconds": {run.key: scores[run.key].seconds for run in done},
+            "failed": {run.key: scores[run.key].failed for run in done if scores[run.key].failed},
             "results": dict(results or {}),
         }
         write_summary(study.output, content)
         measured = {run.key: scores[run.key].measured for run in done}
-        return dataclasses.replace(study, rows=rows, measured=measured), content
+        left = [run for run in done if not scores[run.key].failed]
+        return dataclasses.replace(study, runs=left, rows=rows, measured=measured), content
 
     def note_finished(run: PlannedRun) -> None:
         scores[run.key] = read_scores(run)
         board.finished(run)
+        if scores[run.key].failed:
+            board.console.print(f"Left out: run {run.key}, since {scores[run.key].failed}", soft_wrap=True)
         collect()
 
     collect()

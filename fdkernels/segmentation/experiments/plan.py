@@ -114,7 +114,7 @@ class Study:
         output: its folder.
         config: the options that were given, with size and learning rate.
         seeds, folds: of the runs.
-        runs: all runs, in their order.
+        runs: all runs, in their order; in the end without those that failed.
         rows: the scores of the runs that are scored, in their order.
         measured: what `Experiment.measure` gave, by the key of the run.
     """

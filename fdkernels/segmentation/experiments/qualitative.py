@@ -43,12 +43,17 @@ def results(study: Study) -> dict[str, Any]:
         and the files by what they show, relative to the folder of the experiment.
     """
     seed = study.seeds[0]
-    rows = [row for row in study.rows if row.seed == seed]
+    # Where a run of one arm failed there is nothing to compare.
+    runs = {run.key: run for run in study.runs}
+    rows = [
+        row
+        for row in study.rows
+        if row.seed == seed and all(run_key(arm.name, seed, row.fold) in runs for arm in (WITHOUT, WITH))
+    ]
     means = over_seeds(rows, lambda row: row.dice)
     worst = sorted(means, key=lambda sample: (means[sample], sample))[:MOST]
     places = {row.sample: row for row in rows}
     dice = {(row.arm, row.sample): row.dice for row in rows}
-    runs = {run.key: run for run in study.runs}
     found: dict[str, dict[str, Any]] = {}
     for left in study.output.glob(f".{PICTURES}.*"):  # of a process that was killed
         shutil.rmtree(left)
@@ -56,6 +61,8 @@ def results(study: Study) -> dict[str, Any]:
     with one_thread(), replacing_folder(study.output / PICTURES, folders) as new:
         for fold in study.folds:
             members = {sample for sample in worst if places[sample].fold == fold}
+            if not members:
+                continue
             pairs = {arm.name: _seen(runs[run_key(arm.name, seed, fold)], members) for arm in (WITHOUT, WITH)}
             for sample in members:
                 name = folders[worst.index(sample)]
@@ -75,8 +82,6 @@ def results(study: Study) -> dict[str, Any]:
 
 def _seen(run: PlannedRun, members: set[str]) -> dict[str, Seen]:
     """Pass the chosen test images of a run through its network; keep the chosen layers."""
-    if not members:
-        return {}
     return {
         seen.sample: seen._replace(features={layer: seen.features[layer] for layer in LAYERS})
         for seen in pass_over(read_run(run.folder), run.arm.phase)

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate
 from fdkernels.segmentation.experiments.plan import Experiment, PlannedRun, ScoreRow
+from fdkernels.segmentation.module import NotFiniteError
 from fdkernels.segmentation.runfiles import read_object, replacing, write_json
 from fdkernels.segmentation.saved_runs import read_run
 from fdkernels.segmentation.scoring import SampleScores
@@ -29,6 +30,8 @@ def carry_out(
     experiment: Experiment, run: PlannedRun, first: Path | None, report: Callable[[int], Any]
 ) -> None:
     """Train and score a run, from wherever it was broken off; its scores are written last.
+
+    A second phase whose numbers do not stay finite is finished too, without scores: so it would end again.
 
     Args:
         experiment: to which the run belongs.
@@ -44,7 +47,16 @@ def carry_out(
     if first is not None:
         adopt(first / "warm", run.folder / "warm")
     with one_thread():
-        train_run(run.config, run.data, callbacks=[_Epochs(report)], resume=True, progress=False)
+        try:
+            train_run(run.config, run.data, callbacks=[_Epochs(report)], resume=True, progress=False)
+        except NotFiniteError as error:
+            if run.goes_on_from is None:
+                raise  # without the first phase there is nothing to compare
+            seconds = {"training": time.monotonic() - begun, "scoring": 0.0}
+            write_json(
+                run.marker, {"seconds": seconds, "samples": [], "measured": None, "failed": str(error)}
+            )
+            return
         trained = time.monotonic()
         samples: list[dict[str, Any]] = []
         measured = None
@@ -64,6 +76,7 @@ def carry_out(
             "seconds": {"training": trained - begun, "scoring": time.monotonic() - trained},
             "samples": samples,
             "measured": measured,
+            "failed": None,
         },
     )
 
@@ -134,11 +147,13 @@ class RunScores(NamedTuple):
         seconds: of its "training" and "scoring", in the sitting that ended each.
         rows: one a test image; none where the arm is not scored.
         measured: what `Experiment.measure` gave.
+        failed: why it has no scores, where its numbers did not stay finite; else None.
     """
 
     seconds: dict[str, float]
     rows: list[ScoreRow]
     measured: Any
+    failed: str | None
 
 
 def read_scores(run: PlannedRun) -> RunScores:
@@ -171,7 +186,7 @@ def read_scores(run: PlannedRun) -> RunScores:
             f"{run.marker} is not as a run of an experiment writes it ({type(error).__name__}: {error}); "
             "remove it to score that run again"
         ) from error
-    return RunScores(seconds, rows, content.get("measured"))
+    return RunScores(seconds, rows, content.get("measured"), content.get("failed"))
 
 
 __all__ = ["RunScores", "adopt", "carry_out", "one_thread", "read_scores"]

@@ -76,6 +76,12 @@ def test_a_difference_is_paired_by_seed_and_image():
     assert (found["improved"], found["worsened"]) == (2, 0)
 
 
+def test_images_without_a_counterpart_are_left_out():
+    found = effects.difference([_row("a", 0.4), _row("b", 0.4)], [_row("a", 0.1)], lambda row: row.dice)
+    assert found["mean"] == pytest.approx(0.3)
+    assert effects.difference([], [_row("a", 0.1)], lambda row: row.dice)["mean"] is None
+
+
 def test_one_patient_has_no_interval():
     before = [_row(name, 0.1, patient="p", arm="without") for name in "ab"]
     after = [_row(name, 0.2, patient="p") for name in "ab"]

@@ -19,6 +19,7 @@ from fdkernels.segmentation.experiments.engine import run_experiment
 from fdkernels.segmentation.experiments.qualitative import GREEN, OPACITY, correction_picture
 from fdkernels.segmentation.experiments.registry import EXPERIMENTS
 from fdkernels.segmentation.logs import read_rows
+from fdkernels.segmentation.module import SegmentationModule
 from fdkernels.segmentation.runfiles import read_json
 from tiny_data import make_tiny
 
@@ -83,6 +84,22 @@ def test_arms_take_equal_steps_where_an_exchange_drops_a_last_batch_of_one(tiny,
         assert len(read_json(folder / "split.json")["train"]) == 6
         (row,) = read_rows(folder / "active" / "logs")
         assert row["step"] == "0"
+
+
+def test_a_second_phase_that_does_not_stay_finite_is_named_and_left_out(tiny, tmp_path, monkeypatch):
+    step = SegmentationModule.training_step
+
+    def diverging(self, batch, batch_idx):
+        if self.criterion.is_active and self.criterion.alpha_rule == "descent":
+            batch = {**batch, "image": batch["image"] * float("nan")}
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SegmentationModule, "training_step", diverging)
+    found = _run("alpha", tiny, tmp_path, folds=1)
+    assert list(found["failed"]) == ["descent/seed0/fold1"]
+    assert "the training loss became nan in epoch 1" in found["failed"]["descent/seed0/fold1"]
+    assert list(found["results"]["final"]) == ["ascent", "clipped", "ramp"]
+    assert "descent" not in (tmp_path / "scores.csv").read_text()
 
 
 @pytest.fixture(scope="module")
