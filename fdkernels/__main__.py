@@ -11,12 +11,27 @@ from fdkernels.info import info_text, version_text
 # Packages of the extras, and the extras that a command needs, as the README names them.
 _PACKAGES = frozenset(
     {
-        *("defusedxml", "lightning", "matplotlib", "PIL", "pydicom", "rich", "safetensors", "scipy"),
+        *(
+            "defusedxml",
+            "jinja2",
+            "lightning",
+            "matplotlib",
+            "PIL",
+            "pydicom",
+            "rich",
+            "safetensors",
+            "scipy",
+        ),
         *("skimage", "tensorboard", "tifffile", "torchmetrics", "typer"),
     }
 )
-_EXTRAS = {"experiment": "train,report", "prepare": "train,dicom", "demo": "demo"}
-_USAGE = "usage: fdkernels info | train | evaluate | experiment | prepare | demo"
+_EXTRAS = {
+    "experiment": "train,report",
+    "report": "train,report",
+    "prepare": "train,dicom",
+    "demo": "demo",
+}
+_USAGE = "usage: fdkernels info | train | evaluate | experiment | report | prepare | demo"
 
 
 def _install(arguments: list[str]) -> str:

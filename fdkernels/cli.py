@@ -1,4 +1,4 @@
-"""The command line: `fdkernels train`, `evaluate`, `experiment`, `prepare`, `demo` and `info`."""
+"""The command line: `fdkernels train`, `evaluate`, `experiment`, `report`, `prepare`, `demo` and `info`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from fdkernels.commands.evaluate import evaluate
 from fdkernels.commands.experiment import experiment
 from fdkernels.commands.prepare import prepare
+from fdkernels.commands.report import report
 from fdkernels.commands.train import train
 from fdkernels.info import info_text, version_text
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(experiment)
+app.command()(report)
 app.command()(prepare)
 
 

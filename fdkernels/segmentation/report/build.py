@@ -1,0 +1,126 @@
+"""Build the report of folders of `fdkernels train` and `fdkernels experiment`, and write it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fdkernels.segmentation.data.names import printable
+from fdkernels.segmentation.report.beside import published_blocks
+from fdkernels.segmentation.report.curves import run_blocks
+from fdkernels.segmentation.report.experiment import Experiment, is_experiment, read_experiment
+from fdkernels.segmentation.report.experiment_page import experiment_sections
+from fdkernels.segmentation.report.experiment_words import summary_of
+from fdkernels.segmentation.report.images import images_blocks
+from fdkernels.segmentation.report.page import Block, Notes, Page, Section
+from fdkernels.segmentation.report.render import check_jinja, write_page
+from fdkernels.segmentation.report.runs import ReportedRun, RunGroup, find_groups, read_group
+from fdkernels.segmentation.report.settings import results_table, runs_blocks, settings_blocks
+from fdkernels.segmentation.report.words import of_groups
+
+# Trainings whose curves and images are drawn; of more, the tables tell.
+MOST_DRAWN = 8
+
+
+@dataclass(frozen=True)
+class _Sources:
+    experiments: list[Experiment]
+    groups: list[RunGroup]
+
+
+def write_report(
+    folders: Sequence[str | Path], output: str | Path | None = None, data: str | Path | None = None
+) -> tuple[Path, Path]:
+    """Write report.html and report.md of what the folders hold; return the paths of the two.
+
+    Args:
+        folders: of runs of `fdkernels train`, of their folds, of experiments, or folders of these.
+        output: folder to write; None takes the first of `folders`.
+        data: where the data of the runs is now; None where they found it. It is needed for pictures of
+            images alone.
+
+    Raises:
+        ValueError: a folder holds neither a run nor an experiment, or none is given.
+        ModuleNotFoundError: Jinja2 is not installed.
+    """
+    check_jinja()
+    if not folders:
+        raise ValueError("report needs the folder of a run or of an experiment, got none")
+    places = [Path(folder) for folder in folders]
+    page = build_page(places, None if data is None else Path(data))
+    return write_page(page, places[0] if output is None else Path(output))
+
+
+def build_page(folders: Sequence[Path], data: Path | None = None) -> Page:
+    """Build the page of what the folders hold; raises as `write_report`."""
+    sources = _Sources([], [])
+    for folder in dict.fromkeys(folders):
+        _read(folder, sources, alone=len(folders) == 1)
+    summaries = [summary_of(experiment) for experiment in sources.experiments]
+    sections: list[Section] = []
+    for number, experiment in enumerate(sources.experiments, start=1):
+        sections += experiment_sections(experiment, f"experiment-{number}")
+    if sources.groups:
+        summaries.append(of_groups(sources.groups))
+        sections += _group_sections(sources.groups, data)
+    sections.append(
+        Section("Published numbers", tuple(published_blocks(sources.experiments, sources.groups)))
+    )
+    names = [experiment.title for experiment in sources.experiments]
+    names += [group.title for group in sources.groups]
+    title = f"Report: {names[0]}" if len(names) == 1 else f"Report on {len(names)} folders"
+    return Page(title, " ".join(summaries), tuple(sections))
+
+
+def _read(folder: Path, sources: _Sources, alone: bool) -> None:
+    if not folder.is_dir():
+        raise ValueError(printable(f"report needs a folder, got {folder}, which is none"))
+    if is_experiment(folder):
+        sources.experiments.append(read_experiment(folder))
+        return
+    inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and is_experiment(entry)]
+    runs = find_groups(folder, leave_out=frozenset(inside))
+    if not inside and not runs:
+        raise ValueError(
+            printable(
+                f"report needs the folder of a run of fdkernels train, of an experiment, or one that holds "
+                f"such folders, got {folder}, which holds neither config.json nor scores.csv"
+            )
+        )
+    sources.experiments.extend(read_experiment(entry) for entry in inside)
+    for place in runs:
+        named = place.name or str(place) if place == folder else str(place.relative_to(folder))
+        sources.groups.append(
+            read_group(place, named if alone or place == folder else f"{folder.name}/{named}")
+        )
+
+
+def _group_sections(groups: Sequence[RunGroup], data: Path | None) -> list[Section]:
+    runs = [run for group in groups for run in group.runs]
+    problems = [problem for group in groups for problem in group.problems]
+    problems += [problem for run in runs for problem in run.problems]
+    results: list[Block] = [Notes(tuple(problems))] if problems else []
+    if runs:
+        results.append(results_table(runs))
+    if len(groups) > MOST_DRAWN:
+        results.append(
+            Notes((f"Curves and images of the first {MOST_DRAWN} trainings alone are drawn below.",))
+        )
+    sections = [Section("Results of the runs", tuple(results))]
+    for number, group in enumerate(groups[:MOST_DRAWN], start=1):
+        prefix = f"run-{number}"
+        blocks = [*run_blocks(prefix, group.title, group.runs), *images_blocks(prefix, group, data)]
+        if not blocks:
+            blocks = [Notes((f"{group.title} has no log and no finished phase yet.",))]
+        sections.append(Section(f"Training {group.title}", tuple(blocks)))
+    if runs:
+        sections.append(Section("Settings, versions, seeds and time", tuple(_asked_for(runs))))
+    return sections
+
+
+def _asked_for(runs: Sequence[ReportedRun]) -> list[Block]:
+    return [*settings_blocks(runs), *runs_blocks(runs)]
+
+
+__all__ = ["MOST_DRAWN", "build_page", "write_report"]
