@@ -82,9 +82,9 @@ def test_info_command_prints_the_text():
 
 def test_only_commands_that_exist_are_listed():
     listed = _invoke("--help").output
-    for name in ("train", "evaluate", "experiment", "demo", "info"):
+    for name in ("train", "evaluate", "experiment", "report", "demo", "info"):
         assert f"{name} " in listed
-    for name in ("report", "bench"):
+    for name in ("bench",):
         assert name not in listed
 
 

@@ -23,26 +23,22 @@ _MARKS = {"worst_off": "v", "best_off": "^", "all": "o"}
 
 
 class Compared(NamedTuple):
-    """An arm's differences to the baseline on a set, by score."""
+    """An arm's differences to its baseline on a set, by score."""
 
     arm: str
+    baseline: str
     chosen: str
     by_score: dict[str, Difference | None]
 
 
 def compared(experiment: Experiment) -> Iterator[Compared]:
-    """Compare every arm with the baseline on every set."""
-    baseline = experiment.baseline
-    if baseline is None:
-        return
-    before = experiment.of_arm(baseline)
-    for arm in experiment.arms:
-        if arm == baseline:
-            continue
-        rows = experiment.of_arm(arm)
+    """Compare arms on every set, each with its baseline."""
+    for arm, baseline in experiment.pairs.items():
+        rows, before = experiment.of_arm(arm), experiment.of_arm(baseline)
         for chosen in SETS:
             samples = experiment.samples_of(chosen)
-            yield Compared(arm, chosen, {score: difference(rows, before, samples, score) for score in SCORES})
+            by_score = {score: difference(rows, before, samples, score) for score in SCORES}
+            yield Compared(arm, baseline, chosen, by_score)
 
 
 def arms_blocks(prefix: str, experiment: Experiment) -> list[Block]:
@@ -58,27 +54,30 @@ def arms_blocks(prefix: str, experiment: Experiment) -> list[Block]:
 
 def corrected(experiment: Experiment) -> dict[tuple[str, str, str], float]:
     """Read the p-values of the experiment's own test by arm, set and score, corrected for their number."""
-    results = experiment.summary.get("results")
-    comparisons = results.get("comparisons") if isinstance(results, dict) else None
     return {
         (str(one.get("arm")), str(one.get("set")), str(one.get("score"))): float(one["p_holm"])
-        for one in (comparisons if isinstance(comparisons, list) else ())
-        if isinstance(one, dict)
-        and is_number(one.get("p_holm"))
-        and one.get("baseline") == experiment.baseline
+        for one in experiment.comparisons
+        if is_number(one.get("p_holm")) and one.get("baseline") == experiment.pairs.get(str(one.get("arm")))
     }
+
+
+def _named(experiment: Experiment) -> str:
+    """Name the baseline of all arms, or say that each has its own."""
+    baselines = set(experiment.pairs.values())
+    return baselines.pop() if len(baselines) == 1 else "the arm that it is compared with"
 
 
 def _table(experiment: Experiment, found: Sequence[Compared]) -> Table:
     by_place = {(one.arm, one.chosen): one.by_score for one in found}
     tested = corrected(experiment)
+    several = len(set(experiment.pairs.values())) > 1
     rows = []
     for chosen, title in SETS.items():
         samples = experiment.samples_of(chosen)
         for arm in experiment.arms:
             kept = [row for row in experiment.of_arm(arm) if row.sample in samples]
             counts = (str(len({getattr(row, name) for row in kept})) for name in ("sample", "patient"))
-            cells = [title, arm, *counts]
+            cells = [title, arm, *([experiment.pairs.get(arm, EMPTY)] if several else []), *counts]
             for score in SCORES:
                 gain = by_place.get((arm, chosen), {}).get(score)
                 cells += [
@@ -101,12 +100,12 @@ def _table(experiment: Experiment, found: Sequence[Compared]) -> Table:
     )
     return Table(
         "Dice and IoU in percent, means over samples and seeds, and the difference Δ of each arm to "
-        f"{experiment.baseline} on the same samples, seeds and folds, in points. Worst-off are the samples "
+        f"{_named(experiment)} on the same samples, seeds and folds, in points. Worst-off are the samples "
         "with the lowest Dice in the mean over all arms and seeds, best-off the others. Intervals are by a "
         f"bootstrap over patients, each with all its samples, and over seeds.{p_said}",
-        ("samples", "arm", "images", "patients", *headings),
+        ("samples", "arm", *(["compared with"] if several else []), "images", "patients", *headings),
         tuple(rows),
-        texts=2,
+        texts=3 if several else 2,
     )
 
 
@@ -140,7 +139,7 @@ def _figure(name: str, experiment: Experiment, found: Sequence[Compared]) -> Pic
     return Picture(
         name,
         content,
-        f"Difference to {experiment.baseline} in Dice (left) and IoU (right) with 95 % intervals. An "
+        f"Difference to {_named(experiment)} in Dice (left) and IoU (right) with 95 % intervals. An "
         "interval that crosses the line at 0 leaves open whether there is a difference.",
         f"Points with intervals for each arm and set of samples. Differences of Dice in points: {said}.",
     )

@@ -181,26 +181,29 @@ def _mean_end(runs: Sequence[ReportedRun], name: str, phase: str) -> float | Non
     return sum(ends) / len(ends) if ends else None
 
 
-def final_alpha_bars(name: str, finals: Mapping[str, Mapping[str, float]], caption: str) -> Picture | None:
-    """Draw the final alpha of each layer as bars, a group of bars a layer.
+def layer_bars(
+    name: str, values: Mapping[str, Mapping[str, float]], label: str, caption: str
+) -> Picture | None:
+    """Draw a number of each layer as bars, a group of bars a layer; None without numbers.
 
     Args:
         name: of the picture.
-        finals: by title (a run, a rule) alpha by layer.
+        values: by title (a run, an arm) the number by layer.
+        label: what the number is.
         caption: of the picture.
     """
-    layers = in_depth({layer for final in finals.values() for layer in final})
+    layers = in_depth({layer for own in values.values() for layer in own})
     if not layers:
         return None
     with drawn():
         figure = Figure(figsize=(9.0, 3.2), layout="constrained")
         axis = figure.subplots()
-        width = 0.8 / len(finals)
-        for index, (title, final) in enumerate(finals.items()):
+        width = 0.8 / len(values)
+        for index, (title, own) in enumerate(values.items()):
             places = [place - 0.4 + (index + 0.5) * width for place in range(len(layers))]
             axis.bar(
                 places,
-                [final.get(layer, float("nan")) for layer in layers],
+                [own.get(layer, float("nan")) for layer in layers],
                 width,
                 label=title,
                 color=COLOURS[index % len(COLOURS)],
@@ -210,15 +213,15 @@ def final_alpha_bars(name: str, finals: Mapping[str, Mapping[str, float]], capti
         axis.set_xticks(range(len(layers)), layers)
         axis.grid(visible=False, axis="x")
         axis.axhline(0, color="0.2", linewidth=0.8)
-        axis.set_ylabel("final α")
-        if len(finals) > 1:
+        axis.set_ylabel(label)
+        if len(values) > 1:
             legend_below(figure, axis, 4)
         content = png(figure)
     said = "; ".join(
-        f"{title}: " + ", ".join(f"{layer} {number(alpha)}" for layer, alpha in final.items())
-        for title, final in list(finals.items())[:8]
+        f"{title}: " + ", ".join(f"{layer} {number(value)}" for layer, value in own.items())
+        for title, own in list(values.items())[:8]
     )
-    return Picture(name, content, caption, f"Bar chart of the final α of each layer. {said}.")
+    return Picture(name, content, caption, f"Bar chart of {label} of each layer. {said}.")
 
 
 def run_blocks(prefix: str, title: str, runs: Sequence[ReportedRun]) -> list[Block]:
@@ -231,13 +234,14 @@ def run_blocks(prefix: str, title: str, runs: Sequence[ReportedRun]) -> list[Blo
     if layers is not None:
         blocks.append(layers)
     finals = {run.title: final for run in runs if (final := run.final_alpha())}
-    bars = final_alpha_bars(f"{prefix}-final-alpha", finals, f"Final α of each layer of {title}.")
+    caption = f"Final α of each layer of {title}."
+    bars = layer_bars(f"{prefix}-final-alpha", finals, "final α", caption)
     table = layers_table(runs)
     return [*blocks, *(block for block in (bars, table) if block is not None)]
 
 
 __all__ = [
-    "final_alpha_bars",
+    "layer_bars",
     "layer_curves",
     "layers_table",
     "learning_curves",

@@ -6,15 +6,16 @@ import csv
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from fdkernels.segmentation.comparison import interval
 from fdkernels.segmentation.data import DATASETS
 from fdkernels.segmentation.data.names import natural
 from fdkernels.segmentation.report.page import is_number
 from fdkernels.segmentation.report.runs import ReportedRun, in_depth, read_reported
-from fdkernels.segmentation.report.statistics import interval
 from fdkernels.segmentation.report.words import counted
 from fdkernels.segmentation.runfiles import read_object
 from fdkernels.segmentation.summary import worst_off_count
@@ -99,6 +100,25 @@ class Experiment:
         return next(plain, next(iter(self.arms), None))
 
     @property
+    def comparisons(self) -> list[dict[str, Any]]:
+        """The comparisons of arms that the experiment has made, as far as summary.json has them."""
+        results = self.summary.get("results")
+        stated = results.get("comparisons") if isinstance(results, dict) else None
+        return [one for one in stated if isinstance(one, dict)] if isinstance(stated, list) else []
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """Each arm that is compared, and with which: as the experiment does it, or all with one baseline."""
+        arms = set(self.arms)
+        stated: dict[str, str] = {}
+        for one in self.comparisons:
+            if one.get("arm") in arms and one.get("baseline") in arms:
+                stated.setdefault(one["arm"], one["baseline"])
+        if stated:
+            return {arm: stated[arm] for arm in self.arms if arm in stated}
+        return {arm: self.baseline for arm in self.arms if self.baseline is not None and arm != self.baseline}
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings of the summary, or of the first run."""
         stated = self.summary.get("settings")
@@ -143,7 +163,7 @@ class Difference:
     """
 
     mean: float
-    ends: tuple[float, float] | None
+    ends: Sequence[float] | None
     pairs: int
 
     @property
@@ -173,6 +193,25 @@ def difference(
     gains = [100 * (getattr(after, score) - getattr(first, score)) for after, first in pairs]
     ends = interval(gains, [row.patient for row, _ in pairs], [row.seed for row, _ in pairs])
     return Difference(sum(gains) / len(gains), ends, len(pairs))
+
+
+def over_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
+    """Average the scores and losses of each sample over the seeds under which it was tested."""
+    by_sample: dict[str, list[ScoreRow]] = {}
+    for row in rows:
+        by_sample.setdefault(row.sample, []).append(row)
+    return [
+        replace(
+            own[0],
+            dice=fmean(row.dice for row in own),
+            iou=fmean(row.iou for row in own),
+            losses={
+                layer: fmean(row.losses[layer] for row in own if layer in row.losses)
+                for layer in {layer for row in own for layer in row.losses}
+            },
+        )
+        for own in by_sample.values()
+    ]
 
 
 def is_experiment(folder: Path) -> bool:
@@ -282,5 +321,6 @@ __all__ = [
     "ScoreRow",
     "difference",
     "is_experiment",
+    "over_seeds",
     "read_experiment",
 ]

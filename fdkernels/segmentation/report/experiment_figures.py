@@ -8,12 +8,13 @@ from statistics import fmean, quantiles, stdev
 
 import numpy as np
 
-from fdkernels.segmentation.report.curves import final_alpha_bars, layer_curves, mean_final
+from fdkernels.segmentation.comparison import interval
+from fdkernels.segmentation.report.curves import layer_bars, layer_curves, mean_final
 from fdkernels.segmentation.report.drawing import COLOURS, drawn, grid, legend_below, png, style
-from fdkernels.segmentation.report.experiment import Experiment, ScoreRow
+from fdkernels.segmentation.report.experiment import Experiment, ScoreRow, over_seeds
 from fdkernels.segmentation.report.page import Block, Notes, Picture, Table, interval_text, number
 from fdkernels.segmentation.report.runs import ReportedRun, in_depth
-from fdkernels.segmentation.report.statistics import correlation, correlation_interval, interval, regression
+from fdkernels.segmentation.report.statistics import correlation, correlation_interval, regression
 
 MOST_ARMS = 6
 _BATCH = re.compile(r"(?P<method>.*?)[-_ /+]*(?P<images>\d+)")
@@ -23,7 +24,7 @@ def correlation_blocks(prefix: str, experiment: Experiment) -> list[Block]:
     """Draw Dice against L_fd of every sample and layer, with regression line and correlation (figure 1)."""
     blocks: list[Block] = []
     for place, arm in enumerate(experiment.arms[:MOST_ARMS], start=1):
-        rows = experiment.of_arm(arm)
+        rows = over_seeds(experiment.of_arm(arm))
         layers = [layer for layer in experiment.layers if any(layer in row.losses for row in rows)]
         if layers:
             blocks += _correlation_of(f"{prefix}-correlation-{place}", arm, rows, layers)
@@ -56,7 +57,8 @@ def _correlation_of(name: str, arm: str, rows: Sequence[ScoreRow], layers: Seque
         Picture(
             name,
             content,
-            f"Dice against L_fd of each layer, a point a sample and run of {arm}, with the regression line.",
+            f"Dice against L_fd of each layer, a point a sample of {arm} (the mean over its seeds), "
+            "with the regression line.",
             f"Scatter charts for {len(layers)} layers of {arm}. Correlation r: {said}.",
         ),
         Table(
@@ -150,9 +152,8 @@ def alpha_blocks(prefix: str, experiment: Experiment) -> list[Block]:
     if len(by_arm) > MOST_ARMS:
         blocks.append(Notes((f"The curves of the first {MOST_ARMS} of {len(by_arm)} arms are drawn.",)))
     finals = {arm: final for arm, runs in by_arm.items() if (final := mean_final(runs))}
-    bars = final_alpha_bars(
-        f"{prefix}-final-alpha", finals, "Final α of each layer, mean over the runs of an arm."
-    )
+    caption = "Final α of each layer, mean over the runs of an arm."
+    bars = layer_bars(f"{prefix}-final-alpha", finals, "final α", caption)
     if bars is None:
         return blocks
     layers = in_depth({layer for final in finals.values() for layer in final})
@@ -162,11 +163,7 @@ def alpha_blocks(prefix: str, experiment: Experiment) -> list[Block]:
 
 def addition_blocks(prefix: str, experiment: Experiment) -> list[Block]:
     """Draw Dice and IoU on the first data set against the images added from the second (figure 6)."""
-    places: dict[str, dict[int, str]] = {}
-    for arm in experiment.arms:
-        match = _BATCH.fullmatch(arm)
-        if match:
-            places.setdefault(match["method"] or "added", {})[int(match["images"])] = arm
+    places = _batches(experiment)
     if not places:
         return [Notes(("No arm names a number of added images, so that there is no curve over them.",))]
     rows = []
@@ -212,7 +209,28 @@ def addition_blocks(prefix: str, experiment: Experiment) -> list[Block]:
     ]
 
 
-def _hundred(ends: tuple[float, float] | None) -> str:
+def _batches(experiment: Experiment) -> dict[str, dict[int, str]]:
+    """Find the arm of each method and number of added images, by the results or else by its name."""
+    arms = set(experiment.arms)
+    results = experiment.summary.get("results")
+    curves = results.get("curves") if isinstance(results, dict) else None
+    if isinstance(curves, dict) and curves:
+        try:
+            return {
+                method: {int(one["images"]): one["arm"] for one in points if one["arm"] in arms}
+                for method, points in curves.items()
+            }
+        except (KeyError, TypeError, ValueError):
+            pass  # of another form
+    places: dict[str, dict[int, str]] = {}
+    for arm in experiment.arms:
+        match = _BATCH.fullmatch(arm)
+        if match:
+            places.setdefault(match["method"] or "added", {})[int(match["images"])] = arm
+    return places
+
+
+def _hundred(ends: Sequence[float] | None) -> str:
     if ends is None:
         return interval_text(None)
     return f"{number(100 * ends[0], 2)} to {number(100 * ends[1], 2)}"

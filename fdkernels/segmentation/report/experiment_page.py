@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -12,6 +12,7 @@ from fdkernels.segmentation.data.names import natural
 from fdkernels.segmentation.report.arms import arms_blocks
 from fdkernels.segmentation.report.experiment import Experiment
 from fdkernels.segmentation.report.experiment_figures import FIGURES
+from fdkernels.segmentation.report.own_results import own_results
 from fdkernels.segmentation.report.page import Block, Notes, Picture, Section, Table
 from fdkernels.segmentation.report.render import PICTURES
 from fdkernels.segmentation.report.results import result_blocks
@@ -29,13 +30,17 @@ def experiment_sections(experiment: Experiment, prefix: str) -> list[Section]:
         prefix: of the names of its pictures.
     """
     title = experiment.title
-    first: list[Block] = [Notes(experiment.problems)] if experiment.problems else []
+    stated = experiment.summary.get("notes")
+    notes = [*experiment.problems, *(map(str, stated) if isinstance(stated, list) else ())]
+    first: list[Block] = [Notes(tuple(notes))] if notes else []
     first += arms_blocks(prefix, experiment)
     if experiment.name in FIGURES and (experiment.rows or experiment.runs):
         first += FIGURES[experiment.name](prefix, experiment)
-    first += _stored_pictures(prefix, experiment.folder)
+    special = own_results(prefix, experiment)
+    first += special.pictures
+    first += _stored_pictures(prefix, experiment.folder, special.shown)
     sections = [Section(f"Experiment {title}", tuple(first))]
-    further = result_blocks(experiment.summary.get("results"))
+    further = [*special.blocks, *result_blocks(special.others)]
     if further:
         sections.append(Section(f"Results in summary.json of {title}", tuple(further)))
     sections.append(Section(f"Settings, versions, seeds and time of {title}", tuple(_asked_for(experiment))))
@@ -45,7 +50,7 @@ def experiment_sections(experiment: Experiment, prefix: str) -> list[Section]:
 def _asked_for(experiment: Experiment) -> list[Block]:
     runs = [one.run for one in experiment.runs]
     if runs:
-        return [*settings_blocks(runs), *runs_blocks(runs)]
+        return [*settings_blocks(runs, [one.arm for one in experiment.runs]), *runs_blocks(runs)]
     blocks: list[Block] = []
     for name in ("settings", "versions"):
         stated = experiment.summary.get(name)
@@ -57,9 +62,9 @@ def _asked_for(experiment: Experiment) -> list[Block]:
     return [*blocks, Notes((f"The folder holds no runs.{seeds_said}",))]
 
 
-def _stored_pictures(prefix: str, folder: Path) -> list[Block]:
-    """Take in the pictures that the experiment itself has drawn; one that cannot be read is named."""
-    found = list(_pictures(folder))
+def _stored_pictures(prefix: str, folder: Path, known: Collection[Path]) -> list[Block]:
+    """Take in pictures in the folder that are not known yet; one that cannot be read is named."""
+    found = [path for path in _pictures(folder) if path not in known]
     blocks: list[Block] = []
     problems = []
     for place, path in enumerate(found[:MOST_PICTURES], start=1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fdkernels.segmentation.report.arms import Compared, compared, corrected
-from fdkernels.segmentation.report.experiment import Difference, Experiment
+from fdkernels.segmentation.report.experiment import Difference, Experiment, over_seeds
 from fdkernels.segmentation.report.page import interval_text, number
 from fdkernels.segmentation.report.statistics import correlation, correlation_interval
 from fdkernels.segmentation.report.words import (
@@ -45,10 +45,15 @@ def _of_differences(experiment: Experiment) -> list[str]:
     if not overall:
         only = listed(experiment.arms)
         return [f"Only {only} of {experiment.title} has scores, so that there is nothing to compare yet."]
-    sentences = [_told(experiment, one) for one in overall[:MOST_TOLD]]
+    sentences = [_told(one) for one in overall[:MOST_TOLD]]
     if len(overall) > MOST_TOLD:
         sentences.append(f"The table has {counted(len(overall) - MOST_TOLD, 'further arm')}.")
     sentences += _of_worst_off(found)
+    if "before" in experiment.pairs.values():
+        sentences.append(
+            "After phase two the network has also trained for longer, so that a difference to before it is "
+            "not the effect of the loss: that is what the experiment ablation is for."
+        )
     drawn = [gain for one in found for gain in one.by_score.values() if gain is not None and gain.ends]
     if len(drawn) > 1:
         clear = sum(gain.excludes_zero for gain in drawn)
@@ -68,10 +73,10 @@ def _of_differences(experiment: Experiment) -> list[str]:
     return sentences
 
 
-def _told(experiment: Experiment, one: Compared) -> str:
+def _told(one: Compared) -> str:
     gain = one.by_score["dice"]
     assert gain is not None  # the caller leaves the others out
-    against = f"Over all samples Dice under {one.arm} differs from that under {experiment.baseline} by "
+    against = f"Over all samples Dice under {one.arm} differs from that under {one.baseline} by "
     amount = f"{number(gain.mean, 2, signed=True)} points"
     if gain.ends is None:
         return (
@@ -105,7 +110,7 @@ def _of_worst_off(found: Sequence[Compared]) -> list[str]:
 def _of_correlation(experiment: Experiment) -> list[str]:
     sentences = []
     for arm in experiment.arms[:MOST_TOLD]:
-        rows = experiment.of_arm(arm)
+        rows = over_seeds(experiment.of_arm(arm))
         negative, positive, total = [], [], 0
         for layer in experiment.layers:
             kept = [row for row in rows if layer in row.losses]

@@ -145,7 +145,7 @@ def _candidate(
         load=lambda: run.saved.load_network(phase),
         samples=samples,
         names=names,
-        size=config.resolved().size,
+        size=config.size,
         convention=config.convention,
         phase=phase,
         fold=run.saved.fold,

@@ -12,16 +12,33 @@ _DEEPEST = 6
 _LONGEST = 12  # list that is written out in a cell
 
 
-def result_blocks(results: Any, title: str = "results", depth: int = 0) -> list[Block]:
-    """Tabulate nested objects and lists of numbers and words.
+def result_blocks(results: Any) -> list[Block]:
+    """Tabulate nested objects and lists of numbers and words; longer lists are named and left out."""
+    long: list[str] = []
+    blocks = _blocks(_without_long(results, "", long), "results", 0)
+    if long:
+        names = ", ".join(sorted(set(long)))
+        blocks.append(Notes((f"Lists of more than {_LONGEST} values are in summary.json alone: {names}.",)))
+    return blocks
 
-    Args:
-        results: of JSON.
-        title: of the table, the names that lead to it.
-        depth: how many names these are.
-    """
+
+def _without_long(value: Any, name: str, long: list[str]) -> Any:
+    """Leave out the lists of many plain values; add their names to `long`."""
+    if isinstance(value, list):
+        if len(value) > _LONGEST and all(_is_plain(one) for one in value):
+            long.append(_named(name))
+            return None
+        return [_without_long(one, name, long) for one in value]
+    if isinstance(value, Mapping):
+        kept = {key: _without_long(one, str(key), long) for key, one in value.items()}
+        return {key: one for key, one in kept.items() if one is not None or value[key] is None}
+    return value
+
+
+def _blocks(results: Any, title: str, depth: int) -> list[Block]:
+    """Make the tables of a value; `title` is the names that lead to it, and `depth` how many these are."""
     if _is_cell(results):
-        return [Text(f"{title}: {_cell(results)}")]
+        return [] if results in (None, []) else [Text(f"{title}: {_cell(results)}")]
     if isinstance(results, Mapping):
         entries = {str(name): value for name, value in results.items()}
     elif isinstance(results, list):
@@ -29,11 +46,11 @@ def result_blocks(results: Any, title: str = "results", depth: int = 0) -> list[
     else:
         return []
     cells = {name: value for name, value in entries.items() if _is_cell(value)}
-    # An object of cells is a row among others like it.
-    rows = {name: value for name, value in entries.items() if _is_row(value)}
+    # Objects whose values are plain, or objects of plain values, are rows of one table.
+    rows = {name: flat for name, value in entries.items() if (flat := _flat(value)) is not None}
+    if len(rows) == 1 and isinstance(results, Mapping):
+        rows = {}
     deeper = {name: value for name, value in entries.items() if name not in cells and name not in rows}
-    if len(rows) == 1:
-        deeper, rows = {**rows, **deeper}, {}
     blocks: list[Block] = []
     if cells:
         blocks.append(_values_table(title, cells))
@@ -44,10 +61,8 @@ def result_blocks(results: Any, title: str = "results", depth: int = 0) -> list[
             continue
         if depth >= _DEEPEST:
             blocks.append(Notes((f"{title}, {name}: nested too deeply to be shown; see summary.json.",)))
-        elif _is_row(value):
-            blocks.append(_values_table(f"{title}: {_named(name)}", value))
         else:
-            blocks += result_blocks(value, f"{title}: {_named(name)}", depth + 1)
+            blocks += _blocks(value, f"{title}: {_named(name)}", depth + 1)
     return blocks
 
 
@@ -55,14 +70,27 @@ def _named(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _is_cell(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(one is None or isinstance(one, (str, int, float)) for one in value)
+def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, bool, int, float))
 
 
-def _is_row(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(_is_cell(one) for one in value.values())
+def _is_cell(value: Any) -> bool:
+    return _is_plain(value) or (isinstance(value, list) and all(_is_plain(one) for one in value))
+
+
+def _flat(value: Any) -> dict[str, Any] | None:
+    """Give the cells of an object by name, those of objects inside by both names; None if it has others."""
+    if not isinstance(value, Mapping) or not value:
+        return None
+    flat: dict[str, Any] = {}
+    for name, one in value.items():
+        if _is_cell(one):
+            flat[_named(str(name))] = one
+        elif isinstance(one, Mapping) and all(_is_cell(inner) for inner in one.values()):
+            flat |= {f"{_named(str(name))}: {_named(str(inner))}": cell for inner, cell in one.items()}
+        else:
+            return None
+    return flat
 
 
 def _cell(value: Any) -> str:
@@ -70,12 +98,9 @@ def _cell(value: Any) -> str:
         return EMPTY
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list) and len(value) > _LONGEST:
-        return f"{len(value)} values"
     if isinstance(value, list):
-        return (" to " if len(value) == 2 and not _is_words(value) else ", ").join(
-            _cell(one) for one in value
-        )
+        as_interval = len(value) == 2 and all(is_number(one) for one in value)
+        return (" to " if as_interval else ", ").join(_cell(one) for one in value)
     return number(value, 4) if is_number(value) else str(value)
 
 
@@ -95,17 +120,13 @@ def _rows_table(title: str, rows: Mapping[str, Mapping[str, Any]], numbered: boo
     words = [name for name in columns if _is_words([row.get(name) for row in rows.values()])]
     ordered = [*words, *(name for name in columns if name not in words)]
     shown = list(rows.items())[:MOST_ROWS]
-    lines = []
-    for name, row in shown:
-        lead = () if numbered and words else (name if numbered else _named(name),)
-        lines.append((*lead, *(_cell(row.get(column)) for column in ordered)))
-    lead_column = () if numbered and words else ("",)
-    table = Table(
-        f"{title}.",
-        (*lead_column, *(_named(str(name)) for name in ordered)),
-        tuple(lines),
-        texts=len(lead_column) + len(words),
-    )
+    named_by_words = numbered and bool(words)
+    lines = [
+        (*(() if named_by_words else (_named(name),)), *(_cell(row.get(column)) for column in ordered))
+        for name, row in shown
+    ]
+    lead = () if named_by_words else ("",)
+    table = Table(f"{title}.", (*lead, *ordered), tuple(lines), texts=len(lead) + len(words))
     if len(shown) == len(rows):
         return [table]
     return [table, Notes((f"{title}: the first {MOST_ROWS} of {len(rows)} rows; see summary.json.",))]

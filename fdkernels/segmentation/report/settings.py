@@ -48,8 +48,14 @@ def results_table(runs: Sequence[ReportedRun]) -> Table:
     )
 
 
-def settings_blocks(runs: Sequence[ReportedRun]) -> list[Block]:
-    """Tabulate the settings of the runs: those that all share, and those that differ, run by run."""
+def settings_blocks(runs: Sequence[ReportedRun], names_of: Sequence[str] | None = None) -> list[Block]:
+    """Tabulate the settings of the runs: those that all share, and those that differ.
+
+    Args:
+        runs: at least one.
+        names_of: of each run, such as its arm; runs of one name with the same settings make one row. None
+            takes their titles.
+    """
     if not runs:
         return []
     fields = [run.saved.config.as_json() for run in runs]
@@ -66,11 +72,14 @@ def settings_blocks(runs: Sequence[ReportedRun]) -> list[Block]:
         )
     ]
     if differ:
-        rows = tuple(
-            (run.title, *(shown(one[name]) for name in differ)) for run, one in zip(runs, fields, strict=True)
+        heading = "run" if names_of is None else "arm"
+        titles = [run.title for run in runs] if names_of is None else names_of
+        lines = (
+            (title, *(shown(one[name]) for name in differ)) for title, one in zip(titles, fields, strict=True)
         )
+        rows = tuple(dict.fromkeys(lines))
         blocks.append(
-            Table("Settings that differ between the runs.", ("run", *differ), rows, texts=1 + len(differ))
+            Table("Settings that differ between the runs.", (heading, *differ), rows, texts=1 + len(differ))
         )
     return blocks
 

@@ -73,7 +73,7 @@ def test_samples_are_paired_by_seed_fold_and_sample(tmp_path):
 def test_correlation_by_layer(tmp_path):
     reader = read(write_experiment(tmp_path, "correlation", made_up_rows({"with": 0.5}), runs=False))
     table = reader.table("Correlation r")
-    assert table[1] == ["enc1", "16", "4", "−1.000", "−1.000 to −1.000", "−0.333"]
+    assert table[1] == ["enc1", "8", "4", "−1.000", "−1.000 to −1.000", "−0.333"]
     assert len(table) == 10
     assert "lies below 0 in 9 of 9 layers, above 0 in 0, and holds 0 in 0" in reader.text
     assert any("Scatter charts for 9 layers" in image["alt"] for image in reader.images)
@@ -113,6 +113,92 @@ def test_addition_by_method_and_batch(tmp_path):
     ]
 
 
+def test_addition_takes_its_arms_from_the_results(tmp_path):
+    # Without an added image there is no exchange: one arm stands for two methods.
+    arms = {"none+0": 0.5, "none+10": 0.4, "fd+0": 0.6, "fd+10": 0.6, "exchange+10": 0.7}
+    places = {"none": (0, 10), "fd": (0, 10), "exchange": (0, 10)}
+    curves = {
+        method: [
+            {"images": count, "arm": "fd+0" if (method, count) == ("exchange", 0) else f"{method}+{count}"}
+            for count in counts
+        ]
+        for method, counts in places.items()
+    }
+    pairs = [("fd+0", "none+0"), ("fd+10", "none+10"), ("exchange+10", "none+10"), ("none+10", "none+0")]
+    comparisons = [
+        {"arm": arm, "baseline": baseline, "set": "all", "score": "dice", "p_holm": None}
+        for arm, baseline in [*pairs, ("fd+10", "fd+0")]
+    ]
+    results = {"curves": curves, "comparisons": comparisons}
+    rows = made_up_rows(arms, seeds=[0])
+    reader = read(write_experiment(tmp_path, "addition", rows, results=results, runs=False))
+    scores = [row[:3] for row in reader.table("Scores on the first data set")[1:]]
+    assert scores[-2:] == [["exchange", "0", "63.50"], ["exchange", "10", "73.50"]]
+    table = reader.table("Dice and IoU in percent")
+    gains = {row[1]: (row[2], row[6]) for row in table if row[0] == "all"}
+    assert gains == {
+        "none+0": ("–", "–"),
+        "none+10": ("none+0", "−10.00"),
+        "fd+0": ("none+0", "+10.00"),
+        "fd+10": ("none+10", "+20.00"),
+        "exchange+10": ("none+10", "+30.00"),
+    }
+    assert "Dice under fd+10 differs from that under none+10 by +20.00 points" in reader.text
+
+
+def test_qualitative_shows_each_sample_once(tmp_path):
+    from PIL import Image
+
+    files = {}
+    for name in ("image", "truth", "without_errors", "with_errors"):
+        files[name] = f"pictures/01/{name}.png"
+        (tmp_path / "pictures" / "01").mkdir(parents=True, exist_ok=True)
+        Image.radial_gradient("L").save(tmp_path / files[name])
+    files["with_enc1_array"] = "pictures/01/with_enc1.npy"
+    sample = {"sample": "p0_0.png", "patient": "p0", "dice": {"without": 0.5, "with": 0.6}, "files": files}
+    rows = made_up_rows({"without": 0.5, "with": 0.6})
+    write_experiment(tmp_path, "qualitative", rows, results={"samples": [sample]}, runs=False)
+    reader = read(tmp_path)
+    assert reader.table("The samples above")[1] == ["1", "p0_0.png", "p0", "0.500", "0.600"]
+    shown = [image["alt"] for image in reader.images if image["alt"].startswith("Picture")]
+    assert shown == [
+        "Pictures of sample 1: image, truth, without errors, with errors. Dice: without 0.500, with 0.600."
+    ]
+    (tmp_path / files["truth"]).unlink()
+    assert "Sample 1: truth cannot be read" in read(tmp_path).text
+
+
+def test_bound_by_layer(tmp_path):
+    one = {
+        "samples": 8,
+        "holds": 2,
+        "holds_derived": 8,
+        "needed_k": {"median": 1.5},
+        "fails": {"constant": 6},
+    }
+    results = {"lemmas": {"lemma7": {"after": {"enc1": one, "dec1": {**one, "holds": 4}}}}}
+    rows = made_up_rows({"after": 0.5})
+    reader = read(write_experiment(tmp_path, "bound", rows, results=results, runs=False))
+    (alt,) = [image["alt"] for image in reader.images if "share of samples" in image["alt"]]
+    assert "after, k as stated: enc1 0.250, dec1 0.500; after, k as derived: enc1 1.000" in alt
+    assert reader.table("results: lemmas: lemma7: after.")[1] == ["enc1", "8", "2", "8", "1.5000", "6"]
+
+
+def test_mediation_beside_what_is_stated(tmp_path):
+    estimate = {"stated": 1.0, "estimated": 1.001, "interval": [0.99, 1.012]}
+    one = {"a": 1.0, "b": -0.5, "seed": 0, "independence": {"r": 0.001, "interval": [-0.01, 0.012]}}
+    one["distributions"] = {"Z|X": {"slope": estimate, "variance": estimate, "p": 0.5}}
+    content = {"experiment": "mediation", "results": {"draws": 1000, "simulations": [one]}}
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    reader = read(tmp_path)
+    row = ["Z|X", "1.0", "−0.5", "0", *["1.000", "1.0010", "0.9900 to 1.0120"] * 2, "0.500"]
+    assert reader.table("Conditional distributions")[1:] == [row]
+    assert reader.table("Partial correlation")[1][-1] == "yes"
+    content["results"]["simulations"][0]["distributions"] = 3  # of another version
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    assert "are not as expected" in read(tmp_path).text
+
+
 def test_results_of_any_form_become_tables(tmp_path):
     results = {
         "holds": {"enc1": {"share": 0.5, "k": 3}, "enc2": {"share": 1.0, "k": None}},
@@ -133,8 +219,8 @@ def test_results_of_any_form_become_tables(tmp_path):
     ]
     assert reader.table("results: list.")[1:] == [["a", "1.5000"], ["b", "1.0000 to 2.0000"]]
     assert "by <hand>" in reader.text
-    assert reader.table("results: history: enc1.") == [["", "value"], ["alpha", "100 values"]]
-    assert reader.table("results: deep: a: b: c.") == [["", "value"], ["d", "1"]]
+    assert "Lists of more than 12 values are in summary.json alone: alpha." in reader.text
+    assert reader.table("results: deep: a: b.") == [["", "d"], ["c", "1"]]
 
 
 def test_an_unfinished_experiment_says_so(tmp_path):
