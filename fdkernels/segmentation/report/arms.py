@@ -79,34 +79,45 @@ def _table(experiment: Experiment, found: Sequence[Compared]) -> Table:
             counts = (str(len({getattr(row, name) for row in kept})) for name in ("sample", "patient"))
             cells = [title, arm, *([experiment.pairs.get(arm, EMPTY)] if several else []), *counts]
             for score in SCORES:
+                cells.append(number(100 * fmean(getattr(row, score) for row in kept), 2) if kept else EMPTY)
                 gain = by_place.get((arm, chosen), {}).get(score)
-                cells += [
-                    number(100 * fmean(getattr(row, score) for row in kept), 2) if kept else EMPTY,
-                    EMPTY if gain is None else number(gain.mean, 2, signed=True),
-                    EMPTY if gain is None else interval_text(gain.ends, 2),
-                ]
+                if experiment.pairs:
+                    cells.append(EMPTY if gain is None else number(gain.mean, 2, signed=True))
+                    cells.append(EMPTY if gain is None else interval_text(gain.ends, 2))
                 if tested:
                     cells.append(number(tested.get((arm, chosen, score)), 3))
             rows.append(tuple(cells))
-    p_heading = ["p"] if tested else []
-    headings = [
-        heading for name in SCORES.values() for heading in (name, f"Δ {name}", "95 % interval", *p_heading)
-    ]
-    p_said = (
-        " p is that of Wilcoxon's signed-rank test over the images' means, corrected for the number of "
-        "comparisons by Holm's method."
-        if tested
-        else ""
-    )
+    names = SCORES.values()
+    headings = [heading for name in names for heading in (name, f"Δ {name}", "95 % interval", "p")]
+    if not experiment.pairs:
+        headings = list(names)
+    elif not tested:
+        headings = [heading for heading in headings if heading != "p"]
     return Table(
-        "Dice and IoU in percent, means over samples and seeds, and the difference Δ of each arm to "
-        f"{_named(experiment)} on the same samples, seeds and folds, in points. Worst-off are the samples "
-        "with the lowest Dice in the mean over all arms and seeds, best-off the others. Intervals are by a "
-        f"bootstrap over patients, each with all its samples, and over seeds.{p_said}",
+        _caption(experiment, bool(tested)),
         ("samples", "arm", *(["compared with"] if several else []), "images", "patients", *headings),
         tuple(rows),
         texts=3 if several else 2,
     )
+
+
+def _caption(experiment: Experiment, tested: bool) -> str:
+    sentences = ["Dice and IoU in percent, means over samples and seeds."]
+    if experiment.pairs:
+        sentences.append(
+            f"Δ is the difference to {_named(experiment)} on the same samples, seeds and folds, in points, "
+            "with its interval by a bootstrap over patients, each with all its samples, and over seeds."
+        )
+    if tested:
+        sentences.append(
+            "p is that of Wilcoxon's signed-rank test over the images' means, corrected for the number of "
+            "comparisons by Holm's method."
+        )
+    sentences.append(
+        "Worst-off are the samples with the lowest Dice in the mean over all arms and seeds, best-off the "
+        "others."
+    )
+    return " ".join(sentences)
 
 
 def _figure(name: str, experiment: Experiment, found: Sequence[Compared]) -> Picture:

@@ -46,7 +46,7 @@ def _blocks(results: Any, title: str, depth: int) -> list[Block]:
     else:
         return []
     cells = {name: value for name, value in entries.items() if _is_cell(value)}
-    # Objects whose values are plain, or objects of plain values, are rows of one table.
+    # Objects of plain values are rows of one table.
     rows = {name: flat for name, value in entries.items() if (flat := _flat(value)) is not None}
     if len(rows) == 1 and isinstance(results, Mapping):
         rows = {}
@@ -79,8 +79,11 @@ def _is_cell(value: Any) -> bool:
 
 
 def _flat(value: Any) -> dict[str, Any] | None:
-    """Give the cells of an object by name, those of objects inside by both names; None if it has others."""
-    if not isinstance(value, Mapping) or not value:
+    """Give the cells of an object by name, those of objects inside by both names; None if it has others.
+
+    One without a cell of its own is None as well: it is a table itself.
+    """
+    if not isinstance(value, Mapping) or not any(_is_cell(one) for one in value.values()):
         return None
     flat: dict[str, Any] = {}
     for name, one in value.items():

@@ -220,7 +220,7 @@ def test_results_of_any_form_become_tables(tmp_path):
     assert reader.table("results: list.")[1:] == [["a", "1.5000"], ["b", "1.0000 to 2.0000"]]
     assert "by <hand>" in reader.text
     assert "Lists of more than 12 values are in summary.json alone: alpha." in reader.text
-    assert reader.table("results: deep: a: b.") == [["", "d"], ["c", "1"]]
+    assert reader.table("results: deep: a: b: c.") == [["", "value"], ["d", "1"]]
 
 
 def test_an_unfinished_experiment_says_so(tmp_path):
