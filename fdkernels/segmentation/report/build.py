@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fdkernels.segmentation.data.names import printable
+from fdkernels.segmentation.data.names import natural, printable
 from fdkernels.segmentation.report.beside import published_blocks
 from fdkernels.segmentation.report.curves import run_blocks
 from fdkernels.segmentation.report.experiment import Experiment, is_experiment, read_experiment
@@ -15,12 +15,14 @@ from fdkernels.segmentation.report.experiment_words import summary_of
 from fdkernels.segmentation.report.images import images_blocks
 from fdkernels.segmentation.report.page import Block, Notes, Page, Section
 from fdkernels.segmentation.report.render import check_jinja, write_page
-from fdkernels.segmentation.report.runs import ReportedRun, RunGroup, find_groups, read_group
+from fdkernels.segmentation.report.runs import ReportedRun, RunGroup, is_run, read_group
 from fdkernels.segmentation.report.settings import results_table, runs_blocks, settings_blocks
 from fdkernels.segmentation.report.words import of_groups
 
 # Trainings whose curves and images are drawn; of more, the tables tell.
 MOST_DRAWN = 8
+# Levels below a given folder in which runs are looked for.
+DEEPEST = 4
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,16 @@ def build_page(folders: Sequence[Path], data: Path | None = None) -> Page:
     sources = _Sources([], [])
     for folder in dict.fromkeys(folders):
         _read(folder, sources, alone=len(folders) == 1)
-    summaries = [summary_of(experiment) for experiment in sources.experiments]
+    several = len(sources.experiments) + bool(sources.groups) > 1
+    summaries = [
+        f"{experiment.title}: {summary_of(experiment)}" if several else summary_of(experiment)
+        for experiment in sources.experiments
+    ]
     sections: list[Section] = []
     for number, experiment in enumerate(sources.experiments, start=1):
         sections += experiment_sections(experiment, f"experiment-{number}")
     if sources.groups:
-        summaries.append(of_groups(sources.groups))
+        summaries.append(f"Trainings: {of_groups(sources.groups)}" if several else of_groups(sources.groups))
         sections += _group_sections(sources.groups, data)
     sections.append(
         Section("Published numbers", tuple(published_blocks(sources.experiments, sources.groups)))
@@ -70,30 +76,44 @@ def build_page(folders: Sequence[Path], data: Path | None = None) -> Page:
     names = [experiment.title for experiment in sources.experiments]
     names += [group.title for group in sources.groups]
     title = f"Report: {names[0]}" if len(names) == 1 else f"Report on {len(names)} folders"
-    return Page(title, " ".join(summaries), tuple(sections))
+    return Page(title, tuple(summaries), tuple(sections))
 
 
 def _read(folder: Path, sources: _Sources, alone: bool) -> None:
+    """Add what a folder holds; `alone` tells whether it is the only one."""
     if not folder.is_dir():
         raise ValueError(printable(f"report needs a folder, got {folder}, which is none"))
-    if is_experiment(folder):
-        sources.experiments.append(read_experiment(folder))
-        return
-    inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and is_experiment(entry)]
-    runs = find_groups(folder, leave_out=frozenset(inside))
-    if not inside and not runs:
+    places = _places(folder)
+    if not places:
         raise ValueError(
             printable(
-                f"report needs the folder of a run of fdkernels train, of an experiment, or one that holds "
+                "report needs the folder of a run of fdkernels train, of an experiment, or one that holds "
                 f"such folders, got {folder}, which holds neither config.json nor scores.csv"
             )
         )
-    sources.experiments.extend(read_experiment(entry) for entry in inside)
-    for place in runs:
-        named = place.name or str(place) if place == folder else str(place.relative_to(folder))
+    for place in places:
+        if is_experiment(place):
+            sources.experiments.append(read_experiment(place))
+            continue
+        inside = place.relative_to(folder).as_posix()
+        named = folder.resolve().name if place == folder else inside
         sources.groups.append(
-            read_group(place, named if alone or place == folder else f"{folder.name}/{named}")
+            read_group(place, named if alone or place == folder else f"{folder.name}/{inside}")
         )
+
+
+def _places(folder: Path, depth: int = DEEPEST) -> list[Path]:
+    """Find the folders of experiments and runs in a folder and so many levels below it, in natural order."""
+    if is_experiment(folder) or is_run(folder):
+        return [folder]
+    if depth == 0:
+        return []
+    inside = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return [
+        found
+        for entry in sorted(inside, key=lambda entry: natural(entry.name))
+        for found in _places(entry, depth - 1)
+    ]
 
 
 def _group_sections(groups: Sequence[RunGroup], data: Path | None) -> list[Section]:

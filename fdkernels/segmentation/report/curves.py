@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fdkernels.segmentation.config import PHASES
 from fdkernels.segmentation.report.drawing import COLOURS, HATCHES, drawn, grid, legend_below, png, style
@@ -39,6 +40,7 @@ def _mark_phases(axis: Any, runs: Sequence[ReportedRun]) -> None:
         place = {"transform": axis.get_xaxis_transform(), "verticalalignment": "bottom", "fontsize": 8}
         axis.text(begin + 0.5, 1.0, "phase 1 | phase 2", horizontalalignment="center", color="0.25", **place)
     axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _plot(axis: Any, curve: tuple[list[int], list[float]], label: str, index: int) -> bool:

@@ -242,7 +242,7 @@ def read_experiment(folder: Path) -> Experiment:
     for arm, seed, fold, place in _places(folder):
         try:
             seconds = _seconds(summary, arm, seed, fold)
-            run = read_reported(place, f"{arm}, seed {seed}, fold {fold}", seconds=seconds)
+            run = read_reported(place, f"{arm} (seed {seed}, fold {fold})", seconds=seconds)
         except ValueError as error:
             problems.append(f"Left out: {error}.")
             unread += 1

@@ -142,7 +142,12 @@ def alpha_blocks(prefix: str, experiment: Experiment) -> list[Block]:
     """Draw alpha and L_fd of each layer over training for each arm, and the final alpha (figure 5)."""
     by_arm: dict[str, list[ReportedRun]] = {}
     for one in experiment.runs:
-        if one.run.layers("alpha") and (one.arm in experiment.arms or not experiment.rows):
+        # The first phase, which arms without the loss share with the others, has logged the loss.
+        if (
+            one.run.saved.config.fd_loss
+            and one.run.layers("alpha")
+            and one.arm in (experiment.arms or [one.arm])
+        ):
             by_arm.setdefault(one.arm, []).append(one.run)
     blocks: list[Block] = []
     for place, (arm, runs) in enumerate(list(by_arm.items())[:MOST_ARMS], start=1):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fdkernels.segmentation.report.arms import Compared, compared, corrected
 from fdkernels.segmentation.report.experiment import Difference, Experiment, over_seeds
+from fdkernels.segmentation.report.own_words import own_sentences
 from fdkernels.segmentation.report.page import interval_text, number
 from fdkernels.segmentation.report.statistics import correlation, correlation_interval
 from fdkernels.segmentation.report.words import (
@@ -27,13 +28,14 @@ def summary_of(experiment: Experiment) -> str:
     """Sum up an experiment."""
     scored = [one.run for one in experiment.runs if one.arm in experiment.arms]
     sentences: list[str] = []
+    own = own_sentences(experiment)
     if not experiment.rows:
-        sentences.append(f"The experiment {experiment.title} has no scores of samples.")
+        sentences += own or [f"The experiment {experiment.title} has no scores of samples."]
     else:
         sentences += _of_differences(experiment)
         if experiment.name == "correlation":
             sentences += _of_correlation(experiment)
-        sentences += _of_numbers(experiment)
+        sentences += [*own, *_of_numbers(experiment)]
     sentences += _of_progress(experiment)
     sentences += [*of_alpha(scored), *of_training(scored)]
     return " ".join(sentences)
@@ -57,18 +59,19 @@ def _of_differences(experiment: Experiment) -> list[str]:
     drawn = [gain for one in found for gain in one.by_score.values() if gain is not None and gain.ends]
     if len(drawn) > 1:
         clear = sum(gain.excludes_zero for gain in drawn)
-        verb = "excludes" if clear == 1 else "exclude"
+        verb = "excludes" if clear < 2 else "exclude"
         sentences.append(
-            f"Of the {len(drawn)} intervals of differences in the table {clear} {verb} 0; of twenty "
-            "intervals one does so by chance where there is no difference at all, and they are not corrected "
-            "for their number."
+            f"Of the {len(drawn)} intervals of differences in the table {clear or 'none'} {verb} 0; of "
+            "twenty intervals one does so by chance where there is no difference at all, and they are not "
+            "corrected for their number."
         )
     tested = corrected(experiment).values()
     if tested:
         below = sum(p < LEVEL for p in tested)
-        verb = "has" if below == 1 else "have"
+        verb = "has" if below < 2 else "have"
         sentences.append(
-            f"Of the {counted(len(tested), 'test')}, which are corrected, {below} {verb} p below {LEVEL}."
+            f"Of the {counted(len(tested), 'test')}, which are corrected, {below or 'none'} {verb} p below "
+            f"{LEVEL}."
         )
     return sentences
 

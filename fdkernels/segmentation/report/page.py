@@ -81,12 +81,12 @@ class Page:
 
     Attributes:
         title: its heading.
-        summary: in plain words what the numbers show and what they do not.
+        summary: in plain words what the numbers show and what they do not, a paragraph for each source.
         sections: the rest.
     """
 
     title: str
-    summary: str
+    summary: tuple[str, ...]
     sections: tuple[Section, ...]
 
 

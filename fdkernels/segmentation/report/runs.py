@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from fdkernels.alpha import bounds_of
 from fdkernels.models.blocks import TAP_NAMES
 from fdkernels.segmentation.config import PHASES
-from fdkernels.segmentation.data.names import natural
 from fdkernels.segmentation.logs import read_rows
 from fdkernels.segmentation.runfiles import read_object
 from fdkernels.segmentation.saved_runs import SavedRun, read_result, read_run
@@ -205,19 +204,6 @@ def _seconds(folder: Path) -> float | None:
     return ended - begun if ended > begun else None  # copied files have lost their times
 
 
-def find_groups(folder: Path, leave_out: Collection[Path] = (), depth: int = 4) -> list[Path]:
-    """Find the folders of runs in a folder and so many levels below it, in their natural order."""
-    if folder in leave_out or depth < 0:
-        return []
-    if is_run(folder):
-        return [folder]
-    inside = sorted(
-        (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
-        key=lambda entry: natural(entry.name),
-    )
-    return [found for entry in inside for found in find_groups(entry, leave_out, depth - 1)]
-
-
 def _float(cell: Any) -> float | None:
     try:
         return float(cell)
@@ -225,4 +211,4 @@ def _float(cell: Any) -> float | None:
         return None
 
 
-__all__ = ["ReportedRun", "RunGroup", "find_groups", "in_depth", "is_run", "read_group", "read_reported"]
+__all__ = ["ReportedRun", "RunGroup", "in_depth", "is_run", "read_group", "read_reported"]

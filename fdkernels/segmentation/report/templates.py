@@ -32,7 +32,9 @@ tr.own { font-weight: bold; background: #eaf3fa; }
 </head>
 <body>
 <h1>{{ page.title }}</h1>
-<p class="summary">{{ page.summary }}</p>
+<div class="summary">
+{% for paragraph in page.summary %}<p>{{ paragraph }}</p>
+{% endfor %}</div>
 <nav aria-label="Contents"><ol>
 {% for section in page.sections %}<li><a href="#section-{{ loop.index }}">{{ section.title }}</a></li>
 {% endfor %}</ol></nav>
@@ -78,7 +80,10 @@ tr.own { font-weight: bold; background: #eaf3fa; }
 MARKDOWN = """\
 # {{ page.title }}
 
-{{ page.summary }}
+{% for paragraph in page.summary %}
+{{ paragraph }}
+
+{% endfor %}
 
 {% for section in page.sections %}
 ## {{ section.title }}

@@ -78,7 +78,7 @@ def test_every_figure_is_seen(page, tmp_path):
     kinds = {picture.name.split("-", 2)[2] for picture in pictures}
     assert {"differences", "layers-1", "final-alpha", "shift", "correlation-1", "addition"} <= kinds
     assert {"learning-curves", "layers"} <= kinds
-    text = html(Page("Figures", "", (Section("All", tuple(pictures)),)))
+    text = html(Page("Figures", (), (Section("All", tuple(pictures)),)))
     drawn = [np.asarray(picture).astype(int) for picture in PageReader(text).pictures()]
     pixels = screenshot(tmp_path, text, sum(len(one) + 150 for one in drawn))
     assert [
@@ -89,6 +89,6 @@ def test_every_figure_is_seen(page, tmp_path):
 def test_a_broken_picture_is_not_seen(page, tmp_path):
     picture = next(pictures_of(page))
     broken = Picture(picture.name, picture.png[:100], picture.caption, picture.alt)
-    (drawn,) = PageReader(html(Page("", "", (Section("", (picture,)),)))).pictures()
-    pixels = screenshot(tmp_path, html(Page("", "", (Section("", (broken,)),))), 900)
+    (drawn,) = PageReader(html(Page("", (), (Section("", (picture,)),)))).pictures()
+    pixels = screenshot(tmp_path, html(Page("", (), (Section("", (broken,)),))), 900)
     assert not is_seen(pixels, np.asarray(drawn).astype(int))

@@ -70,6 +70,33 @@ def test_samples_are_paired_by_seed_fold_and_sample(tmp_path):
     assert [row[5] for row in table if row[:2] == ["all", "with"]] == ["+10.00"]
 
 
+def test_inflated_features_are_said(tmp_path):
+    def of(norm, apart):
+        return {
+            "enc1": {"norm": norm, "relative_discrepancy": apart},
+            "dec1": {"norm": 1, "relative_discrepancy": 1},
+        }
+
+    results = {"features": {"without": of(1.0, 0.5), "with": of(3.0, 0.5)}}
+    rows = made_up_rows({"without": 0.5, "with": 0.6})
+    text = read(write_experiment(tmp_path, "ablation", rows, results=results, runs=False)).text
+    assert "are larger than under without in 1 of 2 layers" in text
+    assert "relative to their size is larger in 0" in text
+
+
+def test_an_arm_without_the_loss_has_no_curves_of_it(tmp_path):
+    rows = made_up_rows({"without": 0.5, "with": 0.6}, patients=2, seeds=[0])
+    write_experiment(tmp_path, "ablation", rows)
+    # Its first phase is that of the other arm, which has logged the loss.
+    shutil.copytree(
+        tmp_path / "runs/with/seed0/fold1/warm",
+        tmp_path / "runs/without/seed0/fold1/warm",
+        dirs_exist_ok=True,
+    )
+    alts = [image["alt"] for image in read(tmp_path).images]
+    assert sum("a curve for each of 9 layers" in alt for alt in alts) == 1
+
+
 def test_correlation_by_layer(tmp_path):
     reader = read(write_experiment(tmp_path, "correlation", made_up_rows({"with": 0.5}), runs=False))
     table = reader.table("Correlation r")
@@ -97,7 +124,7 @@ def test_alpha_by_rule(tmp_path):
     table = reader.table("The final α of the figure above")
     # Three of the four runs of "clipped" end at 0.25, one at 0.
     assert table[:2] == [["layer", "ascent", "clipped"], ["enc1", "0.2500", "0.1875"]]
-    assert "Every α is 0 at the end of clipped, seed 0, fold 1" in reader.text
+    assert "Every α is 0 at the end of clipped (seed 0, fold 1)" in reader.text
     assert sum("a curve for each of 9 layers" in image["alt"] for image in reader.images) == 2
 
 
@@ -181,6 +208,7 @@ def test_bound_by_layer(tmp_path):
     reader = read(write_experiment(tmp_path, "bound", rows, results=results, runs=False))
     (alt,) = [image["alt"] for image in reader.images if "share of samples" in image["alt"]]
     assert "after, k as stated: enc1 0.250, dec1 0.500; after, k as derived: enc1 1.000" in alt
+    assert "lemma 7 holds with the k that is stated for 6 of 16 samples and layers" in reader.text
     assert reader.table("results: lemmas: lemma7: after.")[1] == ["enc1", "8", "2", "8", "1.5000", "6"]
 
 
@@ -194,6 +222,9 @@ def test_mediation_beside_what_is_stated(tmp_path):
     row = ["Z|X", "1.0", "−0.5", "0", *["1.000", "1.0010", "0.9900 to 1.0120"] * 2, "0.500"]
     assert reader.table("Conditional distributions")[1:] == [row]
     assert reader.table("Partial correlation")[1][-1] == "yes"
+    assert (
+        "Of 2 slopes and variances that were estimated by simulation, the 95 % interval of 2" in reader.text
+    )
     content["results"]["simulations"][0]["distributions"] = 3  # of another version
     (tmp_path / "summary.json").write_text(json.dumps(content))
     assert "are not as expected" in read(tmp_path).text
@@ -281,10 +312,14 @@ def test_results_alone_make_a_page(tmp_path, name):
 
 
 def test_experiments_and_runs_on_one_page(tmp_path):
-    write_experiment(tmp_path / "all" / "ex", "ablation", made_up_rows({"without": 0.5, "with": 0.6}))
-    write_logged_run(tmp_path / "all" / "run")
-    reader = read(tmp_path / "all")
-    assert len(reader.table("Results of the best epoch")) == 3
+    rows = made_up_rows({"without": 0.5, "with": 0.6}, patients=2, seeds=[0])
+    write_experiment(tmp_path / "study" / "tnbc" / "ex", "ablation", rows, runs=False)
+    write_logged_run(tmp_path / "study" / "run", fd_loss=False)
+    reader = read(tmp_path / "study")
+    assert [row[0] for row in reader.table("Results of the best epoch")[1:]] == ["run", "run"]
     assert reader.table("Dice and IoU in percent")
-    page, _ = write_report([tmp_path / "all" / "run", tmp_path / "all" / "ex"], tmp_path / "out")
-    assert "Report on 2 folders" in PageReader(page.read_text("utf-8")).text
+    assert "Report on 2 folders" in reader.text
+    assert "ablation (ex): Over all samples" in reader.text
+    assert "Trainings: The best epoch" in reader.text
+    page, _ = write_report([tmp_path / "study" / "run", tmp_path / "study" / "tnbc"], tmp_path / "out")
+    assert len(PageReader(page.read_text("utf-8")).table("Results of the best epoch")) == 3

@@ -41,7 +41,7 @@ def picture(name: str = "one", colour: str = "red", alt: str = "a red square") -
 
 
 def page(*blocks, title: str = "Title", summary: str = "Sum.") -> Page:
-    return Page(title, summary, (Section("Part", blocks),))
+    return Page(title, (summary,), (Section("Part", blocks),))
 
 
 def test_html_needs_nothing_else():
