@@ -63,6 +63,7 @@ def demo(
 ) -> None:
     """Train a small UNet on a stained slide, without and with the loss, and compare."""
     from fdkernels.segmentation.demo import run_demo
+    from fdkernels.segmentation.report import write_report
 
     run_demo(
         output,
@@ -72,6 +73,8 @@ def demo(
         base_channels=base_channels,
         accelerator=accelerator,
     )
+    page, _ = write_report([output / "runs"], output)
+    print(f"Report: {page}")
 
 
 __all__ = ["app"]

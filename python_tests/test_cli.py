@@ -243,7 +243,13 @@ def test_info_works_without_typer(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == info_text()
 
 
-EXTRAS = {"train": "train", "evaluate": "train", "prepare": "train,dicom", "demo": "demo"}
+EXTRAS = {
+    "train": "train",
+    "evaluate": "train",
+    "report": "train,report",
+    "prepare": "train,dicom",
+    "demo": "demo",
+}
 
 
 @pytest.mark.parametrize("command", [*EXTRAS, None])
@@ -256,11 +262,12 @@ def test_other_commands_without_typer_say_what_to_install(monkeypatch, capsys, c
 
 
 @pytest.mark.parametrize(
-    ("module", "command"), [("lightning", "train"), ("skimage", "demo"), ("lightning", "demo")]
+    ("module", "command"),
+    [("lightning", "train"), ("skimage", "demo"), ("lightning", "demo"), ("jinja2", "report")],
 )
 def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, module, command):
     _without(monkeypatch, module)
-    options = ["--data", tmp_path, "--size=32"] if command == "train" else []
+    options = {"train": ["--data", tmp_path, "--size=32"], "report": [tmp_path]}.get(command, [])
     assert _main(monkeypatch, command, *options, "--output", tmp_path / "x") == 1
     said = capsys.readouterr().err
     assert said.startswith(f"fdkernels: {module}")

@@ -57,8 +57,9 @@ def write_report(
 def build_page(folders: Sequence[Path], data: Path | None = None) -> Page:
     """Build the page of what the folders hold; raises as `write_report`."""
     sources = _Sources([], [])
-    for folder in dict.fromkeys(folders):
-        _read(folder, sources, alone=len(folders) == 1)
+    titles = _titles(folders)
+    for folder, title in titles.items():
+        _read(folder, title, sources, alone=len(titles) == 1)
     several = len(sources.experiments) + bool(sources.groups) > 1
     summaries = [
         f"{experiment.title}: {summary_of(experiment)}" if several else summary_of(experiment)
@@ -79,8 +80,15 @@ def build_page(folders: Sequence[Path], data: Path | None = None) -> Page:
     return Page(title, tuple(summaries), tuple(sections))
 
 
-def _read(folder: Path, sources: _Sources, alone: bool) -> None:
-    """Add what a folder holds; `alone` tells whether it is the only one."""
+def _titles(folders: Sequence[Path]) -> dict[Path, str]:
+    """Name each folder, by its path as it was given where several have one name."""
+    names = {folder: folder.resolve().name for folder in folders}
+    known = list(names.values())
+    return {folder: name if known.count(name) == 1 else folder.as_posix() for folder, name in names.items()}
+
+
+def _read(folder: Path, title: str, sources: _Sources, alone: bool) -> None:
+    """Add what a folder of that title holds; `alone` tells whether it is the only one."""
     if not folder.is_dir():
         raise ValueError(printable(f"report needs a folder, got {folder}, which is none"))
     places = _places(folder)
@@ -96,10 +104,8 @@ def _read(folder: Path, sources: _Sources, alone: bool) -> None:
             sources.experiments.append(read_experiment(place))
             continue
         inside = place.relative_to(folder).as_posix()
-        named = folder.resolve().name if place == folder else inside
-        sources.groups.append(
-            read_group(place, named if alone or place == folder else f"{folder.name}/{inside}")
-        )
+        named = title if place == folder else inside if alone else f"{title}/{inside}"
+        sources.groups.append(read_group(place, named))
 
 
 def _places(folder: Path, depth: int = DEEPEST) -> list[Path]:

@@ -126,6 +126,15 @@ def test_a_folder_of_several_runs(tmp_path):
     assert "tests no difference between them" in reader.text
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arm in ("a", "b"):
+        write_logged_run(tmp_path / arm / "seed_0", fd_loss=False, phases=[], finished=[])
+    page, _ = write_report(["a/seed_0", "b/seed_0", "a/seed_0"], "out")
+    table = PageReader(page.read_text("utf-8")).table("Every run")
+    assert [row[0] for row in table[1:]] == ["a/seed_0", "b/seed_0"]
+
+
 def test_a_result_without_its_numbers_is_named(tmp_path):
     folder = write_logged_run(tmp_path / "run")
     write_json(folder / "active" / "result.json", {"epochs": 4})
