@@ -24,7 +24,7 @@ figcaption, caption { text-align: left; color: #333; font-size: .95rem; padding:
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ccc; text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid #555; } th.number, td.number { text-align: right; }
-td.number { white-space: nowrap; } td.word { max-width: 34rem; overflow-wrap: anywhere; }
+td.number { white-space: nowrap; } td.word { max-width: 34rem; overflow-wrap: break-word; }
 tr.own { font-weight: bold; background: #eaf3fa; }
 @media print { body { max-width: none; font-size: 10.5pt; } h2, figcaption, caption { break-after: avoid; }
   figure, tr { break-inside: avoid; } .scroll { overflow: visible; } nav { display: none; } }
