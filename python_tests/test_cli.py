@@ -276,7 +276,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, module, command
 
 def test_the_readme_names_the_extras_of_the_hints():
     readme = (ROOT / "README.md").read_text("utf-8")
-    for extra in ("train", "train,dicom"):
+    for extra in ("train,report", "train,dicom"):
         assert f"pip install '.[{extra}]'" in readme
 
 

@@ -116,7 +116,7 @@ def test_a_write_that_fails_leaves_the_earlier_report(tmp_path, monkeypatch):
     def broken(page):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("fdkernels.segmentation.report.render.markdown", broken)
+    monkeypatch.setitem(write_page.__globals__, "markdown", broken)
     with pytest.raises(RuntimeError, match="broken"):
         write_page(page(Text("Second."), picture()), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
