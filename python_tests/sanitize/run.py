@@ -91,9 +91,15 @@ def configure(folder: Path, sanitizers: str, *targets: str) -> Path:
 
 
 def usable_isas(command: list[str], environment: Mapping[str, str], folder: Path) -> list[str]:
-    """The instruction sets under which a command, which loads the kernels, ends well."""
+    """The instruction sets under which a command, which loads the kernels, ends well.
+
+    It runs in `folder`: Python would take the package of this source tree where it is the working directory.
+    """
     log = folder / "isa.log"
-    return [isa for isa in ISAS if run(command, log, {**environment, "FDKERNELS_CPU_ISA": isa})[0] == 0]
+    usable = [
+        isa for isa in ISAS if run(command, log, {**environment, "FDKERNELS_CPU_ISA": isa}, folder)[0] == 0
+    ]
+    return usable or sys.exit(f"The kernels load under no instruction set, see {log}")
 
 
 def preloaded(folder: Path) -> dict[str, str]:
