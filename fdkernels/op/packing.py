@@ -51,11 +51,18 @@ def _check_names() -> None:
     ):
         compiled = getattr(getattr(_C, enum, None), "__members__", {})
         if set(compiled) != set(names):
-            raise ImportError(
-                "the compiled module fdkernels._C is of another version than the Python files beside it "
-                f"({enum} has {', '.join(compiled) or 'no names'}, expected {', '.join(names)}); "
-                "reinstall fdkernels"
-            )
+            found = ", ".join(compiled) or "no names"
+            raise _of_another_version(f"{enum} has {found}, expected {', '.join(names)}")
+    for fields in ("layer_fields", "region_layer_fields", "mask_size_fields"):
+        if not hasattr(_C, fields):
+            raise _of_another_version(f"it lacks {fields}")
+
+
+def _of_another_version(how: str) -> ImportError:
+    return ImportError(
+        "the compiled module fdkernels._C is of another version than the Python files beside it "
+        f"({how}); reinstall fdkernels"
+    )
 
 
 _check_names()

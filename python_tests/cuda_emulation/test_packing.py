@@ -12,14 +12,19 @@ from cuda_emulation.build import copy_of
 from fdkernels.conventions import MASK_RESIZES
 
 
-@pytest.mark.parametrize("missing", ["every enum", "a name", "no name but one too many"])
+TABLES = ("layer_fields", "region_layer_fields", "mask_size_fields")
+
+
+@pytest.mark.parametrize("missing", ["every enum", "a name", "no name but one too many", *TABLES])
 def test_a_compiled_module_of_another_version_is_refused(emulated, missing):
     names = ("RegionWeight", "Norm", "Exchange", "Reduction", "MaskResize", "DType")
-    module = SimpleNamespace(**{name: getattr(emulated.module, name) for name in names})
+    module = SimpleNamespace(**{name: getattr(emulated.module, name) for name in (*names, *TABLES)})
     if missing == "every enum":
         module = SimpleNamespace()
     elif missing == "a name":
         module.MaskResize = SimpleNamespace(__members__=dict.fromkeys(MASK_RESIZES[1:]))
+    elif missing in TABLES:
+        delattr(module, missing)
     else:
         module.MaskResize = SimpleNamespace(__members__=dict.fromkeys([*MASK_RESIZES, "linear"]))
     with (
