@@ -11,7 +11,6 @@ import fdkernels
 from cuda_emulation.build import copy_of
 from fdkernels.conventions import MASK_RESIZES
 
-
 TABLES = ("layer_fields", "region_layer_fields", "mask_size_fields")
 
 

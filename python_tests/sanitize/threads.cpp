@@ -54,7 +54,8 @@ class Call {
       features_.push_back(random_numbers(dtype, elements, 2));
       upstream_.push_back(random_numbers(dtype, elements, 3));
     }
-    grad_sums_ = random_numbers(accumulate_, 2 * batch_ * total_channels_, 4);
+    grad_sums_ = random_numbers(accumulate_, 2 * kMostRegions * batch_ * total_channels_, 4);
+    pivots_ = random_numbers(accumulate_, kMostRegions * batch_ * total_channels_, 7);
     factor_ = random_numbers(accumulate_, static_cast<int64_t>(layers_.size()), 5);
     for (int64_t n = 0; n < batch_; ++n)
       pairing_.push_back((n + 1) % batch_);
@@ -69,10 +70,15 @@ class Call {
     }
     run_sums(num_threads, written);
     run_gradients(num_threads, written);
+    // A group of regions and less than one; several groups, with second moments and ignored pixels.
+    run_regions(3, false, num_threads, written);
+    run_regions(kMostRegions, true, num_threads, written);
     return written;
   }
 
  private:
+  static constexpr int64_t kMostRegions = 9;
+
   static Bytes random_numbers(DType dtype, int64_t count, unsigned seed) {
     std::mt19937 generator(seed);
     Bytes bytes(count * element_size(dtype));
@@ -201,11 +207,54 @@ class Call {
       written.push_back(std::move(grad));
   }
 
+  void run_regions(int64_t num_regions, bool with_moments, int num_threads, std::vector<Bytes>& written) const {
+    const int64_t element = element_size(accumulate_), L = static_cast<int64_t>(layers_.size());
+    std::vector<RegionLayer> layers;
+    std::vector<Bytes> weights, grads, grad_weights;
+    for (int64_t l = 0; l < L; ++l) {
+      const Layer& plain = layers_[l];
+      const int64_t count = batch_ * num_regions * pixels_of(plain);
+      weights.push_back(random_numbers(plain.mask_dtype, count, 6));
+      grads.emplace_back(features_[l].size());
+      grad_weights.emplace_back(count * element);
+      RegionLayer layer{};
+      layer.features = map_of(plain, features_[l]);
+      layer.gradient = map_of(plain, grads[l]);
+      if (with_moments) layer.upstream = map_of(plain, upstream_[l]);
+      layer.dtype = plain.dtype;
+      layer.channels = plain.channels;
+      std::memcpy(layer.size, plain.size, sizeof(layer.size));
+      layer.weights = weights[l].data();
+      layer.weight_dtype = plain.mask_dtype;
+      layer.grad_weights = grad_weights[l].data();
+      layers.push_back(layer);
+    }
+    const void* pivots = with_moments ? pivots_.data() : nullptr;
+    const Regions regions{layers.data(), L, batch_, num_regions, with_moments, pivots, total_channels_, accumulate_};
+    const int64_t rows = with_moments ? 2 * num_regions : num_regions;
+    Bytes sums(rows * batch_ * total_channels_ * element), masses(num_regions * batch_ * L * element);
+    cpu::region_sums(regions, sums.data(), masses.data(), num_threads);
+    cpu::region_gradient(regions, grad_sums_.data(), num_threads);
+    cpu::region_weight_gradient(regions, grad_sums_.data(), num_threads);
+    written.push_back(std::move(sums)), written.push_back(std::move(masses));
+    for (std::vector<Bytes>* parts : {&grads, &grad_weights}) {
+      for (Bytes& part : *parts)
+        written.push_back(std::move(part));
+    }
+  }
+
+  // Values that lie as the features of a layer do.
+  static Map map_of(const Layer& layer, const Bytes& values) {
+    Map map{const_cast<unsigned char*>(values.data()), layer.stride_n, layer.stride_c, {}};
+    std::memcpy(map.stride, layer.stride, sizeof(map.stride));
+    return map;
+  }
+
   std::vector<Layer> layers_;
   DType accumulate_;
   int64_t batch_, total_channels_ = 0, mask_pixels_ = 0;
   DType mask_dtype_;
-  Bytes mask_, grad_sums_, factor_;
+  Bytes mask_, grad_sums_, pivots_, factor_;
   std::vector<Bytes> features_, upstream_;
   std::vector<int64_t> pairing_;
 };
