@@ -225,15 +225,18 @@ def _planes_of_indices(indices: Tensor, classes: Classes, ignore_index: float | 
         checks.check_ignore_index(ignore_index, indices.dtype)
     if indices.dtype == torch.bool:
         indices = indices.to(torch.uint8)
-    if checks.values_are_readable(indices) and indices.numel():
+    checked = checks.values_are_readable(indices) and indices.numel() > 0
+    if checked:
         _check_indices(innermost(indices).detach(), K, ignore_index)
     numbers = torch.arange(K, device=indices.device).view(1, K, *[1] * (indices.dim() - 1))
     of_class = indices.unsqueeze(1) == numbers  # [N, K, *S0]
-    known = of_class.any(1, keepdim=True)
-    if ignore_index is not None:
-        ignored = (indices == ignore_index).unsqueeze(1)
-        of_class, known = of_class & ~ignored, known | ignored
-    planes = torch.where(known, of_class.to(torch.uint8), 255)
+    ignored = None if ignore_index is None else (indices == ignore_index).unsqueeze(1)
+    if ignored is not None:
+        of_class = of_class & ~ignored
+    planes = of_class.to(torch.uint8)
+    if not checked:
+        known = of_class.any(1, keepdim=True)
+        planes = torch.where(known if ignored is None else known | ignored, planes, 255)
     return Planes(planes, None, selects=ignore_index is not None)
 
 
