@@ -65,6 +65,7 @@ fuzz: $(VENV)/.dev ## Try FUZZ_CASES random calls of the op and as many broken f
 bench: $(VENV)/.bench ## Measure the op beside its floors and its peers (about ten minutes)
 	folder=benchmarks/results/$$($(BIN)/python -m benchmarks.cases); \
 	$(BIN)/python -m benchmarks.calls --set core,scaling --results $$folder/calls.json $(BENCH_FLAGS); \
+	$(BIN)/python -m benchmarks.classes --results $$folder/classes.json; \
 	$(BIN)/python -m benchmarks.steps --modes eager channels_last --output $$folder/steps.json; \
 	$(BIN)/python -m benchmarks.steps --modes compiled --networks unet --output $$folder/steps-compiled.json; \
 	$(BIN)/python -m benchmarks.steps --modes amp --networks unet --output $$folder/steps-amp.json; \

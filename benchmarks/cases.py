@@ -345,7 +345,7 @@ def write_results(
         path: the file; missing folders are made.
         head: what `header` gives.
         entries: the measurements, one a line.
-        kind: `"calls"`, `"steps"`, `"training"`, `"instructions"` or `"launches"`.
+        kind: `"calls"`, `"classes"`, `"steps"`, `"training"`, `"instructions"` or `"launches"`.
     """
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {"kind": kind, **head}.items()]
     rows = ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)

@@ -10,10 +10,25 @@ import argparse
 import json
 import os
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.class_tables import class_losses, class_rows, class_tables
+from benchmarks.markdown import (
+    FORWARD,
+    NONE,
+    STEP,
+    Entry,
+    bullet,
+    label,
+    median,
+    memory_share,
+    ratio,
+    span,
+    table,
+    timing,
+)
 
 HERE = Path(__file__).resolve().parent
 _TEXTS = json.loads((HERE / "page.json").read_text(encoding="utf-8"))
@@ -21,14 +36,11 @@ ROWS: list[tuple[str, ...]] = [tuple(row.split()) for row in _TEXTS["rows"]]
 TARGETS: dict[str, dict[str, Any]] = _TEXTS["targets"]
 LIMITS = {name: target["limit"] for name, target in TARGETS.items()}
 MAX_ROWS = 10
-NONE = "–"
 PEERS = ("eager", "compiled", "bmm")
-FORWARD, STEP = "forward", "forward+backward"
 SMALL_PYRAMIDS = ("pyramid-32", "deep-256")
 PICTURES: dict[str, str] = _TEXTS["pictures"]
 
 Case = tuple[str, ...]  # name, dtype and layout
-Entry = dict[str, Any]
 Modes = dict[str, Entry]  # a case: the entry of each mode
 
 
@@ -98,22 +110,10 @@ def _key(entry: Entry) -> Case:
     return entry["case"], entry["dtype"], entry["layout"]
 
 
-def median(entry: Entry | None, ratio: str) -> float | None:
-    """The median of a ratio such as `op/floor`, or None."""
-    value: float | None = entry["ratios"].get(ratio, {}).get("median") if entry else None
-    return value
-
-
 def best_peer(entry: Entry | None) -> tuple[float | None, str]:
     """Time of the fastest peer over the op's, None where there is no peer, and its name."""
     found = [(value, name) for name in PEERS if (value := median(entry, f"{name}/op")) is not None]
     return min(found, default=(None, ""))
-
-
-def memory_share(entry: Entry, name: str = "op") -> float:
-    """Peak memory over the features' bytes, beyond the gradient that backward has to write."""
-    gradient = entry["feature_bytes"] if entry["mode"] == STEP else 0
-    return (entry["peak_bytes"][name] - gradient) / entry["feature_bytes"]
 
 
 def missed_targets(machine: Machine) -> list[Miss]:
@@ -149,14 +149,27 @@ def _missed(case: Case, modes: Modes, cache: int) -> Iterator[Miss]:
 
 
 def page(files: Sequence[ResultFile], way: str = "", pictures: Iterable[str] = ()) -> str:
-    """README.md, at most 100 lines whatever was measured; `way` leads to the folder of the results."""
+    """README.md, at most 120 lines whatever was measured; `way` leads to the folder of the results."""
     machines = dict(zip("ABCDEFGH", machines_of(files), strict=False))
+    classes = {
+        letter: [
+            entry
+            for file in files
+            if (file.folder, file.kind) == (machine.file.folder, "classes")
+            for entry in file.entries
+            if entry["device"] == machine.device
+        ]
+        for letter, machine in machines.items()
+    }
+    classes = {letter: entries for letter, entries in classes.items() if entries}
+    lost = (_TEXTS["classes"].format(mode=mode, worst=worst) for mode, worst in class_losses(classes))
     about = [f"**{letter}**: {_summary(machine, files, way)}" for letter, machine in machines.items()]
     filled = {
-        "MACHINES": "\n".join(map(_bullet, about)) or "Nothing has been measured yet.",
+        "MACHINES": "\n".join(map(bullet, about)) or "Nothing has been measured yet.",
         "TABLE": _rows_table(machines),
         "PICTURES": "\n".join(f"![{PICTURES[name]}]({Path(way, name).as_posix()}.png)" for name in pictures),
-        "LOSSES": "\n".join(map(_bullet, _losses(machines))) or "Nowhere: every figure is held.",
+        "CLASSES": class_rows(classes) or "Nothing of it has been measured yet.",
+        "LOSSES": "\n".join(map(bullet, [*_losses(machines), *lost])) or "Nowhere: every figure is held.",
     }
     text = (HERE / "page.md").read_text(encoding="utf-8")
     return re.sub(f"^({'|'.join(filled)})$", lambda found: filled[found[0]], text, flags=re.MULTILINE)
@@ -168,7 +181,7 @@ def _rows_table(machines: dict[str, Machine]) -> str:
     chosen = sorted((row for row in ROWS if measured[row]), key=lambda row: -measured[row])[:MAX_ROWS]
     rows = []
     for row in (row for row in ROWS if row in chosen):
-        cells = [_label(row)]
+        cells = [label(row)]
         for modes in (machine.cases.get(row, {}) for machine in machines.values()):
             for mode in ("kernel forward", "kernel backward"):
                 value = median(modes.get(mode), "kernel/floor")
@@ -178,7 +191,7 @@ def _rows_table(machines: dict[str, Machine]) -> str:
                 cells.append(f"**{text}**" if value is not None and value < 1 else text)
         rows.append(cells)
     names = ("forward", "backward", *PEERS)
-    return _table(["case", *(f"{letter} {name}" for letter in machines for name in names)], rows)
+    return table(["case", *(f"{letter} {name}" for letter in machines for name in names)], rows)
 
 
 def _losses(machines: dict[str, Machine]) -> Iterator[str]:
@@ -190,7 +203,7 @@ def _losses(machines: dict[str, Machine]) -> Iterator[str]:
             found = [miss for miss in misses if miss.target == name]
             if found:
                 count = f", {len(found)} in all" if len(found) > 1 else ""
-                worst.append(f"{letter} {found[0].text} ({_label(found[0].case)}{count})")
+                worst.append(f"{letter} {found[0].text} ({label(found[0].case)}{count})")
         if worst:
             yield f"**{target['title'].format(**target)}**: {'; '.join(worst)}. {target['reason']}"
 
@@ -207,7 +220,7 @@ def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
     best = [value for value, _ in map(best_peer, steps) if value is not None]
     eager = [value for value in (median(step, "eager/op") for step in steps) if value is not None]
     if best and eager:
-        times = f"{_span(best)} times as fast as the best peer, {_span(eager)} times as fast as eager"
+        times = f"{span(best)} times as fast as the best peer, {span(eager)} times as fast as eager"
         parts.append(f"Forward and backward are {times}")
     # A step with the better of `op` and `tap` over the step without the loss.
     costs: dict[str, list[float]] = {}
@@ -217,27 +230,8 @@ def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
             ratios = [step["ratios"][key]["median"] for key in step["ratios"] if key != "plain/without"]
             costs.setdefault(word, []).extend([min(ratios)] if ratios else [])
     for word, found in sorted(costs.items(), reverse=True):
-        parts += [f"{word} with the loss on nine layers takes {_span(found)} times as long as without"]
+        parts += [f"{word} with the loss on nine layers takes {span(found)} times as long as without"]
     return ". ".join(parts) + "."
-
-
-def _span(values: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys((f"{min(values):.3g}", f"{max(values):.3g}")))
-
-
-def _bullet(text: str) -> str:
-    options = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(f"- {text}", 120, **options)
-
-
-def _label(case: Sequence[str]) -> str:
-    return f"`{case[0]}` {case[1]} {case[2]}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def tables(files: Sequence[ResultFile]) -> str:
@@ -245,23 +239,24 @@ def tables(files: Sequence[ResultFile]) -> str:
     parts = ["# All measurements\n", _TEXTS["tables"], ""]
     shown: dict[str, Callable[[Entry, str], str]] = {
         "Peak memory": lambda entry, name: f"{memory_share(entry, name):.1%}",
-        "As the host sees it": lambda entry, name: _time(entry, name, "host_"),
+        "As the host sees it": lambda entry, name: timing(entry, name, "host_"),
         "Launches": lambda entry, name: str(entry["launches"][name]),
     }
     for machine in machines_of(files):
         parts += [f"## Calls, {machine.name}\n", *_conditions(machine.file.head)]
         modes = dict.fromkeys(mode for modes in machine.cases.values() for mode in modes)
         for mode in modes:
-            parts += [f"### {mode.capitalize()}\n", _mode_table(machine, mode, _time), ""]
+            parts += [f"### {mode.capitalize()}\n", _mode_table(machine, mode, timing), ""]
         for title, show in [*shown.items()][: None if machine.device == "cuda" else 1]:
             for mode in (FORWARD, STEP):
                 parts += [f"### {title}, {mode}\n", _mode_table(machine, mode, show), ""]
-        rows = [(_label(miss.case), miss.mode, miss.target, miss.text) for miss in missed_targets(machine)]
-        parts += ["### Figures missed\n", _table(("case", "mode", "figure", "measured"), rows), ""]
+        rows = [(label(miss.case), miss.mode, miss.target, miss.text) for miss in missed_targets(machine)]
+        parts += ["### Figures missed\n", table(("case", "mode", "figure", "measured"), rows), ""]
     makers = {"steps": _steps, "training": _steps, "instructions": _instructions, "launches": _counted}
+    makers["classes"] = class_tables
     for file in (file for file in files if file.kind in makers):
-        table = makers[file.kind](file.entries)
-        parts += [f"## {file.kind.capitalize()}\n", *_conditions(file.head), table, ""]
+        made = makers[file.kind](file.entries)
+        parts += [f"## {file.kind.capitalize()}\n", *_conditions(file.head), made, ""]
     return "\n".join(parts)
 
 
@@ -273,7 +268,11 @@ def _conditions(head: dict[str, Any]) -> list[str]:
     changes = ", with changes" if head["commit"].get("dirty") else ""
     where = f"{about['cpu_model']}, {about['threads']} threads, {about['system']}; a copy moves {rates}"
     when = f"Commit {head['commit'].get('id')}{changes}, {head['when']}, `{head['command']}`"
-    return [*map(_bullet, (where, f"{versions}; built with {built}", when)), ""]
+    if "clock" in head:
+        when += (
+            f". Times are {head['clock']}; load averages {' to '.join(map('{:.3g}'.format, head['load']))}"
+        )
+    return [*map(bullet, (where, f"{versions}; built with {built}", when)), ""]
 
 
 def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) -> str:
@@ -283,20 +282,8 @@ def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) 
     rows = []
     for entry in entries:
         cells = (show(entry, name) if name in entry["seconds"] else NONE for name in names)
-        rows.append([_label(_key(entry)), f"{entry['feature_bytes'] / 2**20:.3g}", *cells])
-    return _table(["case", "MiB", *names], rows)
-
-
-def _time(entry: Entry, name: str, by: str = "") -> str:
-    first = next(iter(entry["seconds"]))
-    over = f"{name}/floor" if name == first else f"{name}/{first}"
-    text = f"{1e3 * entry[f'{by}seconds'][name]['median']:.3g}"
-    return f"{text}, {_ratio(entry, over, by)}" if over in entry["ratios"] else text
-
-
-def _ratio(entry: Entry, name: str, by: str = "") -> str:
-    found = entry[f"{by}ratios"].get(name)
-    return f"{found['median']:.3g} [{found['q1']:.3g}–{found['q3']:.3g}]" if found else NONE
+        rows.append([label(_key(entry)), f"{entry['feature_bytes'] / 2**20:.3g}", *cells])
+    return table(["case", "MiB", *names], rows)
 
 
 def _steps(entries: Sequence[Entry]) -> str:
@@ -307,16 +294,16 @@ def _steps(entries: Sequence[Entry]) -> str:
         peaks, width = entry["peak_bytes"], entry["base_channels"] or "published"
         sizes = (f"{peaks[n] / 2**20:.4g}" if n in peaks else NONE for n in ("without", *names))
         what = [entry.get("preset", entry["network"]), entry["mode"], f"{entry['images']}, {width}"]
-        ratios = (_ratio(entry, f"{name}/without") for name in names)
-        rows.append([*what, _time(entry, "without"), *ratios, " / ".join(sizes)])
+        ratios = (ratio(entry, f"{name}/without") for name in names)
+        rows.append([*what, timing(entry, "without"), *ratios, " / ".join(sizes)])
     header = ["network", "mode", "images, base channels", "without, ms", *(f"{n} / without" for n in names)]
     reasons = sorted({f"`{name}`: {why}" for entry in entries for name, why in entry["left_out"].items()})
-    return _table([*header, "peak MiB"], rows) + "".join(f"\n\n{_bullet(reason)}" for reason in reasons)
+    return table([*header, "peak MiB"], rows) + "".join(f"\n\n{bullet(reason)}" for reason in reasons)
 
 
 def _instructions(entries: Sequence[Entry]) -> str:
     rows = ((entry["figure"], f"{entry['instructions']:,}", entry["instruction_set"]) for entry in entries)
-    return _table(("figure", "instructions of a call", "kernels"), rows)
+    return table(("figure", "instructions of a call", "kernels"), rows)
 
 
 def _counted(entries: Sequence[Entry]) -> str:
@@ -328,7 +315,7 @@ def _counted(entries: Sequence[Entry]) -> str:
         counts = (", ".join(f"{n} × {k}" for k, n in entry[way].items()) for way in ("forward", "backward"))
         rows.append([f"`{entry['case']}`", str(entry["num_layers"]), f"{moved / 2:.3f}", tap, *counts])
     header = ("case", "layers", "bytes over the floor", "MiB of backward, `tap` / separate")
-    return _table([*header, "launches forward", "launches backward"], rows)
+    return table([*header, "launches forward", "launches backward"], rows)
 
 
 def draw(machines: Sequence[Machine], folder: Path) -> list[str]:
