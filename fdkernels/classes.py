@@ -233,7 +233,7 @@ def _planes_of_indices(indices: Tensor, classes: Classes, ignore_index: float | 
     ignored = None if ignore_index is None else (indices == ignore_index).unsqueeze(1)
     if ignored is not None:
         of_class = of_class & ~ignored
-    planes = of_class.to(torch.uint8)
+    planes = of_class.view(torch.uint8)
     if not checked:
         known = of_class.any(1, keepdim=True)
         planes = torch.where(known if ignored is None else known | ignored, planes, 255)
