@@ -35,8 +35,8 @@ from benchmarks.peers import EPS, OP_BOUNDS, Contender, Floors, resize
 
 MODES = ("forward", "forward+backward")
 # Seconds of timing for each mode of a form. A GPU's times scatter less, and a lent one is short of time.
-BUDGETS = {"cpu": 0.4, "cuda": 0.1}
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+BUDGETS = {"cpu": 0.25, "cuda": 0.1}
+MIN_ROUNDS, MAX_ROUNDS = 7, 100
 CELLS = 8  # the classes are patches, CELLS² of them in the mask
 
 
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--results", type=Path, metavar="FILE", help="the JSON, written after each form")
     parser.add_argument(
-        "--time-limit", type=float, default=170, metavar="SECONDS", help="start none after it"
+        "--time-limit", type=float, default=130, metavar="SECONDS", help="start no form after it"
     )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="of timing for each mode of a form")
     arguments = parser.parse_args()
