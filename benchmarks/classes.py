@@ -200,7 +200,9 @@ def _sides(sums: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 
 def errors(inputs: ClassInputs, form: Form, named: dict[str, Contender]) -> dict[str, dict[str, float]]:
     """|loss - truth| / max(1, |truth|) and ‖gradient - truth‖ / ‖truth‖ of everyone; truth is float64."""
-    wide = [layer.detach().double().requires_grad_() for layer in inputs.layers]
+    # With the channels innermost the product is several times as fast.
+    options = {"dtype": torch.float64, "memory_format": torch.channels_last}
+    wide = [layer.detach().to(**options).requires_grad_() for layer in inputs.layers]
     truth = plain(wide, inputs.planes.double(), form, by_einsum)
     expected = torch.autograd.grad(truth, wide)
     found = {}

@@ -252,8 +252,8 @@ def tables(files: Sequence[ResultFile]) -> str:
                 parts += [f"### {title}, {mode}\n", _mode_table(machine, mode, show), ""]
         rows = [(label(miss.case), miss.mode, miss.target, miss.text) for miss in missed_targets(machine)]
         parts += ["### Figures missed\n", table(("case", "mode", "figure", "measured"), rows), ""]
-    makers = {"steps": _steps, "training": _steps, "instructions": _instructions, "launches": _counted}
-    makers["classes"] = class_tables
+    makers = {"classes": class_tables, "steps": _steps, "training": _steps}
+    makers |= {"instructions": _instructions, "launches": _counted}
     for file in (file for file in files if file.kind in makers):
         made = makers[file.kind](file.entries)
         parts += [f"## {file.kind.capitalize()}\n", *_conditions(file.head), made, ""]
@@ -269,9 +269,8 @@ def _conditions(head: dict[str, Any]) -> list[str]:
     where = f"{about['cpu_model']}, {about['threads']} threads, {about['system']}; a copy moves {rates}"
     when = f"Commit {head['commit'].get('id')}{changes}, {head['when']}, `{head['command']}`"
     if "clock" in head:
-        when += (
-            f". Times are {head['clock']}; load averages {' to '.join(map('{:.3g}'.format, head['load']))}"
-        )
+        load = " to ".join(f"{average:.3g}" for average in head["load"])
+        when += f". Times are {head['clock']}; load average {load}"
     return [*map(bullet, (where, f"{versions}; built with {built}", when)), ""]
 
 
