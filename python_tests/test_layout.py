@@ -40,6 +40,7 @@ ALLOWED = {
     "copies": {*THE_OP, "layer_losses"},
     "criterion": {*THE_OP, "taps", "layer_losses", "alpha", "copies"},
     "models": {"checks"},
+    "integrations": {"taps", "criterion"},
     "build_info": {"_C", "_version"},
     "info": {"_C", "_version", "backend", "build_info"},
     "segmentation": {*THE_LOSS, "models", "info", "build_info", "fdkernels"},
@@ -183,7 +184,7 @@ SHAPE = re.compile(r"\[(?:\]|\.\.\.|…|\*|\d|[A-ZΣ])|\b[Ss]calar|\bany shape")
 WITH_SHAPES = [
     name
     for name in MODULES
-    if name.startswith(("fdkernels.op", "fdkernels.segmentation"))
+    if name.startswith(("fdkernels.op", "fdkernels.segmentation", "fdkernels.integrations"))
     or name in {f"fdkernels.{part}" for part in ("geometry", "loss", "criterion", "taps", "exchange")}
 ]
 
