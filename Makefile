@@ -38,11 +38,19 @@ demo: $(VENV)/.demo ## Train a small UNet without and with the loss; results go 
 .PHONY: test test-slow
 test: lint ## Run the linters and the tests
 	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(int(not torch.cuda.is_available()))") \
-		$(BIN)/pytest -m "not slow"
+		$(BIN)/pytest -m "not slow and not clients"
 
 test-slow: $(VENV)/.dev ## Run the tests that take minutes
 	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(int(not torch.cuda.is_available()))") \
 		$(BIN)/pytest -m slow
+
+# Other people's packages have a virtual environment of their own: some change what the rest of the tests import.
+.PHONY: test-clients run-clients
+test-clients: ## Train networks of MONAI, timm, transformers and others with the loss, in $(VENV)-clients
+	$(MAKE) VENV=$(VENV)-clients run-clients
+
+run-clients: $(VENV)/.clients
+	$(BIN)/pytest -m clients
 
 # Checks that take long, each beside the tests of `make test` and of no CI; docs/ has what their last runs gave.
 .PHONY: test-matrix sanitize fuzz
@@ -120,6 +128,6 @@ $(VENV)/.package: $(VENV)/.tools $(SOURCES)
 	@touch $@
 
 # Install the dependencies of the extra of that name.
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.package
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench $(VENV)/.clients: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.package
 	$(PIP) "fdkernels[$*]"
 	@touch $@
