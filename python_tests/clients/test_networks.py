@@ -1,4 +1,4 @@
-"""Other people's networks, tapped as suggest_taps says: gradients of the reference, and steps that keep nothing.
+"""Other people's networks, tapped as suggest_taps says, get the reference's gradients and keep no tensor.
 
 Weights are random, nothing is downloaded.
 """
