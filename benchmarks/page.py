@@ -162,7 +162,8 @@ def page(files: Sequence[ResultFile], way: str = "", pictures: Iterable[str] = (
         for letter, machine in machines.items()
     }
     classes = {letter: entries for letter, entries in classes.items() if entries}
-    lost = (_TEXTS["classes"].format(mode=mode, worst=worst) for mode, worst in class_losses(classes))
+    worst = "; ".join(f"{mode} {losses}" for mode, losses in class_losses(classes))
+    lost = [_TEXTS["classes"].format(worst=worst)] if worst else []
     about = [f"**{letter}**: {_summary(machine, files, way)}" for letter, machine in machines.items()]
     filled = {
         "MACHINES": "\n".join(map(bullet, about)) or "Nothing has been measured yet.",

@@ -179,5 +179,5 @@ def test_classes_stand_with_the_machine_whose_folder_they_lie_in(tmp_path):
     files = read_files(tmp_path)
     text = " ".join(page(files).split())
     assert "| `fisher-4`, `map-128` float32 contiguous | 2.00 | 3× | **0.5×** |" in text
-    assert "slower than a peer, forward**: A 1.60 times the time of `einsum`" in text
+    assert "slower than a peer**: forward+backward A 2.00 times the time of `einsum`" in text
     assert "Times are CPU time of one thread; load average 3.5 to 4.25" in " ".join(tables(files).split())
