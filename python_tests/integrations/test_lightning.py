@@ -252,7 +252,7 @@ def test_named_parameters_stay_named(tmp_path):
     assert module.optimizers().param_groups[1]["param_names"] == ["alpha"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("epochs", [1, 3], ids=["in the warm start", "later"])
 def test_a_resumed_fit_goes_on_as_an_unbroken_one(tmp_path, epochs):
     def make() -> tuple[Module, fdk.FeatureDiscrepancyLoss, FeatureDiscrepancyCallback]:
         crit = criterion(target=None)
@@ -343,13 +343,17 @@ def test_copies_of_a_module_in_training_are_made(tmp_path):
 
 def test_no_tensor_is_kept_from_step_to_step(tmp_path):
     class Count(Module):
-        def on_train_batch_start(self, batch, batch_idx):
+        def on_train_batch_end(self, *_: Any) -> None:
             gc.collect()
-            live.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))
+            alive = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+            live.append(len(alive))
+            features.append(sum(each.shape == (2, 4, 8, 8) for each in alive))
 
     live: list[int] = []
+    features: list[int] = []
     trainer(callback(criterion()), tmp_path, max_epochs=3).fit(Count(), loader())
     assert live[6:] <= live[3:6]  # step for step of the epoch before
+    assert not any(features)
 
 
 @pytest.mark.parametrize(
