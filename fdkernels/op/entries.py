@@ -17,7 +17,7 @@ from fdkernels.classes import Classes
 from fdkernels.conventions import Options
 from fdkernels.exchange import Ranks, gather_batch
 from fdkernels.op import loss_formulas, registered
-from fdkernels.op.loss_formulas import Moments, wide
+from fdkernels.op.loss_formulas import Moments, for_channels, wide
 from fdkernels.op.pyramid import Pyramid
 from fdkernels.transforms import in_transform
 
@@ -106,11 +106,7 @@ def _moments(
 ) -> Moments:
     """The moments of both sides of all entries about one number a sample and channel, (C7)."""
     S, Q, p, M = wide(sums), wide(moments), wide(pivots), wide(masses)  # [R, N, ΣC], M [R, N, L]
-    parts = [
-        column.expand(*column.shape[:2], C)
-        for column, C in zip(M.split(1, -1), pyramid.channels, strict=True)
-    ]
-    M = torch.cat(parts, dim=-1)  # [R, N, ΣC]
+    M = for_channels(M, pyramid)  # [R, N, ΣC]
     present = (M.detach() != 0).to(S.dtype)
     shift = (p * present).sum(0) / present.sum(0).clamp(min=1)  # [N, ΣC]
     d = p - shift

@@ -15,7 +15,7 @@ from torch import Tensor
 from fdkernels.conventions import Options
 from fdkernels.op.pyramid import Pyramid
 
-__all__ = ["Moments", "fisher_losses_of", "losses_of", "slopes_of", "wide"]
+__all__ = ["Moments", "fisher_losses_of", "for_channels", "losses_of", "slopes_of", "wide"]
 
 
 def wide(numbers: Tensor) -> Tensor:
@@ -56,13 +56,43 @@ def fisher_losses_of(
         masses: [2, N, L].
         pyramid, options, pairing: as for `losses_of`.
     """
-    of_layers = zip(*(part.split(pyramid.channels, dim=-1) for part in moments), strict=True)
-    layers = [_fisher_features(Moments(*parts), masses[..., index]) for index, parts in enumerate(of_layers)]
-    return _losses_of_layers(layers, options, pairing)
+    counts = (masses != 0).all(0)  # [N, L]; true for NaN
+    w = torch.where(counts, masses, 1)  # [2, N, L]
+    keep, divisor = for_channels(counts, pyramid), for_channels(w, pyramid)  # [.., N, ΣC]
+    mean = torch.where(keep, moments.first / divisor, 0)  # of x, [2, N, ΣC]
+    variance = torch.where(keep, moments.second / divisor, 0) - mean.square()
+    f, b = torch.where(keep, mean + moments.shift, 0)
+    spread_fg, spread_bg = _over_channels(variance, pyramid)  # [N, L] each
+    entries = torch.zeros((), dtype=f.dtype, device=f.device)
+    for term in _terms(counts, options, pairing):  # of K pairs
+        keep = for_channels(term.valid, pyramid)
+        D = torch.zeros((), dtype=f.dtype, device=f.device)
+        for i, j in term.pairs:
+            # Harmless numbers in the pairs left out, as in `_argument`.
+            apart = (torch.where(keep, f[i], 1) - torch.where(keep, b[j], 0)).square()
+            spread = torch.where(term.valid, spread_fg[i] + spread_bg[j], 1)
+            D = D + _over_channels(apart, pyramid) / (spread + options.eps)  # [K, L]
+        loss = -options.log_scale * torch.where(term.valid, D + options.eps, 1).log()
+        entries = entries + (loss.sum(0) / _count(term.valid) if term.is_mean else loss)
+    entries = torch.where(counts, entries, 0)  # [N, L]
+    if options.reduction == "none":
+        return entries
+    return entries.sum(0) / _count(counts) if options.reduction == "mean" else entries.sum(0)
+
+
+def for_channels(of_layers: Tensor, pyramid: Pyramid) -> Tensor:
+    """What layers have, [..., L], for each of their channels, [..., ΣC]."""
+    columns = zip(of_layers.split(1, dim=-1), pyramid.channels, strict=True)
+    return torch.cat([column.expand(*column.shape[:-1], C) for column, C in columns], dim=-1)
+
+
+def _over_channels(values: Tensor, pyramid: Pyramid) -> Tensor:
+    """The sum over the channels of each layer, [..., L], of [..., ΣC]."""
+    return torch.stack([part.sum(-1) for part in values.split(pyramid.channels, dim=-1)], dim=-1)
 
 
 class Moments(NamedTuple):
-    """Sums [2, N, C] of x = F - shift and of x² over foreground and background, and the shift [N, C]."""
+    """Sums [2, N, ΣC] of x = F - shift and of x² over foreground and background, and the shift [N, ΣC]."""
 
     first: Tensor
     second: Tensor
@@ -73,7 +103,7 @@ def _losses_of_layers(layers: Sequence[_RegionFeatures], options: Options, pairi
     all_losses = []
     for layer in layers:
         entries = torch.zeros((), dtype=layer.f.dtype, device=layer.f.device)
-        for term in _terms(layer, options, pairing):
+        for term in _terms(layer.counts, options, pairing):
             loss = -options.log_scale * _argument(layer, term, options).log()  # [K], or [C] over the batch
             entries = entries + (loss.sum() / _count(term.valid) if term.is_mean else loss)
         counted = _counted(layer, options)
@@ -103,18 +133,13 @@ def slopes_of(
 
 
 class _RegionFeatures(NamedTuple):
-    """f and b of (L1) [N, C], 0 in samples that do not count; which samples count [N]; w_fg and w_bg [N].
-
-    `spread_fg` and `spread_bg` are the variances of both regions, added up over the channels [N], or None.
-    """
+    """f and b of (L1) [N, C], 0 in samples that do not count; which samples count [N]; w_fg and w_bg [N]."""
 
     f: Tensor
     b: Tensor
     counts: Tensor
     w_fg: Tensor
     w_bg: Tensor
-    spread_fg: Tensor | None = None
-    spread_bg: Tensor | None = None
 
 
 def _region_features(S: Tensor, M: Tensor, pixels: int, options: Options) -> _RegionFeatures:
@@ -141,29 +166,18 @@ def _region_features(S: Tensor, M: Tensor, pixels: int, options: Options) -> _Re
     return _RegionFeatures(f, b, counts, w_fg, w_bg)
 
 
-def _fisher_features(moments: Moments, M: Tensor) -> _RegionFeatures:
-    """Means and variances (C5) of one layer, for masses M [2, N]."""
-    counts = (M[0] != 0) & (M[1] != 0)
-    w = torch.where(counts, M, 1)  # [2, N]
-    keep, divisor = counts.unsqueeze(-1), w.unsqueeze(-1)
-    mean = torch.where(keep, moments.first / divisor, 0)  # of x, [2, N, C]
-    variance = torch.where(keep, moments.second / divisor, 0) - mean.square()
-    f, b = torch.where(keep, mean + moments.shift, 0)
-    spread_fg, spread_bg = variance.sum(-1)
-    return _RegionFeatures(f, b, counts, w[0], w[1], spread_fg, spread_bg)
-
-
 def _counted(layer: _RegionFeatures, options: Options) -> Tensor:
     """Which entries count, [N]; over the batch [C], all or none."""
     return layer.counts.any().expand(layer.f.shape[-1]) if options.norm == "batch" else layer.counts
 
 
 def _count(flags: Tensor) -> Tensor:
-    return flags.sum().clamp(min=1)
+    """How many samples or pairs [N] count, at least 1; of each layer for [N, L]."""
+    return flags.sum(0).clamp(min=1)
 
 
 class _Term(NamedTuple):
-    """One logarithm of an entry, of the summed distances of the pairs (i, j) where these are valid [K].
+    """One logarithm of an entry, of the summed distances of the pairs (i, j) where valid, [K] or [K, L].
 
     `is_mean`: the mean over the valid pairs is part of every entry; else pair n is part of entry n.
     """
@@ -173,15 +187,14 @@ class _Term(NamedTuple):
     is_mean: bool = False
 
 
-def _terms(layer: _RegionFeatures, options: Options, pairing: Tensor | None) -> Iterator[_Term]:
-    """The logarithms that an entry adds up, (L3) to (L6)."""
-    counts = layer.counts
+def _terms(counts: Tensor, options: Options, pairing: Tensor | None) -> Iterator[_Term]:
+    """The logarithms that an entry adds up, (L3) to (L6), for which samples count, [N] or [N, L]."""
     own = torch.arange(counts.shape[0], device=counts.device)
     yield _Term([(own, own)], counts)
     if options.exchange == "shuffle" and pairing is not None:
         yield _Term([(pairing, own)], counts & counts[pairing])
     if options.exchange == "pooled" and pairing is not None:
-        used = (pairing >= 0).all(-1)
+        used = (pairing >= 0).all(-1).view(-1, *[1] * (counts.dim() - 1))
         i, j = pairing.clamp(min=0).unbind(-1)
         valid = used & counts[i] & counts[j]
         yield _Term([(i, j), (j, i)], valid, is_mean=options.norm != "batch")
@@ -193,11 +206,7 @@ def _argument(layer: _RegionFeatures, term: _Term, options: Options) -> Tensor:
     D = torch.zeros((), dtype=layer.f.dtype, device=layer.f.device)
     for i, j in term.pairs:
         # Harmless numbers in the pairs left out: a NaN there would reach the gradient past `torch.where`.
-        D_pair = _distance(torch.where(keep, layer.f[i], 1), torch.where(keep, layer.b[j], 0), options)
-        if layer.spread_fg is not None and layer.spread_bg is not None:
-            spread = torch.where(term.valid, layer.spread_fg[i] + layer.spread_bg[j], 1)
-            D_pair = D_pair / (spread + options.eps)  # (C6)
-        D = D + D_pair
+        D = D + _distance(torch.where(keep, layer.f[i], 1), torch.where(keep, layer.b[j], 0), options)
     valid = term.valid
     if options.norm == "batch":
         D, valid = torch.where(keep, D, 0).sum(0), valid.any()
@@ -205,10 +214,10 @@ def _argument(layer: _RegionFeatures, term: _Term, options: Options) -> Tensor:
 
 
 def _distance(f: Tensor, b: Tensor, options: Options) -> Tensor:
-    """D [K] of (L2) for rows f and b [K, C], the numerator of (C6); its summands [K, C] over the batch."""
+    """D [K] of (L2) for rows f [K, C] and b [K, C]; its summands [K, C] over the batch."""
     if options.norm == "batch":
         return (f - b).square()
-    if options.norm in ("vector", "fisher"):
+    if options.norm == "vector":
         return (f - b).square().sum(-1)
     x, z = (f - b).sum(-1), (f + b).sum(-1)
     return x.square() / (z.square() + options.eps) if options.norm == "relative" else x.square()
@@ -221,7 +230,7 @@ def _slopes(layer: _RegionFeatures, options: Options, pairing: Tensor | None) ->
     if options.reduction == "mean":
         G = G / _count(counted)
     grad_f, grad_b = torch.zeros_like(layer.f), torch.zeros_like(layer.b)
-    for term in _terms(layer, options, pairing):
+    for term in _terms(layer.counts, options, pairing):
         of_entry = G.sum() / _count(term.valid) if term.is_mean else G
         q = -options.log_scale * of_entry / _argument(layer, term, options)
         keep = term.valid.unsqueeze(-1)
