@@ -37,6 +37,7 @@ CORE = (
     "op/test_triton.py",
     "op/test_weights.py",
     "test_backend.py",
+    "test_classes.py",
     "test_compile.py",
     "test_criterion.py",
     "test_fused_taps.py",
