@@ -59,7 +59,7 @@ def test_the_loss_of_a_layer_is_its_closed_form():
     assert discrepancy_losses([layer], mask, "algorithm1").tolist() == [[pytest.approx(expected / 2)]]
 
 
-@pytest.mark.parametrize("convention", sorted(set(fdk.CONVENTIONS) - {"released"}))
+@pytest.mark.parametrize("convention", sorted(set(oracles.CONVENTIONS) - {"released"}))
 def test_the_losses_are_those_of_the_formulas(convention):
     layers, mask = _features()
     expected = oracles.loss(
@@ -67,6 +67,16 @@ def test_the_losses_are_those_of_the_formulas(convention):
     )
     torch.testing.assert_close(
         discrepancy_losses(layers, mask, convention).double(), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_fisher_losses_are_those_of_the_loss():
+    layers, mask = _features()
+    expected = fdk.feature_discrepancy_loss(
+        [layer.double() for layer in layers], mask, convention="fisher", reduction="none", backend="reference"
+    )
+    torch.testing.assert_close(
+        discrepancy_losses(layers, mask, "fisher").double(), expected, rtol=1e-5, atol=1e-5
     )
 
 
