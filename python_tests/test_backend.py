@@ -45,8 +45,11 @@ def test_backends_hands_out_a_copy():
 FUNCTIONS = [name for name in vars(Kernels) if not name.startswith("_")]
 
 
-def test_a_backend_is_five_functions():
-    assert FUNCTIONS == ["masks", "sums", "losses", "gradient", "mask_gradient"]
+def test_a_backend_is_five_functions_and_three_for_any_number_of_regions():
+    assert FUNCTIONS == [
+        *("masks", "sums", "losses", "gradient", "mask_gradient"),
+        *("region_sums", "region_gradient", "region_weight_gradient"),
+    ]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
