@@ -95,12 +95,6 @@ class Classes(NamedTuple):
         first = 0 if self.include_background else 1
         return classes[first:], rest[first:]
 
-    def num_entries(self, num_classes: int) -> int:
-        """E, for K classes."""
-        if self.pairs is not None:
-            return len(self.pairs)
-        return num_classes if self.include_background else num_classes - 1
-
 
 BINARY = Classes()
 
@@ -164,8 +158,10 @@ def check_class_mask(
     """
     checks.check_mask_tensor(mask, layers)
     rank = layers[0].dim()
-    if _holds_indices(mask, rank, classes):
-        return _planes_of_indices(mask.squeeze(1) if mask.dim() == rank else mask, classes, ignore_index)
+    of_indices = _num_classes_of_indices(mask, rank, classes)
+    if of_indices is not None:
+        indices = mask.squeeze(1) if mask.dim() == rank else mask
+        return _planes_of_indices(indices, of_indices, classes, ignore_index)
     K = mask.shape[1]
     if classes.num_classes not in (None, K):
         raise ValueError(
@@ -186,8 +182,8 @@ def check_class_mask(
     return Planes(torch.where(ignored, ignore_index, mask), ignore_index, selects=True)
 
 
-def _holds_indices(mask: Tensor, rank: int, classes: Classes) -> bool:
-    """Whether a mask holds class indices, by its shape alone; ValueError where no shape fits."""
+def _num_classes_of_indices(mask: Tensor, rank: int, classes: Classes) -> int | None:
+    """K of a mask of class indices, None for planes, by the shape alone; ValueError where no shape fits."""
     K, shape = classes.num_classes, list(mask.shape)
     has_channels = mask.dim() == rank
     if classes.mode == "multiclass":
@@ -196,14 +192,14 @@ def _holds_indices(mask: Tensor, rank: int, classes: Classes) -> bool:
                 raise ValueError(
                     f"num_classes must be given for a mask of class indices, got None and a mask {shape}"
                 )
-            return True
-        return False
+            return K
+        return None
     if not has_channels or (mask.shape[1] == 1 and K not in (None, 1)):
         raise ValueError(
             f"mask must have one channel for each class, [N, K, *S], for mode='multilabel', got {shape}; "
             "class indices take mode='multiclass'"
         )
-    return False
+    return None
 
 
 def _check_pairs_exist(classes: Classes, K: int) -> None:
@@ -216,10 +212,8 @@ def _check_pairs_exist(classes: Classes, K: int) -> None:
         raise ValueError("include_background=False leaves no class of 1 channel")
 
 
-def _planes_of_indices(indices: Tensor, classes: Classes, ignore_index: float | None) -> Planes:
+def _planes_of_indices(indices: Tensor, K: int, classes: Classes, ignore_index: float | None) -> Planes:
     """One plane of bytes for each class of indices [N, *S0]; what is no index is no weight in any plane."""
-    K = classes.num_classes
-    assert K is not None
     _check_pairs_exist(classes, K)
     if ignore_index is not None:
         checks.check_ignore_index(ignore_index, indices.dtype)

@@ -47,6 +47,11 @@ class Settings(NamedTuple):
     classes: Classes = BINARY
 
     @property
+    def resize(self) -> str:
+        """How the mask is resized to a layer."""
+        return self.mask_resize or self.convention.mask_resize
+
+    @property
     def has_two_regions(self) -> bool:
         """Whether the kernels of two regions serve: one class, and no second moments."""
         return self.classes.is_binary and self.convention.norm != "fisher"
@@ -105,13 +110,12 @@ def region_sums_of(layers: Sequence[Tensor], planes: Planes, settings: Settings)
     backend = backends.resolve(settings.backend, layers[0].device)
     pyramid = describe(layers)
     sizes = [layer.shape[2:] for layer in layers]
-    resize = settings.mask_resize or settings.convention.mask_resize
     if settings.classes.is_binary:
-        weights = weights_of(planes.values, sizes, pyramid.dtype, resize, planes.ignored, backend)
+        weights = weights_of(planes.values, sizes, pyramid.dtype, settings.resize, planes.ignored, backend)
         run = run_transformed if in_transform() else run_pass
         sums, masses = run(Call(backend, pyramid), layers, weights, None)
         return sums, masses
-    regions = regions_of(planes, sizes, pyramid.dtype, resize, settings.classes, backend)
+    regions = regions_of(planes, sizes, pyramid.dtype, settings.resize, settings.classes, backend)
     sums, masses = run_regions(RegionCall(backend, pyramid, regions.selects), layers, regions)
     of_sums, of_masses = (torch.stack(settings.classes.sides(of)).transpose(1, 2) for of in (sums, masses))
     return of_sums, of_masses
@@ -179,9 +183,8 @@ def _of_two_regions(
     ranks, pairing, placeholders, tapped = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     pyramid = describe(layers)
-    mask_resize = settings.mask_resize or settings.convention.mask_resize
     sizes = [layer.shape[2:] for layer in layers]
-    weights = weights_of(planes.values, sizes, pyramid.dtype, mask_resize, planes.ignored, backend)
+    weights = weights_of(planes.values, sizes, pyramid.dtype, settings.resize, planes.ignored, backend)
     options = settings.convention.options(settings.exchange, settings.reduction, settings.eps)
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
@@ -213,9 +216,8 @@ def _of_several_regions(
     ranks, pairing, placeholders, tapped = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     classes, convention, pyramid = settings.classes, settings.convention, describe(layers)
-    mask_resize = settings.mask_resize or convention.mask_resize
     sizes = [layer.shape[2:] for layer in layers]
-    regions = regions_of(planes, sizes, pyramid.dtype, mask_resize, classes, backend)
+    regions = regions_of(planes, sizes, pyramid.dtype, settings.resize, classes, backend)
     if convention.norm == "fisher":
         regions = regions._replace(pivots=pivots_of(layers, regions, pyramid))
     call = RegionCall(backend, pyramid, regions.selects, tapped)

@@ -71,7 +71,7 @@ def losses_of_regions(
     # An entry counts where both of its sides hold pixels; without mass on either side it is left out.
     counts = (masses != 0).all(0)
     masses = torch.where(counts, masses, 0)
-    partners = _partners(pairing, options, E)
+    partners = _partners(pairing, E)
     if found.moments is not None and found.pivots is not None:
         moments = _moments(found.sums, found.moments, found.pivots, found.masses, pyramid, classes)
         losses = loss_formulas.fisher_losses_of(moments, masses, pyramid, options, partners)
@@ -93,7 +93,7 @@ def _sides(regions: Tensor, classes: Classes) -> Tensor:
     return sides.transpose(1, 2).flatten(1, 2)
 
 
-def _partners(pairing: Tensor | None, options: Options, E: int) -> Tensor | None:
+def _partners(pairing: Tensor | None, E: int) -> Tensor | None:
     """The pairing of the entries, which meet the same class of another sample."""
     if pairing is None or E == 1:
         return pairing

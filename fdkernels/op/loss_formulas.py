@@ -6,7 +6,7 @@ derivatives that slopes cannot express go through `losses_of`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,11 +39,23 @@ def losses_of(
         [L]; without reduction the entries [N, L], or [ΣC] where the norm runs over the batch. Entries that do
         not count are 0.
     """
-    layers = [
-        _region_features(S, masses[..., index], pyramid.pixels[index], options)
-        for index, S in enumerate(sums.split(pyramid.channels, dim=-1))  # [2, N, C]
-    ]
-    return _losses_of_layers(layers, options, pairing)
+    all_losses = []
+    for index, S in enumerate(sums.split(pyramid.channels, dim=-1)):  # [2, N, C]
+        layer = _region_features(S, masses[..., index], pyramid.pixels[index], options)
+        entries = torch.zeros((), dtype=S.dtype, device=S.device)
+        for term in _terms(layer.counts, options, pairing):
+            loss = -options.log_scale * _argument(layer, term, options).log()  # [K], or [C] over the batch
+            entries = entries + (loss.sum() / _count(term.valid) if term.is_mean else loss)
+        counted = _counted(layer, options)
+        entries = torch.where(counted, entries, 0)  # [N], or [C] over the batch
+        if options.reduction != "none":
+            entries = entries.sum()
+        if options.reduction == "mean":
+            entries = entries / _count(counted)
+        all_losses.append(entries)
+    if options.reduction != "none":
+        return torch.stack(all_losses)
+    return torch.cat(all_losses) if options.norm == "batch" else torch.stack(all_losses, dim=-1)
 
 
 def fisher_losses_of(
@@ -97,25 +109,6 @@ class Moments(NamedTuple):
     first: Tensor
     second: Tensor
     shift: Tensor
-
-
-def _losses_of_layers(layers: Sequence[_RegionFeatures], options: Options, pairing: Tensor | None) -> Tensor:
-    all_losses = []
-    for layer in layers:
-        entries = torch.zeros((), dtype=layer.f.dtype, device=layer.f.device)
-        for term in _terms(layer.counts, options, pairing):
-            loss = -options.log_scale * _argument(layer, term, options).log()  # [K], or [C] over the batch
-            entries = entries + (loss.sum() / _count(term.valid) if term.is_mean else loss)
-        counted = _counted(layer, options)
-        entries = torch.where(counted, entries, 0)  # [N], or [C] over the batch
-        if options.reduction != "none":
-            entries = entries.sum()
-        if options.reduction == "mean":
-            entries = entries / _count(counted)
-        all_losses.append(entries)
-    if options.reduction != "none":
-        return torch.stack(all_losses)
-    return torch.cat(all_losses) if options.norm == "batch" else torch.stack(all_losses, dim=-1)
 
 
 def slopes_of(
