@@ -61,7 +61,7 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout in ("sliced", "strided"):
         step = 2 if layout == "strided" else 1
-        room = torch.full([step * s + 2 for s in values.shape], math.nan, dtype=values.dtype)
+        room = values.new_full([step * s + 2 for s in values.shape], math.nan)
         view = room[tuple(slice(1, 1 + step * s, step) for s in values.shape)]
         return view.copy_(values)
     if layout == "turned":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -49,7 +50,7 @@ def small_calls() -> dict[str, Call]:
             ("3-D-channels_last", volume.to(memory_format=torch.channels_last_3d), solid),
         ):
             found[f"{name}-{str(dtype).removeprefix('torch.')}"] = Call([layer], of, {})
-    pyramid = [random(2, 4, 24, 20), random(2, 9, 12, 10), random(2, 33, 3, 5), random(2, 2, 1, 1)]
+    pyramid = [random(2, 4, 24, 20), random(2, 9, 12, 10), random(2, 33, 5, 4), random(2, 2, 1, 1)]
     ignored = torch.where(random(2, 1, 24, 20) > 0.8, 255.0, mask)
     soft = random(2, 1, 24, 20).square().requires_grad_()
     shuffled = {"exchange": "shuffle", "pairing": torch.tensor([1, 0])}
@@ -62,6 +63,33 @@ def small_calls() -> dict[str, Call]:
         "ignore_index": Call(pyramid, ignored, {"ignore_index": 255}),
         "boolean-mask": Call(pyramid, mask.bool(), {}),
         "soft-mask": Call(pyramid, soft, {}),
+        **classes(pyramid, random),
+    }
+
+
+def classes(pyramid: list[Tensor], random: Callable[..., Tensor]) -> dict[str, Call]:
+    """Calls over several regions, with and without second moments."""
+    few, many = ((random(2, 24, 20) * number).long() for number in (3, 40))
+    planes = random(2, 3, 24, 20).square().requires_grad_()
+    multiclass, multilabel = {"mode": "multiclass"}, {"mode": "multilabel"}
+    shuffled = {"exchange": "shuffle", "pairing": torch.tensor([1, 0])}
+    # Not for the single pixel, which has one class alone.
+    maps = pyramid[:3]
+    return {
+        "classes": Call(maps, few, multiclass | {"num_classes": 3}),
+        "classes-channels_last": Call(
+            [layer.to(memory_format=torch.channels_last) for layer in maps],
+            few,
+            multiclass | {"num_classes": 3},
+        ),
+        "classes-bfloat16": Call([layer.bfloat16() for layer in maps], few, multiclass | {"num_classes": 3}),
+        "classes-40": Call(maps[:2], many, multiclass | {"num_classes": 40}),
+        "classes-shuffled": Call(maps, few, multiclass | shuffled | {"num_classes": 3}),
+        "classes-pairs": Call(maps, few, multiclass | {"num_classes": 3, "pairs": [(0, 1), (2, 0)]}),
+        "multilabel-soft": Call(maps, planes, multilabel | {"num_classes": 3}),
+        "fisher": Call(maps, (few > 1).float().unsqueeze(1), {"convention": "fisher"}),
+        "fisher-classes": Call(maps, few, multiclass | {"num_classes": 3, "convention": "fisher"}),
+        "fisher-soft": Call(maps, planes, multilabel | {"num_classes": 3, "convention": "fisher"}),
     }
 
 

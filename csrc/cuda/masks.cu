@@ -1,5 +1,5 @@
 // Masks on CUDA: one launch for all sizes. A few lanes, or a block, take each cell of a size and read its pixels from
-// the mask itself, which fits into the L2 cache.
+// the mask itself, which fits into the L2 cache. At the mask's own size a thread takes a few pixels.
 #include <algorithm>
 
 #include "common.cuh"
@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kMaxSizes = 32;        // of a launch
 constexpr int kPixelsOfLane = 4;     // of a cell, before it gets more lanes
+constexpr int kPixelsOfThread = 4;   // at the mask's own size
 constexpr int64_t kWideCell = 16384; // pixels of a cell that takes a whole block
 
 struct SizeWork {
@@ -19,6 +20,7 @@ struct SizeWork {
   uint32_t first_block;
   int32_t lanes; // that share a cell: a power of two up to a warp, or kThreads
   bool binary;   // weights are stored as bytes
+  bool same;     // cell i is element i of the mask
 };
 
 struct MaskWork {
@@ -82,12 +84,19 @@ __device__ bool is_weight(const Masks& args, M pixel) {
   }
 }
 
+// The weights (M3) of one pixel.
+template <typename Acc, typename M>
+__device__ Weight<Acc> weight_of_pixel(const Masks& args, M pixel) {
+  if (is_ignored(args, pixel)) return {0, 0};
+  const Acc y = is_weight(args, pixel) ? widen<Acc>(pixel) : static_cast<Acc>(NAN);
+  return {y, 1 - y};
+}
+
+// What a pixel adds to its cell.
 template <typename Acc, typename M>
 __device__ Weight<Acc> weight_of(const Masks& args, M pixel) {
-  const bool ignored = is_ignored(args, pixel);
-  const Acc y = is_weight(args, pixel) ? widen<Acc>(pixel) : static_cast<Acc>(NAN);
-  if (args.resize == MaskResize::kMax) return {ignored ? Acc(-1) : y, 0};
-  return ignored ? Weight<Acc>{0, 0} : Weight<Acc>{y, 1 - y};
+  if (args.resize != MaskResize::kMax) return weight_of_pixel<Acc>(args, pixel);
+  return {is_ignored(args, pixel) ? Acc(-1) : weight_of_pixel<Acc>(args, pixel).fg, 0};
 }
 
 // Merges the pixels `lane`, `lane` + `lanes`, ... of the cell that begins at `cell`.
@@ -97,13 +106,21 @@ __device__ Weight<Acc> read_pixels(const Masks& args, const M* cell, const Run (
   const uint32_t width = runs[2].count, height = runs[1].count;
   const uint32_t count = runs[0].count * height * width;
   Weight<Acc> sum = {args.resize == MaskResize::kMax ? -static_cast<Acc>(INFINITY) : 0, 0};
+  if (count == 0) return sum;
+  // Rows and columns from one pixel to the next, so that only the first one is divided.
+  const uint32_t step_rows = lanes / width, step_columns = lanes - step_rows * width;
+  uint32_t row = lane / width, column = lane - row * width;
 #pragma unroll 4
   for (uint32_t i = lane; i < count; i += lanes) {
-    const uint32_t row = i / width;
-    const uint32_t slice = row / height;
-    const M pixel = cell[slice * args.stride[0] + (row - slice * height) * args.stride[1] +
-                         static_cast<int64_t>(i - row * width) * args.stride[2]];
+    const uint32_t slice = row < height ? 0 : row / height;
+    const M pixel = cell[slice * args.stride[0] + (row - slice * height) * args.stride[1] + column * args.stride[2]];
     sum = merge(args.resize, sum, weight_of<Acc>(args, pixel));
+    row += step_rows;
+    column += step_columns;
+    if (column >= width) {
+      column -= width;
+      ++row;
+    }
   }
   return sum;
 }
@@ -160,25 +177,45 @@ __device__ void put(const SizeWork& size, void* weights, int64_t at, Acc weight)
   }
 }
 
+// Writes the weights of a block's run of pixels at the mask's own size.
 template <typename Acc>
-__global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__ MaskWork work) {
-  int index = work.count - 1;
-  while (blockIdx.x < work.sizes[index].first_block)
-    --index;
-  const SizeWork& size = work.sizes[index];
-  const Masks& args = work.args;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x - size.first_block) * kThreads + threadIdx.x;
-  const int64_t item = thread / size.lanes; // [N, P]
-  const uint32_t lane = static_cast<uint32_t>(thread - item * size.lanes);
-  const bool valid = item < args.batch * size.pixels;
+__device__ void weights_of_pixels(const Masks& args, const SizeWork& size, uint32_t block) {
+  const int64_t first = static_cast<int64_t>(block) * kThreads * kPixelsOfThread + threadIdx.x;
+  const int64_t count = args.batch * size.pixels - first;
+  with_type(args.dtype, [&](auto element) {
+    using M = decltype(element);
+    const M* mask = static_cast<const M*>(args.mask) + first;
+    M pixels[kPixelsOfThread];
+#pragma unroll
+    for (int i = 0; i < kPixelsOfThread; ++i)
+      if (i * kThreads < count) pixels[i] = mask[i * kThreads];
+#pragma unroll
+    for (int i = 0; i < kPixelsOfThread; ++i) {
+      if (i * kThreads >= count) break;
+      const Weight<Acc> weight = weight_of_pixel<Acc>(args, pixels[i]);
+      put(size, size.fg, first + i * kThreads, weight.fg);
+      if (size.bg) put(size, size.bg, first + i * kThreads, weight.bg);
+    }
+  });
+}
+
+// Writes the weights of a block's cells. The number of the launch's threads fits into Index: 32 bits make the
+// divisions, most of the work of a small cell, several times as fast.
+template <typename Acc, typename Index>
+__device__ void weights_of_cells(const Masks& args, const SizeWork& size, uint32_t block) {
+  const Index thread = static_cast<Index>(block) * kThreads + threadIdx.x;
+  const Index item = thread / static_cast<uint32_t>(size.lanes); // [N, P]
+  const uint32_t lane = threadIdx.x % size.lanes;
+  const bool valid = item < static_cast<Index>(args.batch * size.pixels);
 
   Run runs[3] = {};
   int64_t first = 0; // offset of the cell's first pixel, in elements of the mask
   if (valid) {
-    const int64_t row = item / size.size[2], slice = row / size.size[1], n = slice / size.size[0];
-    runs[0] = cell_pixels(args, size, 0, slice - n * size.size[0]);
-    runs[1] = cell_pixels(args, size, 1, row - slice * size.size[1]);
-    runs[2] = cell_pixels(args, size, 2, item - row * size.size[2]);
+    const Index row = item / static_cast<Index>(size.size[2]), slice = row / static_cast<Index>(size.size[1]);
+    const Index n = size.size[0] == 1 ? slice : slice / static_cast<Index>(size.size[0]);
+    runs[0] = cell_pixels(args, size, 0, slice - n * static_cast<Index>(size.size[0]));
+    runs[1] = cell_pixels(args, size, 1, row - slice * static_cast<Index>(size.size[1]));
+    runs[2] = cell_pixels(args, size, 2, item - row * static_cast<Index>(size.size[2]));
     first = n * args.stride_n;
     for (int dim = 0; dim < 3; ++dim)
       first += runs[dim].first * args.stride[dim];
@@ -194,7 +231,7 @@ __global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__
   if (args.resize == MaskResize::kArea) {
     const Acc count = static_cast<Acc>(runs[0].count * runs[1].count * runs[2].count);
     sum.fg /= count;
-    sum.bg /= count;
+    if (size.bg) sum.bg /= count;
   } else if (args.resize == MaskResize::kMax && args.has_ignore) {
     const bool none = sum.fg == Acc(-1); // all pixels of the cell are ignored
     sum.bg = none ? 0 : 1 - sum.fg;
@@ -204,11 +241,36 @@ __global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__
   if (size.bg) put(size, size.bg, item, sum.bg);
 }
 
+template <typename Acc, typename Index>
+__global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__ MaskWork work) {
+  int index = work.count - 1;
+  while (blockIdx.x < work.sizes[index].first_block)
+    --index;
+  const SizeWork& size = work.sizes[index];
+  const uint32_t block = blockIdx.x - size.first_block;
+  if (size.same) {
+    weights_of_pixels<Acc>(work.args, size, block);
+  } else {
+    weights_of_cells<Acc, Index>(work.args, size, block);
+  }
+}
+
+// Whether cell i of a size is element i of the mask.
+bool is_same(const Masks& args, const MaskSize& wanted) {
+  int64_t stride = 1;
+  for (int dim = 2; dim >= 0; --dim) {
+    if (wanted.size[dim] != args.size[dim] || (args.size[dim] > 1 && args.stride[dim] != stride)) return false;
+    stride *= args.size[dim];
+  }
+  return args.batch == 1 || args.stride_n == stride;
+}
+
 SizeWork describe_size(const Masks& args, const MaskSize& wanted) {
   SizeWork size = {};
   size.fg = wanted.fg;
   size.bg = wanted.bg;
   size.pixels = pixels_of(wanted);
+  size.same = is_same(args, wanted);
   size.binary = wanted.dtype == DType::kUInt8;
   int64_t cell = 1; // pixels of the largest cell
   for (int dim = 0; dim < 3; ++dim) {
@@ -229,6 +291,13 @@ SizeWork describe_size(const Masks& args, const MaskSize& wanted) {
   return size;
 }
 
+template <typename Acc>
+void launch_masks(const MaskWork& work, void* stream) {
+  const bool fits = work.blocks * kThreads <= INT32_MAX;
+  const auto kernel = fits ? masks_kernel<Acc, uint32_t> : masks_kernel<Acc, int64_t>;
+  launch("masks_kernel", kernel, work.blocks, kThreads, stream, work);
+}
+
 } // namespace
 
 void masks(const Masks& args, int device, void* stream) {
@@ -241,10 +310,12 @@ void masks(const Masks& args, int device, void* stream) {
     for (int32_t index = 0; index < work.count; ++index) {
       SizeWork& size = work.sizes[index] = describe_size(args, args.sizes[first + index]);
       size.first_block = static_cast<uint32_t>(work.blocks);
-      work.blocks += ceil_div<int64_t>(args.batch * size.pixels * size.lanes, kThreads);
+      const int64_t cells = args.batch * size.pixels;
+      work.blocks += size.same ? ceil_div<int64_t>(cells, kThreads * kPixelsOfThread)
+                               : ceil_div<int64_t>(cells * size.lanes, kThreads);
     }
-    const auto kernel = args.accumulate == DType::kFloat64 ? masks_kernel<double> : masks_kernel<float>;
-    launch("masks_kernel", kernel, work.blocks, kThreads, stream, work);
+    const auto run = args.accumulate == DType::kFloat64 ? launch_masks<double> : launch_masks<float>;
+    run(work, stream);
   }
 }
 

@@ -133,6 +133,8 @@ def test_without_slopes_nothing_else_changes(backend, device):
 
 @pytest.mark.parametrize("kind", ["wide", "valid uint8"])
 def test_a_sample_gives_the_same_bits_in_any_batch(backend, device, kind):
+    if backend == "reference" and device.type == "cuda":
+        pytest.skip("torch's matrix products on a GPU do not promise it")
     features = torch.randn(3, 5, 40, 17, device=device)
     weights = weights_for([features], kind)
     whole = run(backend, [features], weights)

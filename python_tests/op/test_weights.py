@@ -56,7 +56,7 @@ def test_all_sizes_are_made_in_one_call_and_each_once(backend, device):
     mask = torch.rand(2, 1, 4, 4, device=device)
     sizes = [torch.Size(size) for size in ((4, 4), (2, 2), (3, 3), (2, 2))]
     for ignore_index, made in ((None, 2), (7, 3)):
-        with recorded_calls(backend) as calls:
+        with fdk.debug(), recorded_calls(backend) as calls:  # so that values are checked on every device
             weights = weights_of(mask, sizes, torch.float32, "area", ignore_index, backend)
         ((name, arguments, _),) = calls.calls
         assert name == "masks"

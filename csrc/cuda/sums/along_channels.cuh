@@ -6,9 +6,13 @@
 
 namespace fdk::cuda {
 
-// Loads the weights of `count` pixels from `first` on into shared memory; called by the whole block.
+// Loads the weights of `count` pixels from `first` on into shared memory, followed by zeros for what threads that take
+// `loads` pixels at a time load beyond them; called by the whole block.
 template <typename Acc>
-__device__ void stage_weights(const LayerWork& layer, int64_t first, int count, Weights<Acc>* weights) {
+__device__ void stage_weights(const LayerWork& layer, int64_t first, int count, int loads, Weights<Acc>* weights) {
+  const int loaded = ceil_div(count, layer.rows * loads) * layer.rows * loads;
+  for (int i = count + threadIdx.x; i < loaded; i += kThreads)
+    weights[i] = {0, 0};
   with_mask_type(layer.mask_dtype, [&](auto element) {
     using M = decltype(element);
     const M* fg = static_cast<const M*>(layer.fg) + first;
@@ -34,43 +38,91 @@ struct Place {
   }
 };
 
+// The offsets of kLoads pixels that are `rows` apart, from pixel `first` of the layer on.
+template <int kLoads>
+struct PixelOffsets {
+  int64_t values[kLoads];
+
+  __device__ PixelOffsets(const LayerWork& layer, const int64_t (&stride)[3], int64_t first) {
+    if (layer.size2 == layer.pixels) { // one pitch
+      const int64_t begin = first * stride[2], step = layer.rows * stride[2];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        values[i] = begin + i * step;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        values[i] = pixel_offset(layer, stride, first + i * layer.rows);
+    }
+  }
+};
+
+// The features of a thread: kCount channels of kLoads pixels that are `rows` apart.
+template <typename T, int kCount, int kLoads>
+struct PixelRows {
+  Pack<T, kCount> packs[kLoads];
+
+  // Loads the pixels from `base` on of a tile that begins at `first` and has `count` of them; beyond it they are 0.
+  __device__ void load(const LayerWork& layer, const T* features, int64_t first, int base, int count) {
+    const PixelOffsets<kLoads> offsets(layer, layer.stride, first + base);
+    if (base + (kLoads - 1) * layer.rows < count) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        packs[i] = cuda::load<kCount>(features + offsets.values[i]);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      packs[i] = {};
+      if (base + i * layer.rows < count) packs[i] = cuda::load<kCount>(features + offsets.values[i]);
+    }
+  }
+
+  // Sets ignored pixels to 0: their features may be NaN.
+  template <typename Acc>
+  __device__ void drop_ignored(const LayerWork& layer, const Weights<Acc>* weights) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const Weights<Acc> weight = weights[i * layer.rows];
+      if (weight.fg == 0 && weight.bg == 0) packs[i] = {};
+    }
+  }
+};
+
 // Sums (R2) over a block's tile of pixels for a group of channels; the first group also sums the weights.
 template <typename Acc, typename T, int kCount>
 __device__ void sum_along_channels(Pack<T, kCount>, const Work& work, int index, uint32_t block,
                                    const Outputs<Acc>& out, char* shared) {
-  constexpr int kSums = 2 * kCount + 2;
+  constexpr int kSums = 2 * kCount + 2, kLoads = kSumLoads<Acc>;
   const LayerWork& layer = work.layers[index];
   const Item item = item_of(layer, block, true);
   const Place<kCount> place(layer, item.group);
   const int64_t first = static_cast<int64_t>(item.tile) * layer.tile_pixels;
   const int count = static_cast<int>(min(static_cast<int64_t>(layer.tile_pixels), layer.pixels - first));
-  auto* weights = reinterpret_cast<Weights<Acc>*>(shared);
-  stage_weights(layer, item.n * layer.pixels + first, count, weights);
-
   const T* features = static_cast<const T*>(layer.features) + item.n * layer.stride_n + place.channel;
+  const int step = layer.rows * kLoads;
+  int base = place.active ? place.row : count;
+  PixelRows<T, kCount, kLoads> pixels;
+  if (base < count) pixels.load(layer, features, first, base, count); // while the weights arrive
+  auto* weights = reinterpret_cast<Weights<Acc>*>(shared);
+  stage_weights(layer, item.n * layer.pixels + first, count, kLoads, weights);
+
   Acc sums[kSums] = {};
-  for (int base = place.active ? place.row : count; base < count; base += layer.rows * kPixelLoads) {
-    Pack<T, kCount> packs[kPixelLoads];
+  for (; base < count; base += step) {
+    if (layer.bg) pixels.drop_ignored(layer, weights + base);
 #pragma unroll
-    for (int i = 0; i < kPixelLoads; ++i) {
-      const int pixel = base + i * layer.rows;
-      if (pixel < count) packs[i] = load<kCount>(features + pixel_offset(layer, layer.stride, first + pixel));
-    }
-#pragma unroll
-    for (int i = 0; i < kPixelLoads; ++i) {
-      const int pixel = base + i * layer.rows;
-      if (pixel >= count) break;
-      const Weights<Acc> weight = weights[pixel];
-      if (weight.fg == 0 && weight.bg == 0) continue; // ignored
+    for (int i = 0; i < kLoads; ++i) {
+      const Weights<Acc> weight = weights[base + i * layer.rows];
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
-        const Acc value = packs[i].template get<Acc>(c);
+        const Acc value = pixels.packs[i].template get<Acc>(c);
         sums[2 * c] += weight.fg * value;
         sums[2 * c + 1] += weight.bg * value;
       }
       sums[2 * kCount] += weight.fg;
       sums[2 * kCount + 1] += weight.bg;
     }
+    if (base + step < count) pixels.load(layer, features, first, base + step, count);
   }
 
   __syncthreads();                              // the threads' sums overwrite the weights
@@ -110,7 +162,7 @@ __device__ void gradient_along_channels(Pack<T, kCount>, const Work& work, int i
   const int64_t first = static_cast<int64_t>(item.tile) * layer.tile_pixels;
   const int count = static_cast<int>(min(static_cast<int64_t>(layer.tile_pixels), layer.pixels - first));
   auto* weights = reinterpret_cast<Weights<Acc>*>(shared);
-  stage_weights(layer, item.n * layer.pixels + first, count, weights);
+  stage_weights(layer, item.n * layer.pixels + first, count, kPixelLoads, weights);
   if (!place.active) return;
 
   const Acc factor = factor_of(work, index, grad_sums);
@@ -126,29 +178,27 @@ __device__ void gradient_along_channels(Pack<T, kCount>, const Work& work, int i
   for (int base = place.row; base < count; base += layer.rows * kPixelLoads) {
     Pack<T, kCount> packs[kPixelLoads] = {};
     if (layer.upstream) {
+      const PixelOffsets<kPixelLoads> from(layer, layer.upstream_stride, first + base);
 #pragma unroll
       for (int i = 0; i < kPixelLoads; ++i) {
-        const int pixel = base + i * layer.rows;
-        if (pixel < count) {
-          packs[i] = load<kCount>(static_cast<const T*>(layer.upstream) + upstream +
-                                      pixel_offset(layer, layer.upstream_stride, first + pixel),
+        if (base + i * layer.rows < count) {
+          packs[i] = load<kCount>(static_cast<const T*>(layer.upstream) + upstream + from.values[i],
                                   layer.upstream_stride_c, layer.upstream_vector);
         }
       }
     }
+    const PixelOffsets<kPixelLoads> to(layer, layer.stride, first + base);
 #pragma unroll
     for (int i = 0; i < kPixelLoads; ++i) {
-      const int pixel = base + i * layer.rows;
-      if (pixel >= count) break;
-      const Weights<Acc> weight = weights[pixel];
-      const bool is_ignored = weight.fg == 0 && weight.bg == 0;
+      const Weights<Acc> weight = weights[base + i * layer.rows];
+      const bool is_ignored = layer.bg && weight.fg == 0 && weight.bg == 0;
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
         Acc sum = is_ignored ? Acc(0) : g_fg[c] * weight.fg + g_bg[c] * weight.bg;
         if (layer.upstream) sum += packs[i].template get<Acc>(c);
         packs[i].set(c, sum);
       }
-      store(grad + pixel_offset(layer, layer.stride, first + pixel), packs[i]);
+      if (base + i * layer.rows < count) store(grad + to.values[i], packs[i]);
     }
   }
 }

@@ -110,7 +110,7 @@ __device__ void sum_along_pixels(Pack<T, kCount>, const Work& work, int index, u
   }
 }
 
-// Writes the gradient (R3) on a warp's run of pixels for up to kGradientChannels channels.
+// Writes the gradient (R3) on a warp's run of pixels for a group of channels.
 template <typename Acc, typename T, int kCount>
 __device__ void gradient_along_pixels(Pack<T, kCount>, const Work& work, int index, uint32_t warp,
                                       const SumGradients<Acc>& grad_sums) {
@@ -118,8 +118,8 @@ __device__ void gradient_along_pixels(Pack<T, kCount>, const Work& work, int ind
   const LayerWork& layer = work.layers[index];
   const Item item = item_of(layer, warp, false);
   if (item.n >= work.batch) return;
-  const int channel = item.group * kGradientChannels;
-  const int channels = min(kGradientChannels, layer.channels - channel);
+  const int channel = item.group * layer.group_channels;
+  const int channels = min(layer.group_channels, layer.channels - channel);
   const int lane = threadIdx.x % kWarp;
   const Acc factor = factor_of(work, index, grad_sums);
   const Acc* g = grad_sums.values + item.n * work.total_channels + layer.channel_start + channel; // [C]

@@ -11,20 +11,24 @@ namespace fdk::cuda {
 constexpr int kMaxLayers = 16; // of a launch: their descriptors fill the 4 KB of kernel parameters
 
 // With contiguous pixels a warp takes a tile of pixels and a group of channels.
-constexpr int kSlots = 4;                // channels that a lane loads at a time; they share the pixels' weights
-constexpr int kScalarBytes = 8;          // of a channel that a lane loads at a time without vector accesses
-constexpr int kGradientChannels = kWarp; // in gradient_kernel; each lane loads the coefficients of one
+constexpr int kSlots = 4;                   // channels that a lane loads at a time; they share the pixels' weights
+constexpr int kScalarBytes = 8;             // of a channel that a lane loads at a time without vector accesses
+constexpr int kMaxGradientChannels = kWarp; // of a warp in gradient_kernel; each lane loads the coefficients of one
+constexpr int kMinGradientChannels = kSlots;
 
 // With contiguous channels a block takes a tile of pixels, and each thread a few channels.
 constexpr int kVectorLanes = 8; // threads along the channels: 128 bytes of a pixel
 constexpr int kScalarLanes = 64;
 constexpr int kPixelLoads = 4; // loads of a thread at a time, one a pixel
+template <typename Acc>        // in sums_kernel, which does nothing but load
+constexpr int kSumLoads = std::is_same_v<Acc, float> ? 8 : 4;
 
 // Tiles of sums_kernel are long, to keep partial sums few, but short enough to add up in float32; and shorter where
 // there would be too few of them to occupy the multiprocessors.
 constexpr int kMaxTilePixels = 4096, kMinTilePixels = 512;  // of a warp, pixels contiguous
-constexpr int kMaxThreadPixels = 32, kMinThreadPixels = 16; // of a thread, channels contiguous
+constexpr int kMaxThreadPixels = 64, kMinThreadPixels = 16; // of a thread, channels contiguous
 constexpr int64_t kManyWarps = 8192;
+constexpr int64_t kManyGradientWarps = 16384; // which are short
 
 template <typename Acc>
 struct alignas(2 * sizeof(Acc)) Weights {
@@ -69,10 +73,11 @@ struct LayerWork {
   uint32_t tiles, groups; // of pixels and of channels
   int32_t channels;
   int32_t tile_pixels;
-  int32_t lanes, rows;  // threads along the channels and along the pixels, with contiguous channels
-  bool along_channels;  // channels are contiguous, not pixels
-  bool vector;          // features are accessed by vectors of 16 bytes
-  bool upstream_vector; // the upstream gradient likewise
+  int32_t lanes, rows;    // threads along the channels and along the pixels, with contiguous channels
+  int32_t group_channels; // channels of a group in gradient_kernel, without contiguous channels
+  bool along_channels;    // channels are contiguous, not pixels
+  bool vector;            // features are accessed by vectors of 16 bytes
+  bool upstream_vector;   // the upstream gradient likewise
 };
 
 struct Work {
@@ -101,16 +106,17 @@ inline bool allows_vectors(const LayerWork& work, int64_t batch, const void* dat
          (work.along_channels ? fits(work.size2, stride[2]) : fits(work.channels, stride_c));
 }
 
-// Halves `length`, down to `shortest`, while the layer has few warps(length).
+// Halves `length`, down to `shortest`, while the layer has fewer than `many` warps(length).
 template <typename Warps>
-int shorten(int length, int shortest, Warps warps) {
-  while (length > shortest && warps(length) < kManyWarps)
+int shorten(int length, int shortest, int64_t many, Warps warps) {
+  while (length > shortest && warps(length) < many)
     length /= 2;
   return length;
 }
 
 // Cuts a layer with contiguous channels into tiles of pixels and groups of channels.
-inline void cut_along_channels(LayerWork& work, Kernel kernel, int64_t batch, int64_t vector, int staged_pixels) {
+template <typename Acc>
+void cut_along_channels(LayerWork& work, Kernel kernel, int64_t batch, int64_t vector) {
   const int chunks = work.channels / static_cast<int>(vector);
   if (kernel == Kernel::kMaskGradient) { // a warp takes all channels of a few pixels
     work.lanes = 1;
@@ -124,22 +130,29 @@ inline void cut_along_channels(LayerWork& work, Kernel kernel, int64_t batch, in
   work.groups = ceil_div(chunks, vector > 1 ? kVectorLanes : kScalarLanes);
   work.lanes = ceil_div(chunks, static_cast<int>(work.groups));
   work.rows = kThreads / work.lanes;
-  const int pixels = shorten(kMaxThreadPixels, kMinThreadPixels, [&](int length) {
+  const int pixels = shorten(kMaxThreadPixels, kMinThreadPixels, kManyWarps, [&](int length) {
     return batch * work.groups * ceil_div<int64_t>(work.pixels, work.rows * length) * kWarps;
   });
-  work.tile_pixels = work.rows * std::min(pixels, staged_pixels / work.rows);
+  constexpr int kLoads = kSumLoads<Acc>; // of which a tile holds a whole number
+  static_assert(kLoads % kPixelLoads == 0 && kStagedPixels<Acc> >= kThreads * kLoads, "a tile holds some");
+  work.tile_pixels = work.rows * (std::min(pixels, kStagedPixels<Acc> / work.rows) / kLoads * kLoads);
 }
 
 // Cuts any other layer, whose pixels are contiguous or nothing is.
 inline void cut_along_pixels(LayerWork& work, Kernel kernel, int64_t batch, int64_t vector) {
   if (kernel == Kernel::kSums) {
     work.groups = ceil_div(work.channels + 1, kSlots); // with a slot for the masses
-    work.tile_pixels = shorten(kMaxTilePixels, kMinTilePixels, [&](int length) {
+    work.tile_pixels = shorten(kMaxTilePixels, kMinTilePixels, kManyWarps, [&](int length) {
       return batch * work.groups * ceil_div<int64_t>(work.pixels, length);
     });
   } else { // the pixels of one load of the warp
-    work.groups = kernel == Kernel::kGradient ? ceil_div(work.channels, kGradientChannels) : 1;
+    work.groups = 1;
     work.tile_pixels = kWarp * static_cast<int>(vector > 1 ? vector : kScalarBytes / element_size(work.dtype));
+    if (kernel != Kernel::kGradient) return;
+    const int64_t tiles = batch * ceil_div<int64_t>(work.pixels, work.tile_pixels);
+    work.group_channels = shorten(kMaxGradientChannels, kMinGradientChannels, kManyGradientWarps,
+                                  [&](int channels) { return tiles * ceil_div(work.channels, channels); });
+    work.groups = ceil_div(work.channels, work.group_channels);
   }
 }
 
@@ -209,7 +222,7 @@ inline Work make_work(const Pyramid& pyramid, int64_t first, Kernel kernel) {
     channel_start += layer.channels;
     const int64_t vector = work.vector ? 16 / element_size(layer.dtype) : 1;
     if (work.along_channels) {
-      cut_along_channels(work, kernel, pyramid.batch, vector, wide ? kStagedPixels<double> : kStagedPixels<float>);
+      (wide ? cut_along_channels<double> : cut_along_channels<float>)(work, kernel, pyramid.batch, vector);
     } else {
       cut_along_pixels(work, kernel, pyramid.batch, vector);
     }

@@ -3,7 +3,7 @@
 A program makes the weights of some cells of one size. Along the last dimension adjacent lanes read adjacent
 pixels of a cell, so that a row of cells is read in the order of memory; the other dimensions of a cell are
 a loop. Each size is made from the whole mask: that reads the mask once a size, from the cache, where a
-chain of poolings would take a launch a size.
+chain of poolings would take a launch a size. At the mask's own size a cell is a pixel.
 """
 
 from __future__ import annotations
@@ -40,17 +40,26 @@ _LANES = 1024
 # Pixels of a cell's row that lie side by side in lanes; longer rows take several steps.
 _MAX_ROW = 32
 _WARPS = 8
+# The block shape of the mask's own size.
+_SAME = 0
 # From here on products of sizes and offsets in a sample need 64 bits.
 _WIDE = 2**30
 _NO_WEIGHT = tl.constexpr(NO_WEIGHT)
+_SAME_SHAPE = tl.constexpr(_SAME)
 
 
 @triton.jit
-def _bounds(i, full, size, MODE: tl.constexpr):
-    """First pixel and end of cell i along one dimension, by (M2) or (M5)."""
+def _bounds(i, full, size, pixels, MODE: tl.constexpr, EXACT: tl.constexpr):
+    """First pixel and end of cell i along one dimension, by (M2) or (M5).
+
+    Where EXACT, every cell has so many `pixels`, and there is nothing to divide.
+    """
     if MODE == "nearest":
         first = (2 * i + 1) * full // (2 * size)
         end = first + 1
+    elif EXACT:
+        first = i * pixels
+        end = first + pixels
     else:
         first = i * full // size
         end = ((i + 1) * full + size - 1) // size
@@ -64,6 +73,23 @@ def _ratio(a, b):
 
 
 @triton.jit
+def _weight_of(value, inside, DTYPE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr):
+    """The weight (M3) of pixels, NaN for what is none, and which of those inside are valid."""
+    valid = inside
+    if IGNORE is not None:
+        if value.dtype == tl.float64:
+            valid = inside & (value != tl.full((), IGNORE, tl.float64))
+        else:
+            valid = inside & (value.to(tl.float32) != IGNORE)
+    if value.dtype.is_floating():
+        compared = value if value.dtype == tl.float64 else value.to(tl.float32)
+        is_weight = (compared >= -TOLERANCE) & (compared <= 1 + TOLERANCE)
+    else:
+        is_weight = (value == 0) | (value == 1)
+    return tl.where(is_weight, value.to(DTYPE), float("nan")), valid
+
+
+@triton.jit
 def _store_weight(address, offsets, inside, weight, is_byte, DTYPE: tl.constexpr, BYTES: tl.constexpr):
     if BYTES != "none":
         byte = tl.where(weight != weight, _NO_WEIGHT, weight).to(tl.uint8)
@@ -73,11 +99,25 @@ def _store_weight(address, offsets, inside, weight, is_byte, DTYPE: tl.constexpr
 
 
 @triton.jit
-def _make_cells(  # noqa: PLR0912
+def _copy_pixels(
+    mask_ptr, program, fg, bg, pixels, is_byte,
+    DTYPE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr, BYTES: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    at = program.to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = at < pixels
+    weight, valid = _weight_of(tl.load(mask_ptr + at, mask=inside, other=0), inside, DTYPE, IGNORE, TOLERANCE)
+    _store_weight(fg, at, inside, tl.where(valid, weight, 0), is_byte, DTYPE, BYTES)
+    if IGNORE is not None:
+        _store_weight(bg, at, inside, tl.where(valid, 1 - weight, 0), is_byte, DTYPE, BYTES)
+
+
+@triton.jit
+def _make_cells(
     mask_ptr, program, fg, bg, sizes, rows, is_byte,
     full_0, full_1, full_2, stride_n, stride_0, stride_1, stride_2,
     DTYPE: tl.constexpr, MODE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr,
-    BYTES: tl.constexpr, WIDE: tl.constexpr, ROW: tl.constexpr, CELLS: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, ROW: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     size_0 = sizes[0].to(index)
@@ -92,9 +132,9 @@ def _make_cells(  # noqa: PLR0912
     cell = (program % blocks).to(index) * CELLS + tl.arange(0, CELLS)
     inside = cell < cells
     row = cell // size_2
-    z_first, z_end = _bounds(row // size_1, full_0, size_0, MODE)
-    y_first, y_end = _bounds(row % size_1, full_1, size_1, MODE)
-    x_first, x_end = _bounds(cell % size_2, full_2, size_2, MODE)
+    z_first, z_end = _bounds(row // size_1, full_0, size_0, rows[0], MODE, EXACT)
+    y_first, y_end = _bounds(row % size_1, full_1, size_1, rows[1], MODE, EXACT)
+    x_first, x_end = _bounds(cell % size_2, full_2, size_2, rows[2], MODE, EXACT)
     mask_ptr += n * stride_n
     fg += n * cells * (1 if is_byte else DTYPE.primitive_bitwidth // 8)
     bg += n * cells * (1 if is_byte else DTYPE.primitive_bitwidth // 8)
@@ -114,19 +154,7 @@ def _make_cells(  # noqa: PLR0912
                 in_cell = (inside & (z < z_end) & (y < y_end))[:, None] & (x < x_end[:, None])
                 offsets = (z * stride_0 + y * stride_1)[:, None] + x * stride_2
                 value = tl.load(mask_ptr + offsets, mask=in_cell, other=0)
-                if HAS_BG:
-                    if value.dtype == tl.float64:
-                        valid = in_cell & (value != tl.full((), IGNORE, tl.float64))
-                    else:
-                        valid = in_cell & (value.to(tl.float32) != IGNORE)
-                else:
-                    valid = in_cell
-                if value.dtype.is_floating():
-                    compared = value if value.dtype == tl.float64 else value.to(tl.float32)
-                    is_weight = (compared >= -TOLERANCE) & (compared <= 1 + TOLERANCE)
-                else:
-                    is_weight = (value == 0) | (value == 1)
-                weight = tl.where(is_weight, value.to(DTYPE), float("nan"))
+                weight, valid = _weight_of(value, in_cell, DTYPE, IGNORE, TOLERANCE)
                 if MODE == "max":
                     # A NaN is the largest number, as in torch.
                     larger = (weight > best) | (weight != weight)
@@ -154,12 +182,13 @@ def _make_cells(  # noqa: PLR0912
         _store_weight(bg, cell, inside, w_bg, is_byte, DTYPE, BYTES)
 
 
-@triton.jit(do_not_specialize=["full_0", "full_1", "full_2", "stride_n"])
+@triton.jit(do_not_specialize=["pixels", "full_0", "full_1", "full_2", "stride_n"])
 def masks_kernel(
-    mask_ptr, starts, tables, all_sizes, all_rows,
+    mask_ptr, starts, tables, all_sizes, all_rows, pixels,
     full_0, full_1, full_2, stride_n, stride_0, stride_1, stride_2,
     DTYPE: tl.constexpr, MODE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr,
-    BYTES: tl.constexpr, WIDE: tl.constexpr, BLOCK_SHAPES: tl.constexpr, LANES: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_SHAPES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     layer = layer_of(starts, program)
@@ -168,11 +197,18 @@ def masks_kernel(
     rows = entry_of_layer(all_rows, layer)
     for i in tl.static_range(len(BLOCK_SHAPES)):
         if block_shape == i:
-            _make_cells(
-                mask_ptr, program - start.to(tl.int32), fg, bg, sizes, rows, is_byte != 0,
-                full_0, full_1, full_2, stride_n, stride_0, stride_1, stride_2,
-                DTYPE, MODE, IGNORE, TOLERANCE, BYTES, WIDE, BLOCK_SHAPES[i], LANES // BLOCK_SHAPES[i],
-            )  # fmt: skip
+            if BLOCK_SHAPES[i] == _SAME_SHAPE:
+                _copy_pixels(
+                    mask_ptr, program - start.to(tl.int32), fg, bg, pixels, is_byte != 0,
+                    DTYPE, IGNORE, TOLERANCE, BYTES, LANES,
+                )  # fmt: skip
+            else:
+                _make_cells(
+                    mask_ptr, program - start.to(tl.int32), fg, bg, sizes, rows, is_byte != 0,
+                    full_0, full_1, full_2, stride_n, stride_0, stride_1, stride_2,
+                    DTYPE, MODE, IGNORE, TOLERANCE, BYTES, WIDE, EXACT,
+                    BLOCK_SHAPES[i], LANES // BLOCK_SHAPES[i],
+                )  # fmt: skip
 
 
 def masks(
@@ -205,10 +241,14 @@ def masks(
     reach = [2 * (s + 1) * (f + 1) for size in all_sizes for s, f in zip(size, all_full, strict=True)]
     reach += [fg_l.shape[1] + _LANES for fg_l in fg] + [_span(mask)]
     wide = max(reach) >= _WIDE
-    shapes_of = [min(power_of_2(row[2]), _MAX_ROW) for row in all_rows]
+    exact = all(f % s == 0 for size in all_sizes for s, f in zip(size, all_full, strict=True))
+    shapes_of = [
+        _SAME if size == full and mask.is_contiguous() else min(power_of_2(row[2]), _MAX_ROW)
+        for size, row in zip(sizes, all_rows, strict=True)
+    ]
     for layers in chunks(sorted(range(len(sizes)), key=lambda i: -math.prod(all_sizes[i]))):
         block_shapes = sorted({shapes_of[i] for i in layers})
-        programs = [N * ceil_div(fg[i].shape[1], _LANES // shapes_of[i]) for i in layers]
+        programs = [_programs(fg[i], shapes_of[i]) for i in layers]
         starts = list(itertools.accumulate(programs, initial=0))
         columns = [
             starts[:-1],
@@ -221,12 +261,19 @@ def masks(
             mask, per_layer_table(starts[:-1]), tuple(per_layer_table(column) for column in columns),
             *(tuple(per_layer_table(of[i][dim] for i in layers) for dim in range(3))
                 for of in (all_sizes, all_rows)),
-            *all_full, mask.stride(0), *[0] * missing, *mask.stride()[2:],
+            mask.numel(), *all_full, mask.stride(0), *[0] * missing, *mask.stride()[2:],
             DTYPE=DTYPES[dtype], MODE=mask_resize, IGNORE=ignore, TOLERANCE=mask_tolerance(mask.dtype),
-            BYTES=all_some_none(columns[4]), WIDE=wide, BLOCK_SHAPES=tuple(block_shapes), LANES=_LANES,
-            num_warps=_WARPS,
+            BYTES=all_some_none(columns[4]), WIDE=wide, EXACT=exact,
+            BLOCK_SHAPES=tuple(block_shapes), LANES=_LANES, num_warps=_WARPS,
         )  # fmt: skip
     return Weights(fg, bg)
+
+
+def _programs(fg: Tensor, block_shape: int) -> int:
+    """The programs that make weights [N, P]; at the mask's own size they know no samples."""
+    if block_shape == _SAME:
+        return ceil_div(fg.numel(), _LANES)
+    return fg.shape[0] * ceil_div(fg.shape[1], _LANES // block_shape)
 
 
 def _span(mask: Tensor) -> int:
