@@ -89,7 +89,7 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
 def kernel_launches(function: Callable[[], object]) -> int:
     """The kernels, copies and fills of a call on a GPU."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         function()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
