@@ -4,13 +4,13 @@
 #
 #     benchmarks/gpu_suite.sh [FOLDER]
 #
-# writes into FOLDER, by default benchmarks/results/gpu: suite.log, summary.json, calls.json, steps.json, training.json,
-# what each step said, and the pages README.md and tables.md with their pictures.
+# writes into FOLDER, by default benchmarks/results/gpu: suite.log, summary.json, calls.json, classes.json, steps.json,
+# training.json, what each step said, and the pages README.md and tables.md with their pictures.
 #
 # PYTHON names the interpreter; FDKERNELS_SUITE_SECONDS is the time for all steps (570); FDKERNELS_SUITE_STEPS chooses
-# among them, by default all of "build backends tests calls sanitizer benchmarks steps training page"; FDKERNELS_SUITE_SET
-# names the cases (brief: a minute or two; core and full take longer); FDKERNELS_COMMIT is the commit, for the record,
-# where the tree comes without its history.
+# among them, by default all of "build backends tests calls sanitizer benchmarks classes steps training page";
+# FDKERNELS_SUITE_SET names the cases (brief: a minute or two; core and full take longer); FDKERNELS_COMMIT is the commit,
+# for the record, where the tree comes without its history.
 # A step that fails does not stop the next. Exit status: 0 if all passed, 1 if one did not, 2 if nothing could start.
 set -uo pipefail
 
@@ -19,12 +19,12 @@ out="${1:-$root/benchmarks/results/gpu}"
 python="${PYTHON:-python3}"
 total_seconds="${FDKERNELS_SUITE_SECONDS:-570}"
 page_seconds=20
-chosen="${FDKERNELS_SUITE_STEPS:-build backends tests calls sanitizer benchmarks steps training page}"
+chosen="${FDKERNELS_SUITE_STEPS:-build backends tests calls sanitizer benchmarks classes steps training page}"
 cases="${FDKERNELS_SUITE_SET:-brief}"
 
 for name in $chosen; do
   case "$name" in
-    build | backends | tests | calls | sanitizer | benchmarks | steps | training | page) ;;
+    build | backends | tests | calls | sanitizer | benchmarks | classes | steps | training | page) ;;
     *)
       echo "FDKERNELS_SUITE_STEPS must name steps of this suite, got $name" >&2
       exit 2
@@ -174,23 +174,29 @@ sys.exit(any(fdkernels.backends()[name] for name in ('cuda', 'triton')))
 "
 fi
 
+# What computes on the GPU, on all cores if pytest-xdist is there; Triton's kernels are compiled meanwhile. Warnings of
+# versions that nobody has tried are shown and are no errors.
 if wanted tests; then
   if has_module pytest; then
-    step tests 130 "$python" -c "$run_pytest" -p no:cacheprovider -q -m "not slow" --benchmark-skip python_tests
+    workers=()
+    if has_module xdist; then workers=(-n auto); fi
+    step tests 150 "$python" -c "$run_pytest" -p no:cacheprovider -q -W default "${workers[@]}" \
+      -m "not slow and not clients" --benchmark-skip python_tests/op python_tests/test_*.py \
+      -k "(cuda or triton or reference) and not cpu"
   else
     skip tests "pytest is missing"
   fi
 fi
 
 # A process as short as can be: neither the fixtures of the other tests nor the plugins that they need.
-calls=("$python" -c "$run_pytest" -p no:cacheprovider -q --noconftest python_tests/test_small_calls.py)
+calls=("$python" -c "$run_pytest" -p no:cacheprovider -q -W default --noconftest python_tests/test_small_calls.py)
 if wanted calls; then step "small calls" 60 "${calls[@]}"; fi
 if wanted sanitizer; then
   for tool in memcheck racecheck initcheck synccheck; do
     if command -v compute-sanitizer >/dev/null; then
-      # Each tensor an allocation of its own, whose bounds and writes the tool can see.
-      step "$tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$tool" --error-exitcode 1 "${calls[@]}"
+      # Each tensor an allocation of its own, whose bounds and writes the tool can see. Triton would compile under it.
+      step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 1 "${calls[@]}" -k "not triton"
     else
       skip "$tool" "compute-sanitizer is missing"
     fi
@@ -200,11 +206,15 @@ fi
 if wanted benchmarks; then
   if has_module pytest && has_module pytest_benchmark; then
     # The time limit lets pytest end by itself: no case starts in the last seconds.
-    step benchmarks 130 "$python" -m benchmarks.calls --device cuda --set "$cases" --time-limit 100 \
+    step benchmarks 130 "$python" -m benchmarks.calls -W default --device cuda --set "$cases" --time-limit 100 \
       --results "$out/calls.json"
   else
     skip benchmarks "pytest or pytest-benchmark is missing"
   fi
+fi
+
+if wanted classes; then
+  step classes 60 "$python" -m benchmarks.classes --device cuda --results "$out/classes.json" --time-limit 45
 fi
 
 if wanted steps; then

@@ -35,7 +35,7 @@ _TEXTS = json.loads((HERE / "page.json").read_text(encoding="utf-8"))
 ROWS: list[tuple[str, ...]] = [tuple(row.split()) for row in _TEXTS["rows"]]
 TARGETS: dict[str, dict[str, Any]] = _TEXTS["targets"]
 LIMITS = {name: target["limit"] for name, target in TARGETS.items()}
-MAX_ROWS = 10
+MAX_ROWS = 6  # of a table
 PEERS = ("eager", "compiled", "bmm")
 SMALL_PYRAMIDS = ("pyramid-32", "deep-256")
 PICTURES: dict[str, str] = _TEXTS["pictures"]
@@ -167,13 +167,21 @@ def page(files: Sequence[ResultFile], way: str = "", pictures: Iterable[str] = (
     about = [f"**{letter}**: {_summary(machine, files, way)}" for letter, machine in machines.items()]
     filled = {
         "MACHINES": "\n".join(map(bullet, about)) or "Nothing has been measured yet.",
-        "TABLE": _rows_table(machines),
+        "TABLE": "\n\n".join(_rows_tables(machines)),
         "PICTURES": "\n".join(f"![{PICTURES[name]}]({Path(way, name).as_posix()}.png)" for name in pictures),
         "CLASSES": class_rows(classes) or "Nothing of it has been measured yet.",
         "LOSSES": "\n".join(map(bullet, [*_losses(machines), *lost])) or "Nowhere: every figure is held.",
     }
     text = (HERE / "page.md").read_text(encoding="utf-8")
     return re.sub(f"^({'|'.join(filled)})$", lambda found: filled[found[0]], text, flags=re.MULTILINE)
+
+
+def _rows_tables(machines: dict[str, Machine]) -> Iterator[str]:
+    """A table of the machines that measured on a CPU, and one of the others."""
+    for device in ("cpu", "cuda"):
+        of_device = {letter: machine for letter, machine in machines.items() if machine.device == device}
+        if of_device:
+            yield _rows_table(of_device)
 
 
 def _rows_table(machines: dict[str, Machine]) -> str:

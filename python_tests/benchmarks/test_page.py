@@ -183,6 +183,13 @@ def test_rows_that_all_machines_have_come_before_others(monkeypatch, tmp_path):
     assert [row.split("`")[1] for row in rows] == ["pyramid-32"]
 
 
+def test_cpus_and_gpus_have_tables_of_their_own(tmp_path):
+    measured(tmp_path, [entry("forward+backward", "op", FAST)], "first")
+    files = measured(tmp_path, [entry("forward+backward", "op", FAST, device="cuda")], "second")
+    heads = [line for line in page(files).splitlines() if line.startswith("| case")]
+    assert [head.split(" | ")[1] for head in heads] == ["A forward", "B forward"]
+
+
 def test_the_page_tells_what_a_training_step_costs(tmp_path):
     measured(tmp_path, [entry("forward+backward", "op", FAST)])
     steps = [a_step({"op": 1.04, "tap": 1.02, "plain": 1.01}), a_step({"op": 1.3, "tap": 1.4}, mode="eager")]
