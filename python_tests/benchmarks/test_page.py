@@ -185,7 +185,7 @@ def test_rows_that_all_machines_have_come_before_others(monkeypatch, tmp_path):
 
 def test_cpus_and_gpus_have_tables_of_their_own(tmp_path):
     measured(tmp_path, [entry("forward+backward", "op", FAST)], "first")
-    files = measured(tmp_path, [entry("forward+backward", "op", FAST, device="cuda")], "second")
+    files = measured(tmp_path, [entry("forward+backward", "op", FAST, device="cuda")], "second", **GPU)
     heads = [line for line in page(files).splitlines() if line.startswith("| case")]
     assert [head.split(" | ")[1] for head in heads] == ["A forward", "B forward"]
 
