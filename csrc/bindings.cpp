@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <functional>
 
+#include "bindings.h"
 #include "checks.h"
 #include "cpu/parallel.h"
 #include "op.h"
@@ -23,10 +24,9 @@ using namespace py::literals;
 
 namespace {
 
-using Words = std::vector<int64_t>;
+using fdk::pointer;
+using fdk::Words;
 using Extents = std::array<int64_t, 3>; // of d0, d1, d2
-
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 fdk::Losses as_losses(const fdk::Pyramid& pyramid, const fdk::Options& options, uintptr_t pairing, int64_t num_pairs,
                       uintptr_t losses, uintptr_t slopes) {
@@ -84,6 +84,10 @@ void bind_enums(py::module_& m) {
       .value("channel_sum", fdk::Norm::kChannelSum)
       .value("relative", fdk::Norm::kRelative)
       .value("batch", fdk::Norm::kBatch);
+  py::enum_<fdk::Activation>(m, "Activation", py::module_local())
+      .value("none", fdk::Activation::kNone)
+      .value("relu", fdk::Activation::kRelu)
+      .value("leaky_relu", fdk::Activation::kLeakyRelu);
   py::enum_<fdk::Exchange>(m, "Exchange", py::module_local())
       .value("none", fdk::Exchange::kNone)
       .value("shuffle", fdk::Exchange::kShuffle)
@@ -333,6 +337,7 @@ PYBIND11_MODULE(_C, m) {
   bind_enums(m);
   bind_structs(m);
   bind_cpu(m);
+  fdk::bind_norms(m);
 #if FDKERNELS_WITH_CUDA
   bind_cuda(m);
 #endif

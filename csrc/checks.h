@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "op.h"
+#include "layout.h"
 
 namespace fdk {
 
@@ -33,6 +33,19 @@ inline Pyramid as_pyramid(const std::vector<int64_t>& words, int64_t batch, DTyp
             "weights must be uint8, float32 or float64");
     pyramid.total_channels += layer.channels;
   }
+  return pyramid;
+}
+
+// Reads words as the one layer of a normalisation, whose pixels or channels follow each other.
+inline Pyramid as_norm_layer(const std::vector<int64_t>& words, int64_t batch, DType accumulate, DType parameters) {
+  const Pyramid pyramid = as_pyramid(words, batch, accumulate);
+  require(pyramid.num_layers == 1, "a normalisation has one layer");
+  const Layer& layer = pyramid.layers[0];
+  const MergedPixels merged = merge_dimensions(layer.size, layer.stride, nullptr);
+  require(merged.size[0] == 1 && merged.size[1] == 1, "the pixels must lie at one pitch");
+  require(merged.stride[2] == 1 || merged.size[2] <= 1 || layer.stride_c == 1, "pixels or channels must be contiguous");
+  require(accumulate == DType::kFloat64 || layer.dtype != DType::kFloat64, "float64 needs sums of float64");
+  require(is_accumulate_dtype(parameters), "parameters must be float32 or float64");
   return pyramid;
 }
 

@@ -73,6 +73,32 @@ struct Regions {
   DType accumulate; // dtype of sums, masses and gradients of weights: float32 or float64
 };
 
+// ---------------------------------------------------------------- normalisation and activation
+
+enum class Activation { kNone, kRelu, kLeakyRelu };
+
+// One map of a normalisation with its activation. Its pixels follow each other, or its channels do.
+struct NormAct {
+  // The input, its weights if there are any, and as `upstream` the gradient that arrives, laid out like the input.
+  const Layer& layer;
+  int64_t batch;
+  DType accumulate; // of sums and parameters: float32 or float64
+  Activation activation;
+  double slope;          // of kLeakyRelu below 0
+  bool activation_first; // the activation comes before the normalisation
+  bool instance;         // statistics are those of a sample, G = N * C, and else of the batch, G = C
+  bool given;            // statistics are given, and no function of the input
+  double eps;
+  const void* gamma;      // [C], or null for 1
+  const void* beta;       // [C], or null for 0
+  DType parameters;       // of both: float32 or float64
+  double* statistics;     // [2, G], mean and biased variance, given or written by forward
+  void* running_mean;     // [C] of the dtype of the parameters, moved by forward; or null
+  void* running_variance; // [C] likewise, the unbiased one
+  double momentum;        // how much of the new statistics the running ones take
+  void* out;              // laid out like the input: the output, or its gradient, or null where backward writes none
+};
+
 // ---------------------------------------------------------------- masks
 
 enum class MaskResize { kArea, kMax, kNearest };
@@ -161,6 +187,12 @@ void region_sums(const Regions& regions, void* sums, void* masses, int num_threa
 void region_gradient(const Regions& regions, const void* grad_sums, int num_threads);
 // Gradients of the weights (C4).
 void region_weight_gradient(const Regions& regions, const void* grad_sums, int num_threads);
+
+// Statistics (N1) unless they are given, the output (N2), and its region sums, double [2, N, C], unless null.
+void norm_forward(const NormAct& call, double* sums, int num_threads);
+// The gradients (N4) of gamma and beta, [C] of the dtype of the parameters, unless null, and the gradient (N5) of the
+// input; `slopes` [2, N, C] of the accumulation dtype add (R3) to the gradient that arrives, unless null.
+void norm_backward(const NormAct& call, const void* slopes, void* grad_gamma, void* grad_beta, int num_threads);
 
 const char* instruction_set();
 

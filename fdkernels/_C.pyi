@@ -53,6 +53,17 @@ class Reduction:
     mean: ClassVar[Reduction]
     sum: ClassVar[Reduction]
 
+class Activation:
+    __members__: ClassVar[dict[str, Activation]]
+    none: ClassVar[Activation]
+    relu: ClassVar[Activation]
+    leaky_relu: ClassVar[Activation]
+
+class NormFormula:
+    def __init__(
+        self, *, activation: Activation, slope: float, activation_first: bool, instance: bool, eps: float
+    ) -> None: ...
+
 class MaskResize:
     __members__: ClassVar[dict[str, MaskResize]]
     area: ClassVar[MaskResize]
@@ -264,4 +275,37 @@ def cuda_region_weight_gradient(
     grad_sums: int,
     device: int,
     stream: int,
+) -> None: ...
+def cpu_norm_forward(
+    layer: list[int],
+    batch: int,
+    accumulate: DType,
+    formula: NormFormula,
+    given: bool,
+    gamma: int,
+    beta: int,
+    parameters: DType,
+    statistics: int,
+    running_mean: int,
+    running_variance: int,
+    momentum: float,
+    out: int,
+    sums: int,
+    num_threads: int,
+) -> None: ...
+def cpu_norm_backward(
+    layer: list[int],
+    batch: int,
+    accumulate: DType,
+    formula: NormFormula,
+    given: bool,
+    gamma: int,
+    beta: int,
+    parameters: DType,
+    statistics: int,
+    out: int,
+    slopes: int,
+    grad_gamma: int,
+    grad_beta: int,
+    num_threads: int,
 ) -> None: ...

@@ -17,6 +17,7 @@ from fdkernels.checks import debug
 from fdkernels.conventions import CONVENTIONS, Convention
 from fdkernels.criterion import FeatureDiscrepancyLoss
 from fdkernels.loss import RegionSums, feature_discrepancy_loss, region_sums, tap
+from fdkernels.norms import NormAct, fuse_norms
 from fdkernels.taps import FeatureTaps
 from fdkernels.taps.suggest import suggest_taps
 
@@ -25,11 +26,13 @@ __all__ = [
     "Convention",
     "FeatureDiscrepancyLoss",
     "FeatureTaps",
+    "NormAct",
     "RegionSums",
     "__version__",
     "backends",
     "debug",
     "feature_discrepancy_loss",
+    "fuse_norms",
     "models",
     "region_sums",
     "suggest_taps",

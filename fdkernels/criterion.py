@@ -253,7 +253,7 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
     def forward(
         self,
         features: Tensor | Sequence[Tensor] | FeatureTaps,
-        mask: Tensor,
+        mask: Tensor | None = None,
         *,
         pairing: Tensor | None = None,
         domains: Tensor | None = None,
@@ -266,7 +266,7 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
 
         Args:
             features: one tensor [N, C_l, *S_l] for each of the L layers, or the `FeatureTaps` that hold them.
-            mask: [N, 1, *S0] or [N, *S0].
+            mask: [N, 1, *S0] or [N, *S0]; None takes the one that `taps.mask` was given.
             pairing, domains, generator: as for `fdkernels.feature_discrepancy_loss`.
             exchange: the cross-sample term of this call, `"none"`, `"shuffle"` or `"pooled"`; None is the
                 module's own. `"none"` leaves the term out of a batch that cannot be paired, such as one of a

@@ -23,6 +23,7 @@ from fdkernels.op.tapped import FromTaps, RegionsFromTaps
 from fdkernels.op.transformed import refuse_group, run_transformed
 from fdkernels.op.weights import weights_of
 from fdkernels.taps import FeatureTaps
+from fdkernels.taps.early import EarlyMask
 from fdkernels.transforms import in_transform
 
 __all__ = ["Partners", "Settings", "check_features_and_mask", "losses_per_layer", "region_sums_of"]
@@ -83,10 +84,19 @@ class Partners(NamedTuple):
 
 
 def check_features_and_mask(
-    features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor, settings: Settings
+    features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor | None, settings: Settings
 ) -> tuple[list[Tensor], Planes]:
-    """Check settings, features and mask; the layers as a list of [N, C, *S], and the mask as planes."""
+    """Check settings, features and mask; the layers as a list of [N, C, *S], and the mask as planes.
+
+    Without a mask it is the one that taps were given before the forward pass.
+    """
     settings.check()
+    if mask is None:
+        mask = features.given_mask if isinstance(features, FeatureTaps) else None
+    if mask is None:
+        raise TypeError(
+            "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); got None"
+        )
     given = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
     layers = geometry.channels_first(given, settings.channel_dim)
     ignore_index = settings.ignore_index
@@ -147,11 +157,14 @@ def losses_per_layer(
     # Placeholders are of features as the network gave them, with their channels in place 1.
     if taps is not None and not planes.values.requires_grad and settings.channel_dim == 1:
         placeholders = taps.take_placeholders()
+    early = None
+    if taps is not None and placeholders is not None and settings.has_two_regions:
+        early = taps.early_mask(planes.values, settings.resize, planes.ignored)
     ranks = ranks_of(settings.group, batch, device)
     total = batch if ranks is None else ranks.total
     pairing = draw_pairing(settings.exchange, total, device, *partners, ranks)
     run = _of_two_regions if settings.has_two_regions else _of_several_regions
-    losses, aliases = run(layers, planes, settings, Batch(ranks, pairing, placeholders, tapped))
+    losses, aliases = run(layers, planes, settings, Batch(ranks, pairing, placeholders, tapped, early))
     if ranks is not None and losses.dim() > 1:
         losses = losses[ranks.own]
     return losses, aliases
@@ -165,12 +178,14 @@ class Batch(NamedTuple):
         pairing: the partners of the samples of all ranks, or None.
         placeholders: the slots and placeholders of fused taps, or None.
         tapped: whether the layers are returned, too.
+        early: the mask, where it was known before the features were made.
     """
 
     ranks: Ranks | None
     pairing: Tensor | None
     placeholders: tuple[Any, ...] | None
     tapped: bool
+    early: EarlyMask | None = None
 
 
 def _of_two_regions(
@@ -180,11 +195,13 @@ def _of_two_regions(
     shared: Batch,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses of foreground and background, over a group of all samples, and the tapped layers."""
-    ranks, pairing, placeholders, tapped = shared
+    ranks, pairing, placeholders, tapped, early = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     pyramid = describe(layers)
     sizes = [layer.shape[2:] for layer in layers]
-    weights = weights_of(planes.values, sizes, pyramid.dtype, settings.resize, planes.ignored, backend)
+    weights = None if early is None else early.weights_of_all(layers, pyramid.dtype, backend)
+    if weights is None:
+        weights = weights_of(planes.values, sizes, pyramid.dtype, settings.resize, planes.ignored, backend)
     options = settings.convention.options(settings.exchange, settings.reduction, settings.eps)
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
@@ -213,7 +230,7 @@ def _of_several_regions(
     shared: Batch,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses of several classes, or of second moments, as `_of_two_regions` returns its own."""
-    ranks, pairing, placeholders, tapped = shared
+    ranks, pairing, placeholders, tapped, _ = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     classes, convention, pyramid = settings.classes, settings.convention, describe(layers)
     sizes = [layer.shape[2:] for layer in layers]

@@ -21,7 +21,18 @@ SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 # top level.
 COMMON = {"checks", "conventions", "transforms", "_C", "_version"}
 THE_OP = {*COMMON, "op", "exchange", "classes"}
-THE_LOSS = {*THE_OP, "geometry", "backend", "taps", "layer_losses", "loss", "alpha", "copies", "criterion"}
+THE_LOSS = {
+    *THE_OP,
+    "geometry",
+    "backend",
+    "taps",
+    "layer_losses",
+    "loss",
+    "alpha",
+    "copies",
+    "criterion",
+    "norms",
+}
 ALLOWED = {
     "_version": set(),
     "_C": set(),
@@ -35,6 +46,7 @@ ALLOWED = {
     "op": {*COMMON, "exchange", "classes"},
     "backend": {*COMMON, "op"},
     "taps": {*COMMON, "op", "geometry"},
+    "norms": {*THE_OP, "backend", "taps"},
     "layer_losses": {*THE_OP, "geometry", "backend", "taps"},
     "loss": {*THE_OP, "taps", "layer_losses"},
     "copies": {*THE_OP, "layer_losses"},

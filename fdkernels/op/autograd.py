@@ -154,17 +154,62 @@ def run_pass(
 
 
 def run_kernels(
-    call: Call, features: Sequence[Tensor], weights: Weights, pairing: Tensor | None, with_slopes: bool
+    call: Call,
+    features: Sequence[Tensor],
+    weights: Weights,
+    pairing: Tensor | None,
+    with_slopes: bool,
+    known: Sequence[Tensor | None] = (),
 ) -> Sums:
-    """The forward of a call. Over a group, losses and slopes [2, R·N, ΣC] are those of all ranks' samples."""
-    if call.options is None or call.ranks is None:
+    """The forward of a call. Over a group, losses and slopes [2, R·N, ΣC] are those of all ranks' samples.
+
+    `known` holds the sums [2, N, C_l] of layers that need not be read, if any.
+    """
+    has_known = any(sums is not None for sums in known)
+    if not has_known and (call.options is None or call.ranks is None):
         return registered.sums(
             features, weights, call.pyramid, call.options, pairing, with_slopes, call.backend
         )
-    own = registered.sums(features, weights, call.pyramid, None, None, False, call.backend)
+    if has_known:
+        own = _with_known(call, features, weights, known)
+    else:
+        own = registered.sums(features, weights, call.pyramid, None, None, False, call.backend)
+    if call.options is None:
+        return own
+    if call.ranks is None:
+        made = registered.losses(own.sums, own.masses, call.pyramid, call.options, pairing, call.backend)
+        return Sums(own.sums, own.masses, *made)
     gathered = gather_batch(own.sums, call.ranks), gather_batch(own.masses, call.ranks)
     losses, slopes = registered.losses(*gathered, call.pyramid, call.options, pairing, call.backend)
     return Sums(own.sums, own.masses, losses, slopes)
+
+
+def _with_known(
+    call: Call, features: Sequence[Tensor], weights: Weights, known: Sequence[Tensor | None]
+) -> Sums:
+    """Sums [2, N, ΣC] and masses [2, N, L]; of layers whose sums are known the features are not read."""
+    pyramid = call.pyramid
+    parts, masses = (
+        list(known),
+        [_masses(weights.select([index]), pyramid.dtype) for index in range(len(known))],
+    )
+    missing = [index for index, sums in enumerate(known) if sums is None]
+    if missing:
+        read = [features[index] for index in missing], weights.select(missing), pyramid.select(missing)
+        found = registered.sums(*read, None, None, False, call.backend)
+        widths = [pyramid.channels[index] for index in missing]
+        for place, (index, part) in enumerate(zip(missing, found.sums.split(widths, dim=-1), strict=True)):
+            parts[index], masses[index] = part, found.masses[..., place]
+    sums = torch.cat([part.to(pyramid.dtype) for part in parts if part is not None], dim=-1)
+    return Sums(sums, torch.stack(masses, dim=-1), None, None)
+
+
+def _masses(weights: Weights, dtype: torch.dtype) -> Tensor:
+    """M of (R2) for the weights [N, P] of one layer: [2, N]."""
+    (fg,) = weights.fg
+    of_fg = fg.sum(1, dtype=torch.float64)
+    of_bg = weights.bg[0].sum(1, dtype=torch.float64) if weights.bg else fg.shape[1] - of_fg
+    return torch.stack([of_fg, of_bg]).to(dtype)
 
 
 def gradient_of_sums(

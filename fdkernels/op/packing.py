@@ -15,6 +15,7 @@ from torch import Tensor
 from fdkernels import _C
 from fdkernels.checks import mask_tolerance
 from fdkernels.conventions import EXCHANGES, KERNEL_NORMS, MASK_RESIZES, REDUCTIONS, REGION_WEIGHTS, Options
+from fdkernels.op.norm_formula import ACTIVATIONS
 from fdkernels.op.pyramid import Layer, Pyramid, Regions, Sums, Weights, weight_dtype
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "gradients_words",
     "mask_arguments",
     "mask_gradient_words",
+    "norm_words",
     "options_of",
     "pointer",
     "readable",
@@ -48,6 +50,7 @@ def _check_names() -> None:
         ("Exchange", EXCHANGES),
         ("Reduction", [name for name in REDUCTIONS if name != "none"]),
         ("MaskResize", MASK_RESIZES),
+        ("Activation", ACTIVATIONS),
     ):
         compiled = getattr(getattr(_C, enum, None), "__members__", {})
         if set(compiled) != set(names):
@@ -160,6 +163,15 @@ def gradient_words(
             start = index * _LAYER_WORDS
             words[start + _LAYER["upstream"]] = added.data_ptr()
             _put_strides(words, start, "upstream_", added.stride())
+    return words
+
+
+def norm_words(x: Tensor, grad: Tensor | None, weights: Weights | None, pyramid: Pyramid) -> list[int]:
+    """Pack the input [N, C, *S] of a normalisation, the gradient that arrives, and weights [N, P]."""
+    words = features_words(pyramid).copy() if weights is None else sums_words([x], weights, pyramid)
+    words[_FEATURES] = x.data_ptr()
+    if grad is not None:
+        words[_LAYER["upstream"]] = grad.data_ptr()
     return words
 
 

@@ -31,6 +31,8 @@ class TapSlot:
         backend: the name of the backend.
         regions: of the layer, in place of weights and factor, and their gradient [R or 2R, N, C].
         features: under regions with pivots those of the layer, else empty.
+        early, sums: the weights [N, P] that were known before the features were made, and the region sums
+            [2, N, C] that came with them; else None. Set by the forward.
     """
 
     weights: Weights
@@ -38,6 +40,8 @@ class TapSlot:
     backend: str
     regions: tuple[Regions, Tensor] | None = None
     features: Sequence[Tensor] = ()
+    early: Weights | None = None
+    sums: Tensor | None = None
 
 
 class Tap(torch.autograd.Function):
@@ -96,7 +100,11 @@ class FromTaps(torch.autograd.Function):
         Returns:
             losses [L] and sums [2, N, ΣC] or, without `call.options`, sums and masses [2, N, L].
         """
-        out = run_kernels(call, features, weights, pairing, with_slopes=True)
+        known = [
+            slot.sums if slot is not None and slot.early is not None and slot.early.fg[0] is fg else None
+            for slot, fg in zip(slots, weights.fg, strict=True)
+        ]
+        out = run_kernels(call, features, weights, pairing, True, known)
         # Saved and not only referred to, so that autograd notices a mask that was modified in place.
         ctx.save_for_backward(out.slopes, out.sums, out.masses, pairing, *weights.fg, *weights.bg)
         ctx.call, ctx.slots, ctx.keeps_sums = call, slots, True

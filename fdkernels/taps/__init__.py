@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fdkernels import checks
-from fdkernels.taps.names import Place, find, in_place_around, own_name
+from fdkernels.conventions import MASK_RESIZES
+from fdkernels.taps.early import EarlyMask, TakesMask
+from fdkernels.taps.names import Place, find, in_place_around, last_of, own_name
 from fdkernels.taps.recording import Change, Enter, Keep, Leave, Recording, describe_without_grad
 
 __all__ = ["FeatureTaps"]
@@ -97,6 +100,9 @@ class FeatureTaps:
         self._recording = Recording(self.names, calls, fused)
         self._handles = _set_hooks(self._recording, modules, places)
         self._is_copy = False
+        # Whatever ends the tapped modules; weak, as the taps do not keep a network alive.
+        self._ends = [weakref.ref(last_of(modules[place.path])) for place in places]
+        self._early: EarlyMask | None = None
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     @property
@@ -143,9 +149,62 @@ class FeatureTaps:
         ]
         return [output.slot for output in outputs], *(output.placeholder for output in outputs)
 
+    @contextmanager
+    def mask(
+        self, mask: Tensor, *, mask_resize: str = "area", ignore_index: float | None = None
+    ) -> Iterator[None]:
+        """Give the mask before the forward pass, for region sums from the pass that writes the features.
+
+        ::
+
+            fdk.fuse_norms(model, model.tap_names)
+            taps = fdk.FeatureTaps(model, model.tap_names, fused=True)
+            with taps.mask(mask):
+                logits = model(images)
+            loss = segmentation_loss(logits, mask) + crit(taps)
+
+        The sums of tapped blocks that end in a `NormAct` are made as their features are written, where taps
+        are fused and the loss, on the CPU, is of two regions and resizes the mask as said here; other layers
+        are read by the loss as ever. The numbers are the same.
+
+        Args:
+            mask: [N, 1, *S0] or [N, *S0], as the loss takes it; `crit(taps)` takes this one.
+            mask_resize, ignore_index: as of the loss. `"area"` is right for all conventions but `"released"`,
+                whose is `"max"`.
+
+        Raises:
+            ValueError: unknown `mask_resize`.
+        """
+        checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
+        self._early = early = EarlyMask(mask, mask_resize, ignore_index)
+        takers: list[TakesMask] = []
+        if self._recording.fused:
+            for ref in self._ends:
+                end: object = ref()
+                if isinstance(end, TakesMask):
+                    takers.append(end)
+        for taker in takers:
+            taker.take_mask(early)
+        try:
+            yield
+        finally:
+            for taker in takers:
+                taker.take_mask(None)
+
+    @property
+    def given_mask(self) -> Tensor | None:
+        """The mask of the last `with taps.mask(mask)`, [N, 1, *S0] or [N, *S0], until `clear()`."""
+        return None if self._early is None else self._early.mask
+
+    def early_mask(self, values: Tensor, mask_resize: str, ignore_index: float | None) -> EarlyMask | None:
+        """The mask that was given early, if it is that of a loss, [N, 1, *S0], and is resized likewise."""
+        early = self._early
+        return early if early is not None and early.is_of(values, mask_resize, ignore_index) else None
+
     def clear(self) -> None:
-        """Drop the recorded features; the next call begins a new pass."""
+        """Drop the recorded features and the mask; the next call begins a new pass."""
         self._recording.clear()
+        self._early = None
 
     def close(self) -> None:
         """Remove the hooks; the recorded features stay readable."""
@@ -170,6 +229,7 @@ class FeatureTaps:
         self._recording = Recording(*state)
         self._handles = []
         self._is_copy = True
+        self._ends, self._early = [], None
 
 
 def _set_hooks(

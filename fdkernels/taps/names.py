@@ -80,6 +80,16 @@ def _did_you_mean(unknown: str, paths: Mapping[str, str], modules: Mapping[str, 
     return f"; did you mean {', '.join(map(repr, dict.fromkeys(similar)))}?" if similar else ""
 
 
+def last_of(module: nn.Module) -> nn.Module:
+    """The module whose output is that of an nn.Sequential, followed into its last; any other is its own."""
+    while isinstance(module, nn.Sequential):
+        children = [child for child in module if not isinstance(child, nn.Identity)]
+        if not children:
+            break
+        module = children[-1]
+    return module
+
+
 def in_place_beside(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     """Return the paths of the siblings that work in place, those first that most likely follow."""
     parent = path.rpartition(".")[0]

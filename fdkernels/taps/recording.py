@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointFunction
 
+from fdkernels.op.norm_act import OWN_TAP, own_tap
 from fdkernels.op.tapped import Tap, TapSlot
+from fdkernels.taps.early import version_of
 from fdkernels.taps.names import Place
 from fdkernels.taps.structures import pick, replaced
 from fdkernels.transforms import in_transform
@@ -270,6 +272,11 @@ class Keep(_Hook):
 
     def _tap(self, output: Any, features: Tensor) -> tuple[Output | None, Any]:
         """Put what `Tap` makes of the features [N, C, *S] in their place; None where that cannot be done."""
+        own = own_tap(features)
+        if own is not None:
+            slot, placeholder = own
+            delattr(features, OWN_TAP)  # one loss alone can take it
+            return Output(features, placeholder, slot, version_of(features)), None
         slot = TapSlot()
         tapped, placeholder = Tap.apply(features, slot)
         goes_on = replaced(output, self.place.keys, tapped)
@@ -303,13 +310,6 @@ class Change(_Hook):
 
 def _holds(outer: str, path: str) -> bool:
     return path != outer and (not outer or path.startswith(f"{outer}."))
-
-
-def version_of(output: Tensor) -> int | None:
-    """How often the tensor, of any shape, was modified in place; None where torch does not count that."""
-    if torch.compiler.is_compiling() or output.is_inference():
-        return None
-    return output._version  # noqa: SLF001 (public in the documentation of autograd, but for its name)
 
 
 def _in_backward() -> bool:

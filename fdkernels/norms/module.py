@@ -1,0 +1,245 @@
+"""`NormAct`: BatchNorm or InstanceNorm with ReLU, LeakyReLU or nothing, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+
+from fdkernels.backend import resolve
+from fdkernels.op.norm_act import can_fuse, norm_act
+from fdkernels.op.norm_formula import Formula, Running
+from fdkernels.taps.early import EarlyMask
+from fdkernels.transforms import in_transform
+
+__all__ = ["NormAct", "activation_of", "is_norm"]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_KINDS: dict[type[nn.Module], tuple[bool, int]] = {
+    kind: (instance, dimensions)
+    for instance, kinds in ((False, _BATCH_NORMS), (True, _INSTANCE_NORMS))
+    for dimensions, kind in enumerate(kinds, 3)
+}
+# What parameters and running statistics may be for the kernels.
+_KEPT = (torch.float32, torch.float64)
+
+
+def is_norm(module: nn.Module | None) -> TypeGuard[_NormBase]:
+    """Whether `NormAct` can take the place of a normalisation: of its very class, since others do more."""
+    return type(module) in _KINDS
+
+
+def activation_of(module: nn.Module | None) -> tuple[str, float] | None:
+    """Name and slope of an activation that `NormAct` knows, `("none", 0)` for None; None for any other."""
+    if module is None:
+        return "none", 0.0
+    if type(module) is nn.ReLU:
+        return "relu", 0.0
+    # A slope below 0 would turn a gradient of 0 into one of either sign; torch allows it, and so do others.
+    if type(module) is nn.LeakyReLU and module.negative_slope >= 0:
+        return "leaky_relu", float(module.negative_slope)
+    return None
+
+
+class NormAct(nn.Module):
+    """A normalisation and its activation as one module, with the parameters and buffers of the normalisation.
+
+    With μ and σ² the mean and the biased variance of the batch, or of each sample under InstanceNorm, and a
+    the activation, it computes what the two modules compute, to rounding::
+
+        y = a((x - μ) / sqrt(σ² + ε)·γ + β)             with activation_first=False
+        y = (a(x) - μ) / sqrt(σ² + ε)·γ + β             with activation_first=True, μ and σ² of a(x)
+
+    On the CPU forward reads the input twice and writes the output; backward reads input and gradient twice
+    and writes the gradient; no map but the input is kept. Where its output is tapped by
+    `FeatureTaps(..., fused=True)` the gradient of the loss is added in the same backward, and inside
+    `taps.mask(mask)` the region sums come from the pass that writes the output. On other devices, under
+    torch.compile and inside torch.func's transforms it runs torch's own operations.
+
+    Args:
+        norm: a BatchNorm or InstanceNorm of 1 to 3 dimensions, whose parameters and buffers are shared, so
+            that names, checkpoints and optimizers stay as they are. Its hooks do not go with it.
+        activation: `nn.ReLU`, `nn.LeakyReLU` or None.
+        activation_first: whether the activation comes before the normalisation.
+
+    Shape:
+        [N, C, *S] to [N, C, *S], for BatchNorm1d also [N, C].
+
+    Raises:
+        TypeError: another kind of normalisation or activation.
+    """
+
+    _version = 2  # that of torch's batch norm, whose state dicts it reads
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self, norm: nn.Module, activation: nn.Module | None = None, activation_first: bool = False
+    ) -> None:
+        super().__init__()
+        if not is_norm(norm):
+            raise TypeError(
+                f"norm must be a BatchNorm or an InstanceNorm of 1 to 3 dimensions, got {type(norm).__name__}"
+            )
+        known = activation_of(activation)
+        if known is None:
+            raise TypeError(
+                "activation must be an nn.ReLU, an nn.LeakyReLU whose slope is not negative, or None, got "
+                f"{activation}"
+            )
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(norm, name))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(norm, name))
+        self.num_features = norm.num_features
+        self.momentum = norm.momentum
+        self.track_running_stats = norm.track_running_stats
+        instance, self.dimensions = _KINDS[type(norm)]
+        self.formula = Formula(instance, norm.eps, *known, activation_first)
+        self.training = norm.training
+        self._early: EarlyMask | None = None
+
+    def take_mask(self, early: EarlyMask | None) -> None:
+        """Let calls compute region sums under this mask, as `taps.mask` says; None ends that."""
+        self._early = early
+
+    @property
+    def eps(self) -> float:
+        """ε, added to the variance."""
+        return self.formula.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and activate [N, C, *S].
+
+        Raises:
+            ValueError: another number of dimensions or of channels, or a single value a channel in training.
+        """
+        self._check(x)
+        fuses = not torch.compiler.is_compiling() and not in_transform() and can_fuse(x)
+        if not fuses or resolve("auto", x.device) != "cpu" or not self._is_kept(x):
+            return self._plain(x)
+        given = None
+        if not self._uses_input:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            given = torch.stack([self.running_mean, self.running_var]).double()
+        running = None
+        if self.training:
+            factor = self._count()
+            if given is None and self.track_running_stats and self.running_mean is not None:
+                assert self.running_var is not None
+                running = Running(self.running_mean, self.running_var, factor)
+        early = self._early
+        weights_of = None if early is None else early.weights_of
+        return norm_act(x, self.weight, self.bias, given, self.formula, running, weights_of)
+
+    @property
+    def _uses_input(self) -> bool:
+        """Whether the statistics are those of the input."""
+        tracks = self.running_mean is not None and self.running_var is not None
+        return not tracks or (self.training and (not self.formula.instance or self.track_running_stats))
+
+    def _is_kept(self, x: Tensor) -> bool:
+        """Whether the kernels read parameters and buffers where they lie, and torch would take [N, C, *S]."""
+        kept = (self.weight, self.bias, self.running_mean, self.running_var)
+        present = [of for of in kept if of is not None]
+        if any(of.device != x.device or of.dtype not in _KEPT or not of.is_contiguous() for of in present):
+            return False
+        if len({of.dtype for of in present}) > 1:
+            return False
+        pixels = x[0, 0].numel() * (1 if self.formula.instance else x.shape[0])
+        return pixels > 1 or not self._uses_input
+
+    def _check(self, x: Tensor) -> None:
+        ranks = (2, 3) if self.dimensions == 3 else (self.dimensions,)
+        unbatched = self.formula.instance and x.dim() == self.dimensions - 1
+        if x.dim() not in ranks and not unbatched:
+            raise ValueError(
+                f"x must have {' or '.join(map(str, ranks))} dimensions, got shape {list(x.shape)}"
+            )
+        channels = x.shape[0] if unbatched else x.shape[1]
+        if channels != self.num_features:
+            raise ValueError(f"x must have {self.num_features} channels, got shape {list(x.shape)}")
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """Run torch's own operations on [N, C, *S]."""
+        value = self.formula.activate(x) if self.formula.activation_first else x
+        if self.formula.instance:
+            use_input = self._uses_input
+            momentum = 0.0 if self.momentum is None else self.momentum
+            unbatched = value.dim() == self.dimensions - 1
+            value = functional.instance_norm(
+                value.unsqueeze(0) if unbatched else value,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                use_input,
+                momentum,
+                self.eps,
+            )
+            value = value.squeeze(0) if unbatched else value
+        else:
+            factor = self._count()
+            updates = not self.training or self.track_running_stats
+            value = functional.batch_norm(
+                value,
+                self.running_mean if updates else None,
+                self.running_var if updates else None,
+                self.weight,
+                self.bias,
+                self._uses_input,
+                factor,
+                self.eps,
+            )
+        return value if self.formula.activation_first else self.formula.activate(value)
+
+    def _count(self) -> float:
+        """Count a batch where running statistics are updated; how much of the new ones they take."""
+        factor = 0.0 if self.momentum is None else self.momentum
+        counts = not self.formula.instance and self.training and self.track_running_stats
+        if counts and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        return factor
+
+    def extra_repr(self) -> str:
+        """The settings that `print` shows."""
+        kind = "InstanceNorm" if self.formula.instance else "BatchNorm"
+        parts = [
+            f"{kind}{self.dimensions - 2}d",
+            str(self.num_features),
+            f"eps={self.eps}",
+            f"momentum={self.momentum}",
+        ]
+        if self.formula.activation != "none":
+            order = ", activation_first=True" if self.formula.activation_first else ""
+            slope = f", slope={self.formula.slope}" if self.formula.activation == "leaky_relu" else ""
+            parts.append(f"activation={self.formula.activation}{slope}{order}")
+        return ", ".join(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_early": None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        """Read state dicts from before torch counted batches, too, as its batch norm does."""
+        version = local_metadata.get("version")
+        key = prefix + "num_batches_tracked"
+        if (
+            (version is None or version < 2)
+            and self.num_batches_tracked is not None
+            and key not in state_dict
+        ):
+            state_dict[key] = torch.zeros((), dtype=torch.long)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)

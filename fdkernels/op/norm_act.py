@@ -1,0 +1,178 @@
+"""Normalisation and activation under autograd, (N1) to (N5) of README.md.
+
+`NormActPass` is a tap as well (tapped.py): it returns a placeholder for the region sums of its output, and
+its backward adds the gradient (R3) of the loss as it reads the one that arrives. With weights that are known
+before the output is made the region sums come from the pass that writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdkernels.op.norm_formula import Formula, Running, is_dense, plain
+from fdkernels.op.pyramid import Weights, accumulate_dtype, describe
+from fdkernels.op.registered import may_call_directly
+from fdkernels.op.tapped import TapSlot
+
+__all__ = ["OWN_TAP", "NormActPass", "can_fuse", "norm_act", "own_tap"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether the kernels take the input [N, C, *S]: on the CPU, dense, seen by no compiler."""
+    if x.device.type != "cpu" or not 3 <= x.dim() <= 5 or x.numel() == 0 or not may_call_directly([x]):
+        return False
+    return x.dtype in _DTYPES and is_dense(x)
+
+
+# The attribute of an output that `NormActPass` taps itself.
+OWN_TAP = "_fdkernels_own_tap"
+
+
+def own_tap(features: Tensor) -> tuple[TapSlot, Tensor] | None:
+    """The slot and the placeholder of an output [N, C, *S] of `NormActPass`, else None."""
+    found: tuple[TapSlot, Tensor] | None = getattr(features, OWN_TAP, None)
+    return found
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given: Tensor | None,
+    formula: Formula,
+    running: Running | None = None,
+    weights_of: Callable[[Tensor], Weights | None] | None = None,
+) -> Tensor:
+    """Normalise and activate an input that `can_fuse` takes.
+
+    Args:
+        x: [N, C, *S].
+        weight, bias: [C], γ and β, or None for 1 and 0.
+        given: mean and variance to use, [2, C] in float64; None takes those of the input.
+        formula: what to compute.
+        running: the statistics to move, where they are not given ones.
+        weights_of: gives the weights [N, P] of the two regions for the output, where they are known.
+
+    Returns:
+        The output [N, C, *S] in the dtype and layout of x.
+    """
+    slot = TapSlot()
+    y: Tensor
+    y, placeholder = NormActPass.apply(x, weight, bias, given, formula, slot, running, weights_of)
+    if y.requires_grad:
+        setattr(y, OWN_TAP, (slot, placeholder))
+    return y
+
+
+class NormActPass(torch.autograd.Function):
+    """An input, γ and β to the output and a placeholder for its region sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        given: Tensor | None,
+        formula: Formula,
+        slot: TapSlot,
+        running: Running | None,
+        weights_of: Callable[[Tensor], Weights | None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output [N, C, *S] and the placeholder [2, N, C]."""
+        from fdkernels.op import cpu_norms
+
+        slot.early = None if weights_of is None else weights_of(x)
+        inputs = cpu_norms.Inputs(x, weight, bias, given, given is not None)
+        y, ctx.statistics, slot.sums = cpu_norms.forward(inputs, formula, running, slot.early)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.formula, ctx.is_given, ctx.slot = formula, given is not None, slot
+        ctx.set_materialize_grads(False)
+        placeholder = x.new_empty((2, *x.shape[:2]), dtype=accumulate_dtype([x]))
+        return y, placeholder
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Write the gradients (N4) of γ and β [C] and (N5) of x [N, C, *S].
+
+        Args:
+            grad_y: of the output, [N, C, *S].
+            g: of the placeholder, [2, N, C], by which (R3) is added.
+        """
+        from fdkernels.op import cpu_norms
+
+        x, weight, bias = ctx.saved_tensors
+        nothing = None, None, None, None, None
+        if g is not None and ctx.slot.regions is not None:  # several classes or moments: a pass of their own
+            grad_y, g = _with_regions(ctx, x, grad_y), None
+        if grad_y is None and g is None:
+            return None, None, None, *nothing
+        if torch.is_grad_enabled():
+            return *_derivable(ctx, x, weight, bias, grad_y, g), *nothing
+        grad_y = torch.zeros_like(x) if grad_y is None else _like(grad_y, x)
+        slopes, regions = None, None
+        if g is not None:
+            factor = ctx.slot.factor
+            slopes, regions = g if factor is None else g * factor.to(g.dtype), ctx.slot.weights
+        inputs = cpu_norms.Inputs(x, weight, bias, ctx.statistics, ctx.is_given)
+        added = None if slopes is None or regions is None else (slopes, regions)
+        needs = ctx.needs_input_grad[:3]
+        return *cpu_norms.backward(inputs, ctx.formula, grad_y, added, needs), *nothing
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient [N, C, *S] laid out like the input."""
+    if grad.stride() == x.stride() and grad.dtype == x.dtype:
+        return grad
+    return torch.empty_like(x).copy_(grad)
+
+
+def _with_regions(ctx: Any, x: Tensor, grad_y: Tensor | None) -> Tensor:
+    """Add the gradient of several classes, or of moments, to the one that arrives, [N, C, *S]."""
+    from fdkernels.op import registered_regions
+
+    slot: TapSlot = ctx.slot
+    assert slot.regions is not None
+    regions, g = slot.regions
+    upstream = [] if grad_y is None else [grad_y]
+    (grad,) = registered_regions.region_gradient(
+        g, regions, slot.features, upstream, describe([x]), slot.backend
+    )
+    return grad
+
+
+def _derivable(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor | None, g: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x [N, C, *S], γ and β [C] in plain torch, for second derivatives."""
+    total = torch.zeros_like(x) if grad_y is None else grad_y
+    if g is not None:
+        g = g if ctx.slot.factor is None else g * ctx.slot.factor.to(g.dtype)
+        total = total + _spread(g, ctx.slot.weights, x)
+    inputs = [
+        (place, tensor)
+        for place, tensor in enumerate((x, weight, bias))
+        if tensor is not None and ctx.needs_input_grad[place]
+    ]
+    with torch.enable_grad():
+        given = ctx.statistics if ctx.is_given else None
+        y = plain(x, weight, bias, given, ctx.formula)
+        found = torch.autograd.grad(y, [tensor for _, tensor in inputs], total, create_graph=True)
+    grads: list[Tensor | None] = [None] * 3
+    for (place, _), grad in zip(inputs, found, strict=True):
+        grads[place] = grad
+    return tuple(grads)
+
+
+def _spread(g: Tensor, weights: Weights, x: Tensor) -> Tensor:
+    """The gradient (R3) of features [N, C, *S] for g [2, N, C]."""
+    fg = weights.fg[0].to(g.dtype)
+    bg = weights.bg[0].to(g.dtype) if weights.bg else 1 - fg
+    spread = g[0].unsqueeze(-1) * fg.unsqueeze(1) + g[1].unsqueeze(-1) * bg.unsqueeze(1)
+    return spread.view(x.shape).to(x.dtype)
