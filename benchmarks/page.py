@@ -231,7 +231,7 @@ def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
     if best and eager:
         times = f"{span(best)} times as fast as the best peer, {span(eager)} times as fast as eager"
         parts.append(f"Forward and backward are {times}")
-    # A step with the better of `op` and `tap` over the step without the loss.
+    # A step with the best of `op`, `tap` and `free` over the step without the loss.
     costs: dict[str, list[float]] = {}
     for file in (file for file in files if (file.folder, file.kind) == (folder, "steps")):
         for step in (step for step in file.entries if step["device"] == machine.device):
@@ -296,7 +296,7 @@ def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) 
 
 def _steps(entries: Sequence[Entry]) -> str:
     """Steps or trainings."""
-    names = ("op", "tap", "plain")
+    names = ("op", "tap", "free", "plain")
     rows = []
     for entry in entries:
         peaks, width = entry["peak_bytes"], entry["base_channels"] or "published"

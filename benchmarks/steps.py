@@ -24,11 +24,11 @@ from benchmarks import cases
 from benchmarks.calls import MIN_ROUNDS, Samples, summarize
 from benchmarks.counts import kernel_launches, peak_bytes
 from benchmarks.peers import PeerMask, compile_reason, plain
-from fdkernels import FeatureDiscrepancyLoss, FeatureTaps, models
+from fdkernels import FeatureDiscrepancyLoss, FeatureTaps, fuse_norms, models
 from fdkernels.segmentation.objective import SegmentationLoss
 
 MODES = ("eager", "amp", "channels_last", "compiled", "amp channels_last compiled")
-WITHOUT, OP, TAP, PLAIN = CONTENDERS = ("without", "op", "tap", "plain")
+WITHOUT, OP, TAP, FREE, PLAIN = CONTENDERS = ("without", "op", "tap", "free", "plain")
 ALPHA = 0.1
 # Batch, side and base channels: real sizes on a GPU; on a CPU such that a step takes tenths of a second.
 SIZES = {"cpu": (2, 128, 16), "cuda": (4, 512, None)}
@@ -81,7 +81,8 @@ class Step:
     Args:
         case: the network and how it runs.
         contender: `"without"` the loss; the `"op"`; `"tap"`, whose backward is part of the network's own;
-            `"plain"`, the loss written in torch within the step, which a compiler can fuse with the layers.
+            `"free"`, which has fused normalisations and the mask before the forward, too; `"plain"`, the loss
+            written in torch within the step, which a compiler can fuse with the layers.
     """
 
     def __init__(self, case: StepCase, contender: str) -> None:
@@ -97,8 +98,10 @@ class Step:
         # A small rate: a network that soon has nothing to learn would be another one in the last round.
         self.optimizer = torch.optim.Adam(parameters, lr=1e-5)
         self.taps: FeatureTaps | None = None
+        if contender == FREE:
+            fuse_norms(self.model, names)
         if contender != WITHOUT:
-            self.taps = FeatureTaps(self.model, names, fused=contender == TAP)
+            self.taps = FeatureTaps(self.model, names, fused=contender in (TAP, FREE))
         self.images, self.mask = nuclei(case.batch, case.side)
         if "channels_last" in case.mode:
             self.images = self.images.to(memory_format=torch.channels_last)
@@ -137,14 +140,17 @@ class Step:
     def _total(self) -> Tensor:
         half = "amp" in self.case.mode
         with torch.autocast(self.case.device, torch.bfloat16) if half else contextlib.nullcontext():
-            logits = self.model(self.images)
+            if self.contender == FREE:
+                with self.taps.mask(self.mask):
+                    logits = self.model(self.images)
+            else:
+                logits = self.model(self.images)
         loss = self.objective(logits, self.mask)
         if self.contender == WITHOUT:
             return loss
         if self.contender != PLAIN:
-            return loss + self.criterion(
-                self.taps if self.contender == TAP else self.taps.features, self.mask
-            )
+            fused = self.contender in (TAP, FREE)
+            return loss + self.criterion(self.taps if fused else self.taps.features, self.mask)
         for alpha, layer in zip(self.criterion.alpha.unbind(), self.taps.features, strict=True):
             loss = loss + alpha.detach() * plain([layer], PeerMask(self.mask.to(layer.dtype), None))
         return loss
@@ -209,7 +215,7 @@ def check(case: StepCase, steps: Mapping[str, Step]) -> dict[str, dict[str, floa
     """
     expected = steps[PLAIN].outcome()
     errors = {}
-    for name in (OP, TAP):
+    for name in (OP, TAP, FREE):
         if name not in steps:
             continue  # torch.compile refused it
         found = disagreement(steps[name].outcome(), expected)

@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("kernels", "emulation", "threads")
 ISAS = ("baseline", "avx2", "avx512")
 FLAGS = "address,undefined"
+KERNEL_TESTS = [
+    f"python_tests/{name}" for name in ("op", "test_loss.py", "test_norm_act.py", "test_free_loss.py")
+]
 FINDING = re.compile(r"^(?:SUMMARY: \w+Sanitizer: .*|.*runtime error: .*)$", re.MULTILINE)
 
 # Sums of 4 channels into memory for 2.
@@ -170,8 +173,8 @@ def sanitize_kernels(folder: Path) -> list[Outcome]:
             f"kernels, {isa}, address and undefined",
             folder,
             {"FDKERNELS_CPU_ISA": isa},
-            # The reference and Triton are none of these kernels.
-            ["python_tests/op", "python_tests/test_loss.py", "-k", "not reference and not triton"],
+            # The reference, Triton and the emulation are none of these kernels.
+            [*KERNEL_TESTS, "-k", "not reference and not triton and not cuda"],
             str(package),
         )
         for isa in isas
