@@ -17,7 +17,7 @@ from fdkernels.exchange import Ranks, draw_pairing, gather_batch, ranks_of
 from fdkernels.op.autograd import Call, run_pass
 from fdkernels.op.entries import GatheredSums, losses_of_regions
 from fdkernels.op.loss_formulas import losses_of, wide
-from fdkernels.op.pyramid import describe
+from fdkernels.op.pyramid import Regions, describe
 from fdkernels.op.region_pass import RegionCall, pivots_of, regions_of, run_regions
 from fdkernels.op.tapped import FromTaps, RegionsFromTaps
 from fdkernels.op.transformed import refuse_group, run_transformed
@@ -47,16 +47,6 @@ class Settings(NamedTuple):
     channel_dim: int = 1
     classes: Classes = BINARY
 
-    @property
-    def resize(self) -> str:
-        """How the mask is resized to a layer."""
-        return self.mask_resize or self.convention.mask_resize
-
-    @property
-    def has_two_regions(self) -> bool:
-        """Whether the kernels of two regions serve: one class, and no second moments."""
-        return self.classes.is_binary and self.convention.norm != "fisher"
-
     def check(self) -> None:
         """Raise TypeError or ValueError for a setting that does not exist."""
         checks.one_of("exchange", self.exchange, EXCHANGES)
@@ -73,6 +63,17 @@ class Settings(NamedTuple):
             raise ValueError(f"convention={self.convention.name!r} is for mode='binary', got {what}")
         if self.exchange == "pooled":
             raise ValueError(f"exchange='pooled' is for mode='binary', got {what}")
+
+
+# Functions and no properties: Dynamo of torch before 2.9 does not look up those of a named tuple.
+def resize_of(settings: Settings) -> str:
+    """How the mask is resized to a layer."""
+    return settings.mask_resize or settings.convention.mask_resize
+
+
+def has_two_regions(settings: Settings) -> bool:
+    """Whether the kernels of two regions serve: one class, and no second moments."""
+    return settings.classes.is_binary and settings.convention.norm != "fisher"
 
 
 class Partners(NamedTuple):
@@ -121,11 +122,13 @@ def region_sums_of(layers: Sequence[Tensor], planes: Planes, settings: Settings)
     pyramid = describe(layers)
     sizes = [layer.shape[2:] for layer in layers]
     if settings.classes.is_binary:
-        weights = weights_of(planes.values, sizes, pyramid.dtype, settings.resize, planes.ignored, backend)
+        weights = weights_of(
+            planes.values, sizes, pyramid.dtype, resize_of(settings), planes.ignored, backend
+        )
         run = run_transformed if in_transform() else run_pass
         sums, masses = run(Call(backend, pyramid), layers, weights, None)
         return sums, masses
-    regions = regions_of(planes, sizes, pyramid.dtype, settings.resize, settings.classes, backend)
+    regions = regions_of(planes, sizes, pyramid.dtype, resize_of(settings), settings.classes, backend)
     sums, masses = run_regions(RegionCall(backend, pyramid, regions.selects), layers, regions)
     of_sums, of_masses = (torch.stack(settings.classes.sides(of)).transpose(1, 2) for of in (sums, masses))
     return of_sums, of_masses
@@ -158,12 +161,12 @@ def losses_per_layer(
     if taps is not None and not planes.values.requires_grad and settings.channel_dim == 1:
         placeholders = taps.take_placeholders()
     early = None
-    if taps is not None and placeholders is not None and settings.has_two_regions:
-        early = taps.early_mask(planes.values, settings.resize, planes.ignored)
+    if taps is not None and placeholders is not None and has_two_regions(settings):
+        early = taps.early_mask(planes.values, resize_of(settings), planes.ignored)
     ranks = ranks_of(settings.group, batch, device)
     total = batch if ranks is None else ranks.total
     pairing = draw_pairing(settings.exchange, total, device, *partners, ranks)
-    run = _of_two_regions if settings.has_two_regions else _of_several_regions
+    run = _of_two_regions if has_two_regions(settings) else _of_several_regions
     losses, aliases = run(layers, planes, settings, Batch(ranks, pairing, placeholders, tapped, early))
     if ranks is not None and losses.dim() > 1:
         losses = losses[ranks.own]
@@ -201,7 +204,9 @@ def _of_two_regions(
     sizes = [layer.shape[2:] for layer in layers]
     weights = None if early is None else early.weights_of_all(layers, pyramid.dtype, backend)
     if weights is None:
-        weights = weights_of(planes.values, sizes, pyramid.dtype, settings.resize, planes.ignored, backend)
+        weights = weights_of(
+            planes.values, sizes, pyramid.dtype, resize_of(settings), planes.ignored, backend
+        )
     options = settings.convention.options(settings.exchange, settings.reduction, settings.eps)
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
@@ -234,9 +239,9 @@ def _of_several_regions(
     backend = backends.resolve(settings.backend, layers[0].device)
     classes, convention, pyramid = settings.classes, settings.convention, describe(layers)
     sizes = [layer.shape[2:] for layer in layers]
-    regions = regions_of(planes, sizes, pyramid.dtype, settings.resize, classes, backend)
+    regions = regions_of(planes, sizes, pyramid.dtype, resize_of(settings), classes, backend)
     if convention.norm == "fisher":
-        regions = regions._replace(pivots=pivots_of(layers, regions, pyramid))
+        regions = Regions(regions.weights, regions.selects, pivots_of(layers, regions, pyramid))
     call = RegionCall(backend, pyramid, regions.selects, tapped)
     if in_transform():
         refuse_group(ranks)

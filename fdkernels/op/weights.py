@@ -96,4 +96,8 @@ def _readable_as_is(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     if mask.dtype == dtype and not checks.values_are_readable(mask):
         return None
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).flatten(1)
+    if mask.dtype != torch.bool:
+        return mask.flatten(1)
+    # Inductor of torch before 2.9 does not lower the view; the copy is a byte a pixel.
+    compiling = torch.compiler.is_compiling()
+    return (mask.to(torch.uint8) if compiling else mask.view(torch.uint8)).flatten(1)
