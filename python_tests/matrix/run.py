@@ -40,8 +40,11 @@ CORE = (
     "test_classes.py",
     "test_compile.py",
     "test_criterion.py",
+    "test_free_loss.py",
+    "test_fuse_norms.py",
     "test_fused_taps.py",
     "test_loss.py",
+    "test_norm_act.py",
     "test_tap.py",
     "test_taps.py",
 )
