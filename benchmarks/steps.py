@@ -39,6 +39,9 @@ _MAX_ROUNDS = 50
 # Bounds on the differences of loss and gradients, without and with autocast, most of them rounding in the
 # network below the loss.
 BOUNDS = {False: (1e-4, 1e-2), True: (2e-2, 0.2)}
+# Normalisations that round in another order turn activations near 0 on or off: by as much gradients of the
+# same network in float32 and in float64 differ, too.
+FREE_BOUND = 0.1
 # Steps of a training that are not counted: they allocate, choose convolutions and make the optimizer's state.
 WARM_UP = 3
 
@@ -220,7 +223,9 @@ def check(case: StepCase, steps: Mapping[str, Step]) -> dict[str, dict[str, floa
             continue  # torch.compile refused it
         found = disagreement(steps[name].outcome(), expected)
         errors[name] = dict(zip(("loss", "gradient"), found, strict=True))
-        for (what, error), bound in zip(errors[name].items(), BOUNDS["amp" in case.mode], strict=True):
+        of_loss, of_gradient = BOUNDS["amp" in case.mode]
+        bounds = of_loss, max(of_gradient, FREE_BOUND) if name == FREE else of_gradient
+        for (what, error), bound in zip(errors[name].items(), bounds, strict=True):
             if not error <= bound:
                 raise AssertionError(
                     f"{what} of {name} is wrong for {case.id}, so nothing is timed: it differs by "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import subprocess
@@ -35,20 +36,25 @@ CASES = {
 CONVENTIONS = {"released": "released", "fisher": "fisher"}
 EXCHANGES = {"released": "shuffle", "fisher": "none"}
 CLASSES = {"shuffle of classes": {"mode": "multiclass", "num_classes": 2}}
+# Plain taps, fused ones, and fused ones of a fused normalisation that has the mask before the forward.
+KINDS = ("plain", "fused", "free")
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        # Statistics of a sample, which do not depend on the ranks.
+        self.block = nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1), nn.InstanceNorm2d(3, affine=True), nn.ReLU()
+        )
         with torch.no_grad():
             self.double()
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.conv(images)
+        return self.block(images)
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -61,11 +67,12 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def losses(
-    net: nn.Module, images: Tensor, mask: Tensor, group: Any, fused: bool = False
+    net: nn.Module, images: Tensor, mask: Tensor, group: Any, kind: str = "plain"
 ) -> dict[str, list[Tensor]]:
     """For each case the loss, the entries, the gradients of the network, and that of α."""
     results = {}
-    taps = fdk.FeatureTaps(net, ["module.conv" if group is not None else "conv"], fused=fused)
+    fused = kind != "plain"
+    taps = fdk.FeatureTaps(net, ["block"], fused=fused)
     for name, case in CASES.items():
         exchange = EXCHANGES.get(name, name.split()[0])
         partners = {key: value for key, value in case.items() if key != "seed"}
@@ -73,7 +80,9 @@ def losses(
             partners["generator"] = torch.Generator().manual_seed(case["seed"])
         convention, classes = CONVENTIONS.get(name, "paper"), CLASSES.get(name, {})
         net.zero_grad()
-        features = net(images)
+        early = taps.mask(mask, mask_resize="max" if name == "released" else "area", ignore_index=255)
+        with early if kind == "free" else contextlib.nullcontext():
+            features = net(images)
         crit = fdk.FeatureDiscrepancyLoss(
             1,
             alpha_init=0.5,
@@ -111,11 +120,13 @@ def work(rank: int, folder: str, shares: tuple[int, ...]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(shares))
-    net = nn.parallel.DistributedDataParallel(Net())
     images, mask = (part.split(shares)[rank] for part in data())
-    for fused in (False, True):
-        results = losses(net, images, mask, dist.group.WORLD, fused)
-        torch.save(results, Path(folder) / f"{rank}-{fused}.pt")
+    for kind in KINDS:
+        net = Net()
+        if kind == "free":
+            fdk.fuse_norms(net, ["block"])
+        results = losses(nn.parallel.DistributedDataParallel(net), images, mask, dist.group.WORLD, kind)
+        torch.save(results, Path(folder) / f"{rank}-{kind}.pt")
     dist.barrier()
     # Without cleaning up: gloo's threads and the destructor of their group may wait for each other.
     os._exit(0)
@@ -127,8 +138,8 @@ def shares(request) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory, shares) -> dict[bool, list[dict[str, list[Tensor]]]]:
-    """What each rank computed, from plain features and from fused taps."""
+def of_ranks(tmp_path_factory, shares) -> dict[str, list[dict[str, list[Tensor]]]]:
+    """What each rank computed, by the kind of taps."""
     folder, world = tmp_path_factory.mktemp("ranks"), len(shares)
     # By the path of this file: what pytest names the module, another process cannot import.
     ranks = [
@@ -142,16 +153,14 @@ def of_ranks(tmp_path_factory, shares) -> dict[bool, list[dict[str, list[Tensor]
     for rank in ranks:
         _, errors = rank.communicate()
         assert rank.returncode == 0, errors
-    return {
-        fused: [torch.load(folder / f"{rank}-{fused}.pt") for rank in range(world)] for fused in (False, True)
-    }
+    return {kind: [torch.load(folder / f"{rank}-{kind}.pt") for rank in range(world)] for kind in KINDS}
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused taps"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_together_equal_one_process(of_ranks, shares, name, fused):
+def test_ranks_together_equal_one_process(of_ranks, shares, name, kind):
     loss, entries, grad_alpha, *grads = losses(Net(), *data(), group=None)[name]
-    for rank, results in enumerate(of_ranks[fused]):
+    for rank, results in enumerate(of_ranks[kind]):
         rank_loss, rank_entries, rank_grad_alpha, *rank_grads = results[name]
         torch.testing.assert_close(rank_loss, loss)
         torch.testing.assert_close(rank_grad_alpha, grad_alpha)
