@@ -92,12 +92,12 @@ def check_features_and_mask(
     Without a mask it is the one that taps were given before the forward pass.
     """
     settings.check()
-    if mask is None:
-        mask = features.given_mask if isinstance(features, FeatureTaps) else None
-    if mask is None:
-        raise TypeError(
-            "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); got None"
-        )
+    if mask is None and isinstance(features, FeatureTaps):
+        mask = features.given_mask
+        if mask is None:
+            raise TypeError(
+                "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); got None"
+            )
     given = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
     layers = geometry.channels_first(given, settings.channel_dim)
     ignore_index = settings.ignore_index
