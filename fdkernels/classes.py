@@ -140,7 +140,7 @@ class Planes(NamedTuple):
 
 
 def check_class_mask(
-    mask: Tensor | None, layers: Sequence[Tensor], classes: Classes, ignore_index: float | None
+    mask: Tensor, layers: Sequence[Tensor], classes: Classes, ignore_index: float | None
 ) -> Planes:
     """Check a mask of several classes, and make one plane of each class.
 

@@ -92,9 +92,10 @@ def check_features_and_mask(
     Without a mask it is the one that taps were given before the forward pass.
     """
     settings.check()
+    given_mask: Any = mask  # None is refused below, as what is no tensor
     if mask is None and isinstance(features, FeatureTaps):
-        mask = features.given_mask
-        if mask is None:
+        given_mask = features.given_mask
+        if given_mask is None:
             raise TypeError(
                 "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); got None"
             )
@@ -102,10 +103,10 @@ def check_features_and_mask(
     layers = geometry.channels_first(given, settings.channel_dim)
     ignore_index = settings.ignore_index
     if settings.classes.is_binary:
-        values = checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
+        values = checks.check_mask(given_mask, layers, ignore_index, backends.accepts_mask)
         planes = Planes(values, ignore_index, selects=ignore_index is not None)
     else:
-        planes = check_class_mask(mask, layers, settings.classes, ignore_index)
+        planes = check_class_mask(given_mask, layers, settings.classes, ignore_index)
     # Not `layers is not given`, which torch 2.6 compiles to a comparison of tensors.
     channels_last = settings.channel_dim not in (1, 1 - given[0].dim())
     geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
