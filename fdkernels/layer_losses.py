@@ -97,7 +97,8 @@ def check_features_and_mask(
         given_mask = features.given_mask
         if given_mask is None:
             raise TypeError(
-                "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); got None"
+                "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); "
+                "got None"
             )
     given = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
     layers = geometry.channels_first(given, settings.channel_dim)
