@@ -17,6 +17,8 @@ from fdkernels.segmentation.fields import FieldError, check_fields, one_of, opti
 
 PHASES = ("warm", "active")
 FOLDS = 5
+# What a run has whose config.json is older than a field: it goes on as it began.
+EARLIER = {"fuse": False}
 ON_PROBLEM = ("refuse", "skip")
 
 # Keys of config.json beside those of the configuration, for whoever reads the run later.
@@ -175,6 +177,9 @@ class TrainingConfig:
     precision: str = option("32-true, bf16-mixed or 16-mixed.", "32-true", choices=_PRECISIONS)
     channels_last: bool = option("Keep images and features in the channels_last format.", False)
     compile: bool = option("Run the network through torch.compile.", False)
+    fuse: bool = option(
+        "Normalise, activate and compute the loss in shared passes, on the CPU and without compile.", True
+    )
     tensorboard: bool = option("Write logs for TensorBoard beside the CSV files.", True)
     limit_batches: int | None = option(
         "At most so many batches an epoch, of each part, to try things out.",
@@ -279,7 +284,7 @@ class TrainingConfig:
         ]
         if missing:
             raise ValueError(f"missing fields: {', '.join(missing)}")
-        return cls(**{name: value for name, value in fields.items() if name in known})
+        return cls(**{**EARLIER, **{name: value for name, value in fields.items() if name in known}})
 
 
-__all__ = ["FOLDS", "ON_PROBLEM", "PHASES", "TrainingConfig", "check_processes"]
+__all__ = ["EARLIER", "FOLDS", "ON_PROBLEM", "PHASES", "TrainingConfig", "check_processes"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fdkernels as fdk
 from fdkernels import models
+from fdkernels.layer_losses import resize_of
 from fdkernels.models import SegmentationNetwork
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import derive_seed
@@ -76,6 +77,7 @@ class SegmentationModule(LightningModule):
         alpha_lr: float = 1e-3,
         channels_last: bool = False,
         compile_network: bool = False,
+        fuse: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -84,6 +86,7 @@ class SegmentationModule(LightningModule):
         self.alpha_lr = alpha_lr
         self.channels_last = channels_last
         self.compile_network = compile_network
+        self.fuse = fuse
         self.objective = SegmentationLoss()
         self.val_scores = OverlapScores()
         self.test_scores = OverlapScores()
@@ -121,6 +124,7 @@ class SegmentationModule(LightningModule):
             alpha_lr=config.alpha_lr,
             channels_last=config.channels_last,
             compile_network=config.compile,
+            fuse=config.fuse,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,6 +137,8 @@ class SegmentationModule(LightningModule):
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_network and self._compiled is None:
             self._compiled = _compile(self.model)
+        if self.fuse and not self.compile_network and self.trainer.strategy.root_device.type == "cpu":
+            fdk.fuse_norms(self.model, self.model.tap_names)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [
@@ -148,15 +154,22 @@ class SegmentationModule(LightningModule):
         logits: Tensor = self.model(image) if self._compiled is None else self._compiled(image)[0]
         return logits
 
-    def _forward_with_features(self, image: Tensor) -> tuple[Tensor, list[Tensor] | fdk.FeatureTaps]:
-        """Compute the logits [N, 1, H, W], and the features of the layers as the criterion takes them."""
+    def _forward_with_features(
+        self, image: Tensor, mask: Tensor
+    ) -> tuple[Tensor, list[Tensor] | fdk.FeatureTaps]:
+        """Compute the logits [N, 1, H, W], and the features of the layers as the criterion takes them.
+
+        The mask is [N, 1, H, W].
+        """
         image = self._laid_out(image)
         if self._compiled is not None:
             return self._compiled(image)
         # The hooks live for this pass alone, so that no feature map outlives the step and
         # evaluation pays nothing for them.
-        acts = self.criterion is not None and self.criterion.is_active
-        with fdk.FeatureTaps(self.model, self.model.tap_names, fused=acts) as taps:
+        assert self.criterion is not None
+        resize = resize_of(self.criterion.settings)
+        taps = fdk.FeatureTaps(self.model, self.model.tap_names, fused=self.criterion.is_active)
+        with taps, taps.mask(mask, mask_resize=resize):
             return self.model(image), taps
 
     def _laid_out(self, image: Tensor) -> Tensor:
@@ -171,7 +184,7 @@ class SegmentationModule(LightningModule):
             segmentation_loss: Tensor = self.objective(self(batch["image"]), batch["mask"], group=self._group)
             loss = segmentation_loss
         else:
-            logits, features = self._forward_with_features(batch["image"])
+            logits, features = self._forward_with_features(batch["image"], batch["mask"])
             segmentation_loss = self.objective(logits, batch["mask"], group=self._group)
             # Samples of one domain alone cannot be paired across domains.
             alone = self.criterion.exchange == "pooled" and not batch.get("mixed", True)

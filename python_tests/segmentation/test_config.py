@@ -91,7 +91,9 @@ LEGAL = {
     **dict.fromkeys(("novel_images", "limit_batches"), (1, 3, 250)),
     **dict.fromkeys(("epochs_warm", "epochs_active", "workers"), (0, 1, 3, 250)),
     **dict.fromkeys(("lr", "alpha_lr"), (1, 3, 0.5)),
-    **dict.fromkeys(("fd_loss", "channels_last", "compile", "tensorboard", "sync_batchnorm"), (True, False)),
+    **dict.fromkeys(
+        ("fd_loss", "channels_last", "compile", "fuse", "tensorboard", "sync_batchnorm"), (True, False)
+    ),
     "alpha_target": (-1, 0, 1, 3, 250, 0.5, -0.0),
     "seed": (0, 1, 3, 250, 10**9),
     "fold": (1, 3),

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fdkernels as fdk
 from fdkernels import models
 from fdkernels.segmentation import logs
 from fdkernels.segmentation.config import TrainingConfig
@@ -318,3 +319,37 @@ def test_exchange_drops_a_last_batch_of_one(config, tmp_path):
 def test_a_module_needs_a_learning_rate(config):
     with pytest.raises(ValueError, match="lr must be given"):
         SegmentationModule.from_config(dataclasses.replace(config, lr=None))
+
+
+def test_fused_normalisations_train_to_the_same_losses(config, run, tmp_path, monkeypatch):
+    folder, metrics = run
+    fused: list[dict[str, str]] = []
+    fuse_norms = fdk.fuse_norms
+
+    def record(*given):
+        fused.append(fuse_norms(*given))
+        return fused[-1]
+
+    monkeypatch.setattr(fdk, "fuse_norms", record)
+    apart = dataclasses.replace(config, output=str(tmp_path / "apart"), fuse=False)
+    other = train(apart, progress=False)
+    assert fused == []
+    again = train(dataclasses.replace(config, output=str(tmp_path / "again")), progress=False)
+    assert all(said.startswith("fused") for said in fused[0].values())
+    dice = {
+        name: of["phases"]["active"]["test"]["dice"]
+        for name, of in {"run": metrics, "apart": other, "again": again}.items()
+    }
+    assert dice["again"] == dice["run"]
+    assert dice["apart"] == pytest.approx(dice["run"], abs=0.02)
+    # Not the weights: Adam takes a whole step on the rounding in the gradient of a bias before a norm.
+    for phase in ("warm", "active"):
+        for column in ("train/loss", "train/segmentation_loss", "alpha/enc1"):
+            wanted = pytest.approx(_logged(tmp_path / "apart", phase, column), rel=1e-3)
+            assert _logged(folder, phase, column) == wanted
+
+
+def test_a_run_from_before_norms_were_fused_goes_on_without():
+    fields = TrainingConfig(dataset="tnbc", data="", output="").as_json()
+    del fields["fuse"]
+    assert TrainingConfig.from_json(fields).fuse is False

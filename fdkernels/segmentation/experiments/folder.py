@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fdkernels.segmentation.config import TrainingConfig
+from fdkernels.segmentation.config import EARLIER, TrainingConfig
 from fdkernels.segmentation.experiments.plan import ScoreRow
 from fdkernels.segmentation.fields import FieldError
 from fdkernels.segmentation.runfiles import read_object, replacing, write_json
@@ -78,8 +78,9 @@ def check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> Non
         if before[name] != settings[name]:
             raise _differs(name, len(settings[name]), len(before[name]), output)
     for name, value in settings["settings"].items():
-        if name not in FREE_ON_RESUME and before["settings"].get(name) != value:
-            raise _differs(name, value, before["settings"].get(name), output)
+        began_with = {**EARLIER, **before["settings"]}.get(name)
+        if name not in FREE_ON_RESUME and began_with != value:
+            raise _differs(name, value, began_with, output)
 
 
 def _differs(name: str, now: Any, before: Any, output: Path) -> FieldError:
