@@ -31,7 +31,7 @@ MODES = ("eager", "amp", "channels_last", "compiled", "amp channels_last compile
 WITHOUT, OP, TAP, FREE, PLAIN = CONTENDERS = ("without", "op", "tap", "free", "plain")
 ALPHA = 0.1
 # Batch, side and base channels: real sizes on a GPU; on a CPU such that a step takes tenths of a second.
-SIZES = {"cpu": (2, 128, 16), "cuda": (4, 512, None)}
+SIZES = {"cpu": (4, 256, 16), "cuda": (4, 512, None)}
 BUDGETS = {"cpu": 5.0, "cuda": 3.0}
 # Steps of a sample: on a GPU several, so that the host runs ahead as it does in training.
 _REPEATS = {"cpu": 1, "cuda": 3}
