@@ -57,6 +57,14 @@ def experiment(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the experiment that the output folder holds.")
     ] = False,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of another experiment; what it has trained with the same options, images and "
+            "versions is taken from there. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Carry out an experiment of the paper over seeds and folds; write scores.csv and summary.json."""
@@ -68,7 +76,15 @@ def experiment(
             # Here, as torch and Lightning take seconds to import.
             from fdkernels.segmentation.experiments.engine import run_experiment
 
-            summary = run_experiment(name.value, config, seeds=seeds, folds=folds, jobs=jobs, resume=resume)
+            summary = run_experiment(
+                name.value,
+                config,
+                seeds=seeds,
+                folds=folds,
+                jobs=jobs,
+                resume=resume,
+                reuse=reuse or (),
+            )
     except (SystemExit, KeyboardInterrupt):  # of a signal, and Lightning's way and Python's to end on Ctrl-C
         if (output / "summary.json").exists():
             folder = shlex.quote(str(output))

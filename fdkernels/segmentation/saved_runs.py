@@ -65,13 +65,17 @@ def check_split(config: TrainingConfig, described: Mapping[str, Any]) -> None:
     written = Path(config.output) / "split.json"
     if not written.exists():
         return
-    # Skipped files are told with the path of the data, which may have been moved.
-    before, now = ({**content, "skipped": []} for content in (read_object(written), described))
-    if before != now:
+    if not same_split(read_object(written), described):
         raise ValueError(
             f"data {config.data} no longer splits as {written} says; resume with the files that "
             "the run began with"
         )
+
+
+def same_split(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two contents of split.json name the same images in the same parts."""
+    # Skipped files are told with the path of the data, which may have been moved.
+    return {**one, "skipped": []} == {**other, "skipped": []}
 
 
 def check_free(folder: Path) -> None:
@@ -297,5 +301,6 @@ __all__ = [
     "read_config",
     "read_result",
     "read_run",
+    "same_split",
     "versions",
 ]

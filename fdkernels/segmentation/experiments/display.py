@@ -93,7 +93,9 @@ class Board:
 
     def finished(self, run: PlannedRun) -> None:
         """Note that a run is finished."""
-        self._working.pop(run.key, None)
+        if self._working.pop(run.key, None) is None:
+            # Trained elsewhere, or in an earlier sitting.
+            self._at_start += run.epochs - self._done[run.key]
         self._finished.add(run.key)
         self._done[run.key] = run.epochs
         self._show()

@@ -25,6 +25,7 @@ from fdkernels.segmentation.experiments.display import Board
 from fdkernels.segmentation.experiments.folder import check_folder, taken, write_scores, write_summary
 from fdkernels.segmentation.experiments.plan import Arm, Experiment, PlannedRun, Study, run_key
 from fdkernels.segmentation.experiments.registry import EXPERIMENTS
+from fdkernels.segmentation.experiments.reuse import with_trained
 from fdkernels.segmentation.experiments.running import read_scores
 from fdkernels.segmentation.experiments.workers import carry_out_all
 from fdkernels.segmentation.fields import FieldError, one_of
@@ -48,6 +49,7 @@ def run_experiment(
     folds: int = FOLDS,
     jobs: int | None = 1,
     resume: bool = False,
+    reuse: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Carry out an experiment; return the content of summary.json.
@@ -64,6 +66,8 @@ def run_experiment(
         jobs: how many runs side by side, each in a process of its own where there are several; None for one
             a GPU, or on CPUs one a core up to 4.
         resume: go on with the experiment that the folder holds.
+        reuse: folders of other experiments. What they have trained with the same options, images and versions
+            from the same first phase is taken from there; the summary names it.
         progress: show how far it is.
 
     Raises:
@@ -92,6 +96,7 @@ def run_experiment(
         notes: list[str] = []
         if experiment.trains:
             study, notes = _planned(experiment, study, jobs)
+            study = dataclasses.replace(study, runs=with_trained(study.runs, [Path(one) for one in reuse]))
         with taken(output):
             check_folder(output, described, resume)
             return _carry_out(experiment, study, described, notes, jobs, progress)
@@ -250,6 +255,7 @@ def _carry_out(
             "state": {"finished": len(done), "total": len(study.runs)},
             "seconds": {run.key: scores[run.key].seconds for run in done},
             "failed": {run.key: scores[run.key].failed for run in done if scores[run.key].failed},
+            "reused": {run.key: scores[run.key].trained_in for run in done if scores[run.key].trained_in},
             "results": dict(results or {}),
         }
         write_summary(study.output, content)

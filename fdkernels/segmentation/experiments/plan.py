@@ -50,6 +50,7 @@ class PlannedRun:
         config: as `fdkernels train` would have it; `output` is runs/ARM/seedS/foldF.
         data: the images.
         goes_on_from: the key of the run whose first phase it takes.
+        trained: the folder where another experiment has trained the same run, or None.
     """
 
     arm: Arm
@@ -58,6 +59,7 @@ class PlannedRun:
     config: TrainingConfig
     data: RunData
     goes_on_from: str | None
+    trained: Path | None = None
 
     @property
     def key(self) -> str:

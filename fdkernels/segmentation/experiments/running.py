@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fdkernels.segmentation.evaluation import EvaluationOptions, evaluate
 from fdkernels.segmentation.experiments.plan import Experiment, PlannedRun, ScoreRow
+from fdkernels.segmentation.experiments.reuse import begins_alike
 from fdkernels.segmentation.module import NotFiniteError
 from fdkernels.segmentation.runfiles import read_object, replacing, write_json
 from fdkernels.segmentation.saved_runs import read_run
@@ -46,6 +47,9 @@ def carry_out(
     begun = time.monotonic()
     if first is not None:
         adopt(first / "warm", run.folder / "warm")
+    trained_in = run.trained if begins_alike(run, first) else None
+    if trained_in is not None:
+        adopt(trained_in / run.arm.phase, run.folder / run.arm.phase)
     with one_thread():
         try:
             train_run(run.config, run.data, callbacks=[_Epochs(report)], resume=True, progress=False)
@@ -77,6 +81,7 @@ def carry_out(
             "samples": samples,
             "measured": measured,
             "failed": None,
+            "trained_in": None if trained_in is None else str(trained_in),
         },
     )
 
@@ -88,6 +93,7 @@ def adopt(source: Path, target: Path) -> None:
     """
     if (target / "result.json").exists():
         return
+    shutil.rmtree(target, ignore_errors=True)  # or logs of a training that was broken off would stay
     files = [path for path in source.rglob("*") if path.is_file() and path.name != "result.json"]
     for path in (*files, source / "result.json"):
         with replacing(target / path.relative_to(source)) as temporary:
@@ -148,12 +154,14 @@ class RunScores(NamedTuple):
         rows: one a test image; none where the arm is not scored.
         measured: what `Experiment.measure` gave.
         failed: why it has no scores, where its numbers did not stay finite; else None.
+        trained_in: the folder of the other experiment that it was taken from, or None.
     """
 
     seconds: dict[str, float]
     rows: list[ScoreRow]
     measured: Any
     failed: str | None
+    trained_in: str | None
 
 
 def read_scores(run: PlannedRun) -> RunScores:
@@ -186,7 +194,8 @@ def read_scores(run: PlannedRun) -> RunScores:
             f"{run.marker} is not as a run of an experiment writes it ({type(error).__name__}: {error}); "
             "remove it to score that run again"
         ) from error
-    return RunScores(seconds, rows, content.get("measured"), content.get("failed"))
+    further = (content.get(name) for name in ("measured", "failed", "trained_in"))
+    return RunScores(seconds, rows, *further)
 
 
 __all__ = ["RunScores", "adopt", "carry_out", "one_thread", "read_scores"]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fdkernels.segmentation.evaluation import evaluate
+from fdkernels.segmentation.experiments.display import Board
 from fdkernels.segmentation.experiments.engine import run_experiment
 from fdkernels.segmentation.experiments.folder import taken
 from fdkernels.segmentation.experiments.running import one_thread
@@ -304,3 +305,61 @@ def test_a_run_that_fails_is_named(ablation, tmp_path, jobs):
     own = dataclasses.replace(config, output=str(tmp_path / "out"))
     with pytest.raises(RuntimeError, match=r"run with/seed0/fold1 failed: checkpoint .* is damaged"):
         run_experiment("ablation", own, seeds=2, folds=2, jobs=jobs, resume=True, progress=False)
+
+
+def _shift(config, output, **options):
+    config = dataclasses.replace(config, output=str(output))
+    return run_experiment("shift", config, seeds=2, folds=2, progress=False, **options)
+
+
+def test_what_another_experiment_has_trained_is_taken_from_there(ablation, tmp_path, monkeypatch):
+    config, _ = ablation
+    anew = _shift(config, tmp_path / "anew")
+    assert anew["reused"] == {}
+    trained = []
+    monkeypatch.setattr(Board, "trained", lambda board, run, epochs: trained.append(run.key))
+    taken_over = _shift(config, tmp_path / "taken", reuse=[config.output])
+    assert trained == []
+    _assert_same(tmp_path / "taken", dataclasses.replace(config, output=str(tmp_path / "anew")))
+    source = Path(config.output) / "runs"
+    assert taken_over["reused"] == {
+        f"{arm}/seed{seed}/fold{fold}": str(source / of / f"seed{seed}" / f"fold{fold}")
+        for arm, of in (("before", "first-phase"), ("after", "with"))
+        for seed in (0, 1)
+        for fold in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("other", ["option", "version", "images", "first phase"])
+def test_what_was_trained_otherwise_is_trained_anew(ablation, tmp_path, other):
+    config, _ = ablation
+    source = tmp_path / "source"
+    shutil.copytree(config.output, source)
+    for run in ("first-phase", "with"):
+        folder = source / "runs" / run / "seed0" / "fold1"
+        if other == "version":
+            content = read_json(folder / "config.json")
+            content["versions"]["torch"] = "2.0"
+            write_json(folder / "config.json", content)
+        elif other == "images":
+            content = read_json(folder / "split.json")
+            content["train"], content["validation"] = content["validation"], content["train"]
+            write_json(folder / "split.json", content)
+        elif other == "first phase":
+            (folder / "warm" / "best.safetensors").write_bytes(b"another machine's")
+    if other == "first phase":
+        (source / "runs" / "first-phase" / "seed0" / "fold1" / "warm" / "result.json").unlink()
+    options = dataclasses.replace(
+        config, output=str(tmp_path / "shift"), lr=2e-2 if other == "option" else config.lr
+    )
+    summary = run_experiment("shift", options, seeds=1, folds=1, reuse=[source], progress=False)
+    assert summary["reused"] == {}
+    assert summary["state"] == {"finished": 2, "total": 2}
+
+
+def test_a_folder_to_reuse_must_hold_an_experiment(tiny, tmp_path):
+    with pytest.raises(
+        FieldError, match=r"reuse must name the folder of an experiment, got .* without summary\.json"
+    ):
+        _shift(tiny, tmp_path / "shift", reuse=[tmp_path])
+    assert not (tmp_path / "shift" / "runs").exists()
