@@ -44,10 +44,11 @@ def _identity(config: TrainingConfig) -> str:
 
 
 def _find(run: PlannedRun, folders: Sequence[Path]) -> Path | None:
-    """Find the first folder where the phase of the run is finished, on the same images."""
+    """Find the first folder where the phase of the run is finished and scored, on the same images."""
     described = run.data.as_json(run.config)
     for folder in folders:
-        finished = (folder / run.arm.phase / "result.json").exists()
+        files = (f"{run.arm.phase}/result.json", run.marker.name)
+        finished = all((folder / file).exists() for file in files)
         if finished and folder != run.folder and same_split(read_object(folder / "split.json"), described):
             return folder
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -62,6 +63,10 @@ def carry_out(
             )
             return
         trained = time.monotonic()
+        training = trained - begun
+        if trained_in is not None:  # the time it took there
+            there = dataclasses.replace(run.config, output=str(trained_in))
+            training = read_scores(dataclasses.replace(run, config=there)).seconds["training"]
         samples: list[dict[str, Any]] = []
         measured = None
         if run.arm.scored:
@@ -77,7 +82,7 @@ def carry_out(
     write_json(
         run.marker,
         {
-            "seconds": {"training": trained - begun, "scoring": time.monotonic() - trained},
+            "seconds": {"training": training, "scoring": time.monotonic() - trained},
             "samples": samples,
             "measured": measured,
             "failed": None,

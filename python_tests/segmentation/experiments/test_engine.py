@@ -313,7 +313,7 @@ def _shift(config, output, **options):
 
 
 def test_what_another_experiment_has_trained_is_taken_from_there(ablation, tmp_path, monkeypatch):
-    config, _ = ablation
+    config, source_summary = ablation
     anew = _shift(config, tmp_path / "anew")
     assert anew["reused"] == {}
     trained = []
@@ -328,6 +328,8 @@ def test_what_another_experiment_has_trained_is_taken_from_there(ablation, tmp_p
         for seed in (0, 1)
         for fold in (1, 2)
     }
+    times = {key: seconds["training"] for key, seconds in source_summary["seconds"].items()}
+    assert taken_over["seconds"]["after/seed1/fold2"]["training"] == times["with/seed1/fold2"]
 
 
 @pytest.mark.parametrize("other", ["option", "version", "images", "first phase"])
