@@ -124,7 +124,8 @@ class SegmentationModule(LightningModule):
             alpha_lr=config.alpha_lr,
             channels_last=config.channels_last,
             compile_network=config.compile,
-            fuse=config.fuse,
+            # Lightning converts batch norms after `setup`, and would no longer find those that are fused.
+            fuse=config.fuse and not config.sync_batchnorm,
         )
 
     def __getstate__(self) -> dict[str, Any]:

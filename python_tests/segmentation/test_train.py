@@ -349,6 +349,14 @@ def test_fused_normalisations_train_to_the_same_losses(config, run, tmp_path, mo
             assert _logged(folder, phase, column) == wanted
 
 
+def test_norms_that_are_to_be_synchronised_are_not_fused(config):
+    modules = [
+        SegmentationModule.from_config(dataclasses.replace(config, sync_batchnorm=sync))
+        for sync in (None, False, True)
+    ]
+    assert [module.fuse for module in modules] == [True, True, False]
+
+
 def test_a_run_from_before_norms_were_fused_goes_on_without():
     fields = TrainingConfig(dataset="tnbc", data="", output="").as_json()
     del fields["fuse"]
