@@ -42,8 +42,15 @@ def test_the_bounds_of_pyproject_admit_the_versions_of_the_table(rows, project):
 def test_triton_is_a_backend_in_every_row_that_has_a_triton_of_the_readme(rows):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     oldest = re.search(r"Triton (\d+\.\d+) or later", readme)[1]
-    promised = {row.triton for row in rows if row.triton != "none" and numbers(row.triton) >= numbers(oldest)}
-    assert {row.triton for row in rows if "triton" in row.backends.split(", ")} == promised
+    # Before 3.7 it cannot be interpreted beside NumPy 2.4, which `fdk.backends()` says.
+    promised = [
+        row
+        for row in rows
+        if row.triton != "none"
+        and numbers(row.triton) >= numbers(oldest)
+        and (numbers(row.triton) >= (3, 7) or numbers(row.numpy) < (2, 4))
+    ]
+    assert [row for row in rows if "triton" in row.backends.split(", ")] == promised
 
 
 def test_the_readme_names_the_table():
