@@ -189,10 +189,8 @@ def _with_known(
 ) -> Sums:
     """Sums [2, N, ΣC] and masses [2, N, L]; of layers whose sums are known the features are not read."""
     pyramid = call.pyramid
-    parts, masses = (
-        list(known),
-        [_masses(weights.select([index]), pyramid.dtype) for index in range(len(known))],
-    )
+    parts = list(known)
+    masses = [_masses(weights.select([index]), pyramid.dtype) for index in range(len(known))]
     missing = [index for index, sums in enumerate(known) if sums is None]
     if missing:
         read = [features[index] for index in missing], weights.select(missing), pyramid.select(missing)

@@ -109,17 +109,18 @@ class NormActPass(torch.autograd.Function):
 
         x, weight, bias = ctx.saved_tensors
         nothing = None, None, None, None, None
-        if g is not None and ctx.slot.regions is not None:  # several classes or moments: a pass of their own
-            grad_y, g = _with_regions(ctx, x, grad_y), None
+        slot: TapSlot = ctx.slot
+        if g is not None and (slot.regions is not None or torch.is_grad_enabled()):
+            # A pass of its own for several classes and moments, and for second derivatives.
+            grad_y, g = slot.gradient(g, grad_y, describe([x])), None
         if grad_y is None and g is None:
             return None, None, None, *nothing
-        if torch.is_grad_enabled():
-            return *_derivable(ctx, x, weight, bias, grad_y, g), *nothing
+        if grad_y is not None and torch.is_grad_enabled():
+            return *_derivable(ctx, x, weight, bias, grad_y), *nothing
         grad_y = torch.zeros_like(x) if grad_y is None else _like(grad_y, x)
         slopes, regions = None, None
         if g is not None:
-            factor = ctx.slot.factor
-            slopes, regions = g if factor is None else g * factor.to(g.dtype), ctx.slot.weights
+            slopes, regions = g if slot.factor is None else g * slot.factor.to(g.dtype), slot.weights
         inputs = cpu_norms.Inputs(x, weight, bias, ctx.statistics, ctx.is_given)
         added = None if slopes is None or regions is None else (slopes, regions)
         needs = ctx.needs_input_grad[:3]
@@ -133,28 +134,10 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(grad)
 
 
-def _with_regions(ctx: Any, x: Tensor, grad_y: Tensor | None) -> Tensor:
-    """Add the gradient of several classes, or of moments, to the one that arrives, [N, C, *S]."""
-    from fdkernels.op import registered_regions
-
-    slot: TapSlot = ctx.slot
-    assert slot.regions is not None
-    regions, g = slot.regions
-    upstream = [] if grad_y is None else [grad_y]
-    (grad,) = registered_regions.region_gradient(
-        g, regions, slot.features, upstream, describe([x]), slot.backend
-    )
-    return grad
-
-
 def _derivable(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor | None, g: Tensor | None
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x [N, C, *S], γ and β [C] in plain torch, for second derivatives."""
-    total = torch.zeros_like(x) if grad_y is None else grad_y
-    if g is not None:
-        g = g if ctx.slot.factor is None else g * ctx.slot.factor.to(g.dtype)
-        total = total + _spread(g, ctx.slot.weights, x)
     inputs = [
         (place, tensor)
         for place, tensor in enumerate((x, weight, bias))
@@ -163,16 +146,8 @@ def _derivable(
     with torch.enable_grad():
         given = ctx.statistics if ctx.is_given else None
         y = plain(x, weight, bias, given, ctx.formula)
-        found = torch.autograd.grad(y, [tensor for _, tensor in inputs], total, create_graph=True)
+        found = torch.autograd.grad(y, [tensor for _, tensor in inputs], grad_y, create_graph=True)
     grads: list[Tensor | None] = [None] * 3
     for (place, _), grad in zip(inputs, found, strict=True):
         grads[place] = grad
     return tuple(grads)
-
-
-def _spread(g: Tensor, weights: Weights, x: Tensor) -> Tensor:
-    """The gradient (R3) of features [N, C, *S] for g [2, N, C]."""
-    fg = weights.fg[0].to(g.dtype)
-    bg = weights.bg[0].to(g.dtype) if weights.bg else 1 - fg
-    spread = g[0].unsqueeze(-1) * fg.unsqueeze(1) + g[1].unsqueeze(-1) * bg.unsqueeze(1)
-    return spread.view(x.shape).to(x.dtype)

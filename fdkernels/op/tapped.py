@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fdkernels.op import registered, registered_regions
 from fdkernels.op.autograd import Call, Kept, gradient_of_sums, run_kernels
-from fdkernels.op.pyramid import Regions, Weights, accumulate_dtype, describe
+from fdkernels.op.pyramid import Pyramid, Regions, Weights, accumulate_dtype, describe
 from fdkernels.op.region_pass import RegionCall
 
 __all__ = ["FromTaps", "RegionsFromTaps", "Tap", "TapSlot"]
@@ -43,6 +43,24 @@ class TapSlot:
     early: Weights | None = None
     sums: Tensor | None = None
 
+    def gradient(self, g: Tensor, upstream: Tensor | None, pyramid: Pyramid) -> Tensor:
+        """Write the gradient (R3) for g [2, N, C], or that of regions, plus the upstream one [N, C, *S].
+
+        Args:
+            g: of the placeholder; under regions theirs takes its place.
+            upstream: of the features, or None.
+            pyramid: describes the layer.
+        """
+        added = [] if upstream is None else [upstream]
+        if self.regions is not None:
+            regions, g = self.regions
+            call = regions, self.features, added, pyramid, self.backend
+            (grad,) = registered_regions.region_gradient(g, *call)
+            return grad
+        factor = None if self.factor is None else self.factor.to(g.dtype)
+        (grad,) = registered.gradient(g, factor, self.weights, added, pyramid, self.backend)
+        return grad
+
 
 class Tap(torch.autograd.Function):
     """Features to themselves and a placeholder for their region sums."""
@@ -62,16 +80,7 @@ class Tap(torch.autograd.Function):
         """Write the gradient (R3) for g [2, N, C], plus the upstream one [N, C, *S], in one pass."""
         if g is None:
             return upstream, None
-        slot: TapSlot = ctx.slot
-        added = [] if upstream is None else [upstream]
-        if slot.regions is not None:
-            regions, g = slot.regions
-            call = regions, slot.features, added, ctx.pyramid, slot.backend
-            (grad,) = registered_regions.region_gradient(g, *call)
-            return grad, None
-        factor = None if slot.factor is None else slot.factor.to(g.dtype)
-        (grad,) = registered.gradient(g, factor, slot.weights, added, ctx.pyramid, slot.backend)
-        return grad, None
+        return ctx.slot.gradient(g, upstream, ctx.pyramid), None
 
 
 class FromTaps(torch.autograd.Function):

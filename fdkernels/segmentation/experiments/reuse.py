@@ -13,7 +13,7 @@ from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.experiments.plan import PlannedRun
 from fdkernels.segmentation.fields import FieldError
 from fdkernels.segmentation.runfiles import read_object
-from fdkernels.segmentation.saved_runs import FREE_ON_RESUME, read_run, same_split, versions
+from fdkernels.segmentation.saved_runs import FREE_ON_RESUME, read_config, same_split, versions
 
 
 def with_trained(runs: Sequence[PlannedRun], folders: Sequence[Path]) -> list[PlannedRun]:
@@ -31,7 +31,7 @@ def with_trained(runs: Sequence[PlannedRun], folders: Sequence[Path]) -> list[Pl
             )
         for written in sorted(folder.glob("runs/*/*/*/config.json")):
             if read_object(written).get("versions") == versions():
-                trained.setdefault(_identity(read_run(written.parent).config), []).append(written.parent)
+                trained.setdefault(_identity(read_config(written)), []).append(written.parent)
     return [
         dataclasses.replace(run, trained=_find(run, trained.get(_identity(run.config), ()))) for run in runs
     ]
