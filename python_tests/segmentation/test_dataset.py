@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fdkernels.segmentation.data import SegmentationDataset, SegmentationSample
+from fdkernels.segmentation.data.decoded import DecodedPairs
 from fdkernels.segmentation.data.reading import load_pair
+from fdkernels.segmentation.data.samples import ReadingRules
 
 
 def _save(path, values):
@@ -99,4 +104,69 @@ def test_construction_reads_no_file(tmp_path):
     data = SegmentationDataset([absent], size=8)
     assert len(data) == 1
     with pytest.raises(ValueError, match=r"gone.png cannot be read"):
+        data[0]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The images that are read, in order."""
+    found = []
+
+    def counted(sample):
+        found.append(sample.image.name)
+        return load_pair(sample)
+
+    monkeypatch.setattr("fdkernels.segmentation.data.decoded.load_pair", counted)
+    return found
+
+
+def test_a_pair_is_read_once(sample, reads):
+    pairs = DecodedPairs()
+    first, again = pairs.pair(sample, 8), pairs.pair(sample, 8)
+    assert reads == ["image.png"]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert pairs.pair(sample, 9)[0].shape == (3, 9, 9)
+    assert pairs.pair(dataclasses.replace(sample, rules=ReadingRules(mask_values="1")), 8)[1].sum() < 64
+    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("changed", ["image.png", "left.png"])
+def test_a_changed_file_is_read_again(sample, reads, tmp_path, changed):
+    pairs = DecodedPairs()
+    pairs.pair(sample, None)
+    shape = (4, 6, 3) if changed == "image.png" else (4, 6)
+    _save(tmp_path / changed, np.full(shape, 255))
+    os.utime(tmp_path / changed, ns=(0, 0))
+    image, mask = pairs.pair(sample, None)
+    assert (image if changed == "image.png" else mask).min() == (255 if changed == "image.png" else 1)
+    used = pairs.used
+    pairs.pair(sample, None)
+    assert pairs.used == used == 4 * 6 * 4
+    assert len(reads) == 2
+
+
+def test_pairs_beyond_the_limit_are_read_anew(sample, reads):
+    pairs = DecodedPairs(limit=8 * 8 * 4 + 1)
+    for _ in range(2):
+        pairs.pair(sample, 8)
+        pairs.pair(sample, 4)
+    assert reads == ["image.png"] * 3
+    assert pairs.used == 8 * 8 * 4
+
+
+def test_augmentation_leaves_the_kept_pair_as_it_is(sample):
+    plain = SegmentationDataset([sample])[0]
+    for seed in range(8):
+        torch.manual_seed(seed)
+        SegmentationDataset([sample], augment=True)[0]["image"].zero_()
+    SegmentationDataset([sample])[0]["mask"].zero_()
+    again = SegmentationDataset([sample])[0]
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
+def test_a_missing_file_is_named_after_it_was_kept(sample):
+    data = SegmentationDataset([sample])
+    data[0]
+    sample.image.unlink()
+    with pytest.raises(ValueError, match=r"image\.png"):
         data[0]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdkernels.segmentation.data.augment import random_symmetry
+from fdkernels.segmentation.data.decoded import DecodedPairs
 from fdkernels.segmentation.data.reading import load_pair, read_image, read_mask
-from fdkernels.segmentation.data.resizing import resize_image, resize_mask
 from fdkernels.segmentation.data.samples import SegmentationSample
+
+_DECODED = DecodedPairs()  # of this process, for all data sets and runs in it
 
 
 class SegmentationDataset(Dataset[dict[str, Tensor]]):
@@ -22,7 +23,8 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
     `domain` and all the same `size`; images of different sizes do not fit into one batch.
 
     Args:
-        samples: the samples; each access reads its files from disk again.
+        samples: the samples. Decoded and resized ones are kept in memory, up to 256 MiB a process; a file
+            that has changed is read again.
         size: side in pixels of the square that image (bilinear) and mask (where its foreground covers
             at least half of a pixel, see `resize_mask`) are resized to, whatever their aspect ratio; None
             keeps the size of the file.
@@ -59,12 +61,7 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image, mask = load_pair(self.samples[index])
-        foreground = np.array(mask) > 0  # [H, W]
-        if self.size is not None and image.size != (self.size, self.size):
-            image, foreground = resize_image(image, self.size), resize_mask(foreground, self.size)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
-        truth = torch.from_numpy(foreground).unsqueeze(0)  # [1, H, W]
+        pixels, truth = _DECODED.pair(self.samples[index], self.size)
         if self.augment:
             pixels, truth = random_symmetry(pixels, truth)
         item = {
