@@ -224,8 +224,8 @@ def test_second_derivatives_through_fused_norms():
 
 def test_a_step_keeps_no_map_beside_the_input_of_the_norm(monkeypatch):
     written: list[int] = []
-    forward = cpu_norms.forward
-    monkeypatch.setattr(cpu_norms, "forward", lambda *given: written.append(1) or forward(*given))
+    forward = cpu_norms.norm_forward
+    monkeypatch.setattr(cpu_norms, "norm_forward", lambda *given: written.append(1) or forward(*given))
     net, images, mask = fused_network()
     taps = fdk.FeatureTaps(net, NAMES, fused=True)
     kept: list[Tensor] = []

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from fdkernels.backend import resolve
+from fdkernels.op.kernels import NormKernels, norm_kernels_of
 from fdkernels.op.norm_act import can_fuse, norm_act
 from fdkernels.op.norm_formula import Formula, Running
 from fdkernels.taps.early import EarlyMask
@@ -123,8 +124,8 @@ class NormAct(nn.Module):
             ValueError: another number of dimensions or of channels, or a single value a channel in training.
         """
         self._check(x)
-        fuses = not torch.compiler.is_compiling() and not in_transform() and can_fuse(x)
-        if not fuses or resolve("auto", x.device) != "cpu" or not self._is_kept(x):
+        kernels = self._kernels(x)
+        if kernels is None:
             return self._plain(x)
         given = None
         if not self._uses_input:
@@ -139,7 +140,13 @@ class NormAct(nn.Module):
                 running = Running(self.running_mean, self.running_var, factor)
         early = self._early
         weights_of = None if early is None else early.weights_of
-        return norm_act(x, self.weight, self.bias, given, self.formula, running, weights_of)
+        return norm_act(kernels, x, self.weight, self.bias, given, self.formula, running, weights_of)
+
+    def _kernels(self, x: Tensor) -> NormKernels | None:
+        """The kernels that take [N, C, *S] with these parameters, if any do."""
+        if torch.compiler.is_compiling() or in_transform() or not can_fuse(x) or not self._is_kept(x):
+            return None
+        return norm_kernels_of(resolve("auto", x.device))
 
     @property
     def _uses_input(self) -> bool:

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fdkernels import _C
 from fdkernels.op import packing
-from fdkernels.op.norm_formula import Formula, Running
+from fdkernels.op.norm_formula import Formula, NormInputs, Running
 from fdkernels.op.pyramid import Weights, accumulate_dtype, describe
 
-__all__ = ["Inputs", "backward", "forward"]
+__all__ = ["norm_backward", "norm_forward"]
 
 
-class Inputs(NamedTuple):
-    """What forward takes, and saves for backward.
-
-    Attributes:
-        x: [N, C, *S].
-        weight, bias: [C], γ and β, float32 or float64, or None for 1 and 0.
-        statistics: mean and biased variance, [2, C], or [2, N, C] of the samples, float64; None before they
-            are computed.
-        given: whether they were given, and are no function of x.
-    """
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    statistics: Tensor | None
-    given: bool
-
-
-def forward(
-    inputs: Inputs, formula: Formula, running: Running | None, regions: Weights | None
+def norm_forward(
+    inputs: NormInputs, formula: Formula, running: Running | None, regions: Weights | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute statistics (N1) and output (N2) of x [N, C, *S], and move the running statistics.
+    """Compute statistics (N1), output (N2) and region sums of x [N, C, *S].
 
     A contiguous map is read from memory once, if a cache holds the planes of a channel.
-
-    Returns:
-        The output [N, C, *S] laid out like x; the statistics; and the region sums [2, N, C] of the output
-        where there are weights [N, P].
     """
     x, statistics = inputs.x, inputs.statistics
     if statistics is None:
@@ -66,22 +43,14 @@ def forward(
     return y, statistics, None if sums is None else sums.to(accumulate_dtype([x]))
 
 
-def backward(
-    inputs: Inputs,
+def norm_backward(
+    inputs: NormInputs,
     formula: Formula,
     grad_y: Tensor,
     added: tuple[Tensor, Weights] | None,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients (N5) of x [N, C, *S] and (N4) of γ and β [C], None for what is not needed.
-
-    Args:
-        inputs: of the forward, with its statistics.
-        formula: likewise.
-        grad_y: the gradient that arrives, [N, C, *S], laid out like x.
-        added: slopes [2, N, C] and weights [N, P], whose gradient (R3) is added to it.
-        needs: whether x, γ and β need a gradient.
-    """
+    """Compute the gradients (N5) of x [N, C, *S] and (N4) of γ and β [C], None for what is not needed."""
     x, weight, bias, statistics, _ = inputs
     assert statistics is not None
     grad_x = torch.empty_like(x) if needs[0] else None
@@ -102,7 +71,11 @@ def backward(
 
 
 def _arguments(
-    inputs: Inputs, formula: Formula, grad_y: Tensor | None, regions: Weights | None, running: Running | None
+    inputs: NormInputs,
+    formula: Formula,
+    grad_y: Tensor | None,
+    regions: Weights | None,
+    running: Running | None,
 ) -> tuple[list[int], int, _C.DType, _C.NormFormula, bool, int, int, _C.DType]:
     """The arguments that both functions begin with, in the order of the stub."""
     x, weight, bias, _, given = inputs

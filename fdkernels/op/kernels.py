@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fdkernels.conventions import Options
+from fdkernels.op.norm_formula import Formula, NormInputs, Running
 from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights
 
-__all__ = ["Kernels", "kernels_of"]
+__all__ = ["Kernels", "NormKernels", "kernels_of", "norm_kernels_of"]
 
 
 class Kernels(Protocol):
@@ -100,6 +101,47 @@ class Kernels(Protocol):
         self, grad_sums: Tensor, regions: Regions, features: Sequence[Tensor]
     ) -> list[Tensor]:
         """Write the gradients (C4) of the weights, [N, R, P_l] in the dtype of `grad_sums`."""
+
+
+class NormKernels(Protocol):
+    """A backend of the normalisation with its activation, as README.md derives it."""
+
+    def norm_forward(
+        self, inputs: NormInputs, formula: Formula, running: Running | None, regions: Weights | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute statistics (N1) and output (N2) of x [N, C, *S], and move the running statistics.
+
+        Returns:
+            The output [N, C, *S] laid out like x; the statistics, as `NormInputs` has them; and the region
+            sums [2, N, C] of the output, in the accumulation dtype, where there are weights [N, P].
+        """
+
+    def norm_backward(
+        self,
+        inputs: NormInputs,
+        formula: Formula,
+        grad_y: Tensor,
+        added: tuple[Tensor, Weights] | None,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Compute the gradients (N5) of x [N, C, *S] and (N4) of γ and β [C], None for what is not needed.
+
+        Args:
+            inputs: of the forward, with its statistics.
+            formula: likewise.
+            grad_y: the gradient that arrives, [N, C, *S], laid out like x.
+            added: slopes [2, N, C] and weights [N, P], whose gradient (R3) is added to it.
+            needs: whether x, γ and β need a gradient.
+        """
+
+
+def norm_kernels_of(backend: str) -> NormKernels | None:
+    """The kernels of a backend for normalisations; None where it has none, and torch's own stand for them."""
+    if backend == "cpu":
+        from fdkernels.op import cpu_norms
+
+        return cpu_norms
+    return None
 
 
 def kernels_of(backend: str) -> Kernels:

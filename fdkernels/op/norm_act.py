@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdkernels.op.norm_formula import Formula, Running, is_dense, plain
+from fdkernels.op.kernels import NormKernels
+from fdkernels.op.norm_formula import Formula, NormInputs, Running, is_dense, plain
 from fdkernels.op.pyramid import Weights, accumulate_dtype, describe
 from fdkernels.op.registered import may_call_directly
 from fdkernels.op.tapped import TapSlot
@@ -24,8 +25,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether the kernels take the input [N, C, *S]: on the CPU, dense, seen by no compiler."""
-    if x.device.type != "cpu" or not 3 <= x.dim() <= 5 or x.numel() == 0 or not may_call_directly([x]):
+    """Whether kernels take the input [N, C, *S]: dense, seen by no compiler."""
+    if not 3 <= x.dim() <= 5 or x.numel() == 0 or not may_call_directly([x]):
         return False
     return x.dtype in _DTYPES and is_dense(x)
 
@@ -41,6 +42,7 @@ def own_tap(features: Tensor) -> tuple[TapSlot, Tensor] | None:
 
 
 def norm_act(
+    kernels: NormKernels,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -52,6 +54,7 @@ def norm_act(
     """Normalise and activate an input that `can_fuse` takes.
 
     Args:
+        kernels: that compute.
         x: [N, C, *S].
         weight, bias: [C], γ and β, or None for 1 and 0.
         given: mean and variance to use, [2, C] in float64; None takes those of the input.
@@ -64,7 +67,7 @@ def norm_act(
     """
     slot = TapSlot()
     y: Tensor
-    y, placeholder = NormActPass.apply(x, weight, bias, given, formula, slot, running, weights_of)
+    y, placeholder = NormActPass.apply(kernels, x, weight, bias, given, formula, slot, running, weights_of)
     if y.requires_grad:
         setattr(y, OWN_TAP, (slot, placeholder))
     return y
@@ -76,6 +79,7 @@ class NormActPass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: NormKernels,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -86,12 +90,11 @@ class NormActPass(torch.autograd.Function):
         weights_of: Callable[[Tensor], Weights | None] | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the output [N, C, *S] and the placeholder [2, N, C]."""
-        from fdkernels.op import cpu_norms
-
         slot.early = None if weights_of is None else weights_of(x)
-        inputs = cpu_norms.Inputs(x, weight, bias, given, given is not None)
-        y, ctx.statistics, slot.sums = cpu_norms.forward(inputs, formula, running, slot.early)
+        inputs = NormInputs(x, weight, bias, given, given is not None)
+        y, ctx.statistics, slot.sums = kernels.norm_forward(inputs, formula, running, slot.early)
         ctx.save_for_backward(x, weight, bias)
+        ctx.kernels = kernels
         ctx.formula, ctx.is_given, ctx.slot = formula, given is not None, slot
         ctx.set_materialize_grads(False)
         placeholder = x.new_empty((2, *x.shape[:2]), dtype=accumulate_dtype([x]))
@@ -105,8 +108,6 @@ class NormActPass(torch.autograd.Function):
             grad_y: of the output, [N, C, *S].
             g: of the placeholder, [2, N, C], by which (R3) is added.
         """
-        from fdkernels.op import cpu_norms
-
         x, weight, bias = ctx.saved_tensors
         nothing = None, None, None, None, None
         slot: TapSlot = ctx.slot
@@ -114,17 +115,18 @@ class NormActPass(torch.autograd.Function):
             # A pass of its own for several classes and moments, and for second derivatives.
             grad_y, g = slot.gradient(g, grad_y, describe([x])), None
         if grad_y is None and g is None:
-            return None, None, None, *nothing
+            return None, None, None, None, *nothing
         if grad_y is not None and torch.is_grad_enabled():
-            return *_derivable(ctx, x, weight, bias, grad_y), *nothing
+            return None, *_derivable(ctx, x, weight, bias, grad_y), *nothing
         grad_y = torch.zeros_like(x) if grad_y is None else _like(grad_y, x)
         slopes, regions = None, None
         if g is not None:
             slopes, regions = g if slot.factor is None else g * slot.factor.to(g.dtype), slot.weights
-        inputs = cpu_norms.Inputs(x, weight, bias, ctx.statistics, ctx.is_given)
+        inputs = NormInputs(x, weight, bias, ctx.statistics, ctx.is_given)
         added = None if slopes is None or regions is None else (slopes, regions)
-        needs = ctx.needs_input_grad[:3]
-        return *cpu_norms.backward(inputs, ctx.formula, grad_y, added, needs), *nothing
+        kernels: NormKernels = ctx.kernels
+        needs = ctx.needs_input_grad[1:4]
+        return None, *kernels.norm_backward(inputs, ctx.formula, grad_y, added, needs), *nothing
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def _derivable(
     inputs = [
         (place, tensor)
         for place, tensor in enumerate((x, weight, bias))
-        if tensor is not None and ctx.needs_input_grad[place]
+        if tensor is not None and ctx.needs_input_grad[1 + place]
     ]
     with torch.enable_grad():
         given = ctx.statistics if ctx.is_given else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "Formula", "Running", "is_dense", "plain"]
+__all__ = ["ACTIVATIONS", "Formula", "NormInputs", "Running", "is_dense", "plain"]
 
 ACTIVATIONS = ("none", "relu", "leaky_relu")
 
@@ -43,6 +43,24 @@ class Running(NamedTuple):
     mean: Tensor
     variance: Tensor
     momentum: float
+
+
+class NormInputs(NamedTuple):
+    """What forward takes, and saves for backward.
+
+    Attributes:
+        x: [N, C, *S].
+        weight, bias: [C], γ and β, float32 or float64, or None for 1 and 0.
+        statistics: mean and biased variance, [2, C], or [2, N, C] of the samples, float64; None before they
+            are computed.
+        given: whether they were given, and are no function of x.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor | None
+    given: bool
 
 
 def is_dense(x: Tensor) -> bool:
