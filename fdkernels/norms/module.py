@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,32 @@ def activation_of(module: nn.Module | None) -> tuple[str, float] | None:
     if type(module) is nn.LeakyReLU and module.negative_slope >= 0:
         return "leaky_relu", float(module.negative_slope)
     return None
+
+
+class _Kept(NamedTuple):
+    """What a normalisation keeps, each [C], read once a call, as each is looked up.
+
+    Attributes:
+        weight, bias: γ and β, or None.
+        running: running mean and variance, or None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running: tuple[Tensor, Tensor] | None
+
+    def is_readable(self, x: Tensor) -> bool:
+        """Whether the kernels read all of it where it lies, for an input [N, C, *S]."""
+        dtype = None
+        for tensor in (self.weight, self.bias, *(self.running or ())):
+            if tensor is None:
+                continue
+            if tensor.dtype not in _KEPT or tensor.dtype != (dtype or tensor.dtype):
+                return False
+            if tensor.device != x.device or not tensor.is_contiguous():
+                return False
+            dtype = tensor.dtype
+        return True
 
 
 class NormAct(nn.Module):
@@ -124,46 +150,39 @@ class NormAct(nn.Module):
             ValueError: another number of dimensions or of channels, or a single value a channel in training.
         """
         self._check(x)
-        kernels = self._kernels(x)
+        kept = self._kept()
+        uses_input = self._uses_input(kept)
+        kernels = self._kernels(x, kept, uses_input)
         if kernels is None:
             return self._plain(x)
-        given = None
-        if not self._uses_input:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            given = torch.stack([self.running_mean, self.running_var]).double()
+        given = None if uses_input or kept.running is None else torch.stack(kept.running).double()
         running = None
         if self.training:
             factor = self._count()
-            if given is None and self.track_running_stats and self.running_mean is not None:
-                assert self.running_var is not None
-                running = Running(self.running_mean, self.running_var, factor)
+            if uses_input and self.track_running_stats and kept.running is not None:
+                running = Running(*kept.running, factor)
         early = self._early
         weights_of = None if early is None else early.weights_of
-        return norm_act(kernels, x, self.weight, self.bias, given, self.formula, running, weights_of)
+        return norm_act(kernels, x, kept.weight, kept.bias, given, self.formula, running, weights_of)
 
-    def _kernels(self, x: Tensor) -> NormKernels | None:
-        """The kernels that take [N, C, *S] with these parameters, if any do."""
-        if torch.compiler.is_compiling() or in_transform() or not can_fuse(x) or not self._is_kept(x):
+    def _kept(self) -> _Kept:
+        mean, variance = self.running_mean, self.running_var
+        running = None if mean is None or variance is None else (mean, variance)
+        return _Kept(self.weight, self.bias, running)
+
+    def _kernels(self, x: Tensor, kept: _Kept, uses_input: bool) -> NormKernels | None:
+        """The kernels that take [N, C, *S] with these parameters, if any do and torch would take them."""
+        if torch.compiler.is_compiling() or in_transform() or not can_fuse(x) or not kept.is_readable(x):
             return None
+        if uses_input and x.numel() == x.shape[1] * (x.shape[0] if self.formula.instance else 1):
+            return None  # a single value, which torch refuses
         return norm_kernels_of(resolve("auto", x.device))
 
-    @property
-    def _uses_input(self) -> bool:
+    def _uses_input(self, kept: _Kept) -> bool:
         """Whether the statistics are those of the input."""
-        tracks = self.running_mean is not None and self.running_var is not None
-        return not tracks or (self.training and (not self.formula.instance or self.track_running_stats))
-
-    def _is_kept(self, x: Tensor) -> bool:
-        """Whether the kernels read parameters and buffers where they lie, and torch would take [N, C, *S]."""
-        kept = (self.weight, self.bias, self.running_mean, self.running_var)
-        present = [of for of in kept if of is not None]
-        if any(of.device != x.device or of.dtype not in _KEPT or not of.is_contiguous() for of in present):
-            return False
-        if len({of.dtype for of in present}) > 1:
-            return False
-        pixels = x[0, 0].numel() * (1 if self.formula.instance else x.shape[0])
-        return pixels > 1 or not self._uses_input
+        return kept.running is None or (
+            self.training and (not self.formula.instance or self.track_running_stats)
+        )
 
     def _check(self, x: Tensor) -> None:
         ranks = (2, 3) if self.dimensions == 3 else (self.dimensions,)
@@ -178,9 +197,10 @@ class NormAct(nn.Module):
 
     def _plain(self, x: Tensor) -> Tensor:
         """Run torch's own operations on [N, C, *S]."""
+        kept = self._kept()
         value = self.formula.activate(x) if self.formula.activation_first else x
         if self.formula.instance:
-            use_input = self._uses_input
+            use_input = self._uses_input(kept)
             momentum = 0.0 if self.momentum is None else self.momentum
             unbatched = value.dim() == self.dimensions - 1
             value = functional.instance_norm(
@@ -203,7 +223,7 @@ class NormAct(nn.Module):
                 self.running_var if updates else None,
                 self.weight,
                 self.bias,
-                self._uses_input,
+                self._uses_input(kept),
                 factor,
                 self.eps,
             )
