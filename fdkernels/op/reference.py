@@ -18,6 +18,7 @@ from fdkernels.op.pyramid import NO_WEIGHT, Pyramid, Regions, Sums, Weights, des
 
 __all__ = [
     "gradient",
+    "gradient_expression",
     "losses",
     "losses_of",
     "mask_gradient",
@@ -185,20 +186,40 @@ def gradient(
     pyramid: Pyramid,
 ) -> list[Tensor]:
     """Write the gradient (R3) of each layer, for g = grad_sums [2, N, ΣC] times factor [L], plus upstream."""
-    dtype = grad_sums.dtype
+    made = gradient_expression(grad_sums, factor, weights, upstream, pyramid)
+    return [
+        torch.empty_strided(layer.shape, layer.stride, dtype=layer.dtype, device=grad.device).copy_(grad)
+        for layer, grad in zip(pyramid.layers, made, strict=True)
+    ]
+
+
+def gradient_expression(
+    grad_sums: Tensor,
+    factor: Tensor | None,
+    weights: Weights,
+    upstream: Sequence[Tensor | None],
+    pyramid: Pyramid,
+) -> list[Tensor]:
+    """`gradient` element by element, so that a compiler writes it with what comes next."""
     grads = []
     for index, g in enumerate(grad_sums.split(pyramid.channels, dim=-1)):  # [2, N, C]
-        layer, w = pyramid.layers[index], _both(weights, index, dtype)
+        layer, w = pyramid.layers[index], _both(weights, index, grad_sums.dtype)
         scaled = g if factor is None else g * factor[index]
-        grad = (scaled.unsqueeze(-1) * w.unsqueeze(2)).sum(0)  # [N, C, P]
+        # In the order in which the gradient lies in memory.
+        channels_inner = layer.stride[1] == 1 and layer.channels > 1
+        shape: tuple[int, ...] = layer.shape
+        if channels_inner:
+            grad = (scaled.unsqueeze(2) * w.unsqueeze(-1)).sum(0)  # [N, P, C]
+            shape = (shape[0], *shape[2:], shape[1])
+        else:
+            grad = (scaled.unsqueeze(-1) * w.unsqueeze(2)).sum(0)  # [N, C, P]
         if weights.bg:
-            grad = torch.where(_valid(w).unsqueeze(1), grad, 0)
-        grad = grad.reshape(layer.shape)
+            grad = torch.where(_valid(w).unsqueeze(-1 if channels_inner else 1), grad, 0)
+        grad = grad.reshape(shape)
+        if channels_inner:
+            grad = grad.movedim(-1, 1)
         added = upstream[index] if upstream else None
-        if added is not None:
-            grad = grad + added
-        out = torch.empty_strided(layer.shape, layer.stride, dtype=layer.dtype, device=grad.device)
-        grads.append(out.copy_(grad))
+        grads.append((grad if added is None else grad + added).to(layer.dtype))
     return grads
 
 

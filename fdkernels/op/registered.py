@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fdkernels.conventions import Options
+from fdkernels.op import reference
 from fdkernels.op.kernels import kernels_of
 from fdkernels.op.pyramid import (
     Pyramid,
@@ -54,7 +55,8 @@ _SCHEMAS = {
     "-> (Tensor[], Tensor[])",
 }
 for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"fdkernels::{_name}", _schema)
+    # The kernels read any layout: Inductor need not copy features into the one that eager has.
+    torch.library.define(f"fdkernels::{_name}", _schema, tags=torch.Tag.flexible_layout)
 
 
 def may_call_directly(tensors: Iterable[Tensor | None]) -> bool:
@@ -120,6 +122,9 @@ def gradient(
     backend: str,
 ) -> list[Tensor]:
     """`Kernels.gradient`; differentiable where gradients are enabled."""
+    if torch.compiler.is_compiling():
+        # It fuses with what computed the upstream gradient and what takes this one: no map moves for it.
+        return reference.gradient_expression(grad_sums, factor, weights, upstream, pyramid)
     if not torch.is_grad_enabled() and may_call_directly([grad_sums, *upstream]):
         return kernels_of(backend).gradient(grad_sums, factor, weights, upstream, pyramid)
     present = [(layer, grad) for layer, grad in enumerate(upstream) if grad is not None]
