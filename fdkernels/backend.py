@@ -112,7 +112,7 @@ def auto_backend(device_type: str) -> str:
     return "reference"
 
 
-def accepts_mask(mask: Tensor, ignore_index: float) -> bool:
+def accepts_mask(mask: Tensor, ignore_index: float | None) -> bool:
     """Whether a kernel finds the values of a mask [N, 1, *S0] valid; it reads them once and makes no copy.
 
     False where there is no such kernel, or the device is another one: then a check in torch decides.

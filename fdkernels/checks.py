@@ -143,7 +143,7 @@ def check_mask(
     mask: object,
     layers: Sequence[Tensor],
     ignore_index: float | None,
-    accepts: Callable[[Tensor, float], bool] | None = None,
+    accepts: Callable[[Tensor, float | None], bool] | None = None,
 ) -> Tensor:
     """Validate the mask and return it as [N, 1, *S0], in the dtype it came in.
 
@@ -230,7 +230,7 @@ def check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
 def check_mask_values(
     mask: Tensor,
     ignore_index: float | None,
-    accepts: Callable[[Tensor, float], bool] | None,
+    accepts: Callable[[Tensor, float | None], bool] | None,
     left_out: float | None = None,
 ) -> None:
     """Raise ValueError unless the values of a mask, of any shape, lie in [0, 1].
@@ -240,9 +240,9 @@ def check_mask_values(
         ignore_index, accepts: as for `check_mask`.
         left_out: the value that the caller has left out already, for the sentence.
     """
+    if accepts is not None and accepts(mask, ignore_index):
+        return
     if ignore_index is not None:
-        if accepts is not None and accepts(mask, ignore_index):
-            return
         mask = mask.masked_fill(mask == ignore_index, 0)
     low, high = (bound.item() for bound in mask.aminmax())
     tolerance = mask_tolerance(mask.dtype)

@@ -287,6 +287,7 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
         settings = self.settings
         if exchange is not None:
             settings = settings._replace(exchange=exchange)
+            settings.check()
         if group is not None:
             settings = settings._replace(group=group)
         else:
@@ -361,16 +362,17 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
             alpha.requires_grad_(active)
 
     def _weigh(self, alpha: Tensor, losses: Tensor) -> Tensor:
-        # Clones, because the next pass may clamp α in place before this one's backward has run.
+        # Clones, because the next pass may clamp α in place before this one's backward has run. `dot` is one
+        # operation where a product and its sum are two, forward and backward.
         if self.alpha_rule != "ascent":
-            return (alpha.clone().to(losses.dtype) * losses).sum()
+            return alpha.clone().to(losses.dtype).dot(losses)
         alpha = alpha.to(losses.dtype)
         fixed = alpha.detach().clone()
-        value = (fixed * losses).sum()
+        value = fixed.dot(losses)
         if not self._has_target:
             return value
         # (α - fixed) is zero: the second term only carries the gradient -(L - target) to α.
-        return value - ((alpha - fixed) * (losses.detach() - self.alpha_target)).sum()
+        return value - (alpha - fixed).dot(losses.detach() - self.alpha_target)
 
     def _find_target(self, losses: Tensor) -> None:
         """Lower the target to 1 below the lowest loss of a layer, in the first training passes."""
@@ -396,4 +398,4 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
         if self.alpha_rule == "ramp":
             risen = (self.steps / self.ramp_steps).clamp(max=1)
             alpha.copy_(self.alpha_max * risen.expand_as(alpha))
-        self.steps += 1
+        self.steps.add_(1)  # `+=` would assign the buffer anew, which nn.Module makes dear

@@ -87,11 +87,10 @@ class Partners(NamedTuple):
 def check_features_and_mask(
     features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor | None, settings: Settings
 ) -> tuple[list[Tensor], Planes]:
-    """Check settings, features and mask; the layers as a list of [N, C, *S], and the mask as planes.
+    """Check features and mask; the layers as a list of [N, C, *S], and the mask as planes.
 
     Without a mask it is the one that taps were given before the forward pass.
     """
-    settings.check()
     given_mask: Any = mask  # None is refused below, as what is no tensor
     if mask is None and isinstance(features, FeatureTaps):
         given_mask = features.given_mask

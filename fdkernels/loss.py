@@ -130,6 +130,7 @@ def feature_discrepancy_loss(
         channel_dim=channel_dim,
         classes=Classes.of(mode, num_classes, include_background, pairs),
     )
+    settings.check()
     layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     taps = features if isinstance(features, FeatureTaps) else None
@@ -194,6 +195,7 @@ def tap(
         channel_dim=channel_dim,
         classes=Classes.of(mode, num_classes, include_background, pairs),
     )
+    settings.check()
     layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     per_layer, tapped = losses_per_layer(layers, planes, settings, partners, tapped=True)
@@ -293,6 +295,7 @@ def region_sums(
         channel_dim=channel_dim,
         classes=Classes.of(mode, num_classes, include_background, pairs),
     )
+    settings.check()
     layers, planes = check_features_and_mask(features, mask, settings)
     sums, masses = region_sums_of(layers, planes, settings)
     results = [
