@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import fdkernels as fdk
 from fdkernels.op import cpu_norms
-from kernel_launches import recorded_calls
+from kernel_launches import recorded_calls, recorded_launches
 
 pytestmark = pytest.mark.skipif(
     fdk.backends()["cpu"] is not None, reason=f"backend 'cpu': {fdk.backends()['cpu']}"
@@ -130,6 +131,25 @@ def test_features_of_fused_blocks_are_not_read_by_the_loss_nor_written_again():
         net(images)
         crit(taps, mask)
         assert calls.take()[-1] == "sums"
+
+
+def test_the_same_in_triton_with_pixels_to_ignore():
+    if os.environ.get("TRITON_INTERPRET") != "1" or fdk.backends()["triton"]:
+        pytest.skip("launches are counted by the interpreter of Triton")
+    net, images, mask = fused_network()
+    taps = fdk.FeatureTaps(net, NAMES[:2], fused=True)
+    mask = mask.to(torch.uint8)
+    mask[:, :, :3] = 255
+    found: dict[str, list[Tensor]] = {}
+    for backend in ("cpu", "triton"):
+        with fdk.use_backend(backend), recorded_launches() as names:
+            with taps.mask(mask, ignore_index=255):
+                out = net(images)
+            loss = fdk.feature_discrepancy_loss(taps, mask, ignore_index=255)
+            found[backend] = [loss, *torch.autograd.grad(loss + out.mean(), list(net.parameters()))]
+    torch.testing.assert_close(found["triton"], found["cpu"], rtol=1e-4, atol=1e-5)
+    assert names.count("norm_gradient_kernel") == names.count("norm_apply_kernel") == 2
+    assert not {"sums_kernel", "gradient_kernel"} & set(names)
 
 
 def test_a_layer_that_ends_otherwise_is_read():

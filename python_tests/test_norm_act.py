@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -88,6 +89,25 @@ def test_output_gradients_and_running_statistics_are_those_of_the_pair(kind, act
                 torch.testing.assert_close(
                     buffer, getattr(truth, name).to(buffer.dtype), rtol=2e-6, atol=2e-6
                 )
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["behind", "before"])
+@pytest.mark.parametrize("kind", ["batch-2d", "instance-3d"])
+def test_the_same_in_triton(kind, first):
+    if reason := fdk.backends()["triton"]:
+        pytest.skip(f"backend 'triton': {reason}")
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    norm = make_norm(kind).to(device)
+    plain = pair(copy.deepcopy(norm).double(), nn.ReLU(), first)
+    x, upstream = (lay_out(torch.randn(NORMS[kind][1]).to(device), "channels_last") for _ in "xg")
+    for training in (True, False):
+        fused = fdk.NormAct(norm, nn.ReLU(), first).train(training)
+        wanted = run(plain.train(training), x.double(), upstream.double())
+        with fdk.use_backend("triton"):
+            assert_in_band(run(fused, x, upstream), wanted, torch.float32)
+    truth = next(module for module in plain if module.state_dict())
+    for name, buffer in fused.named_buffers():
+        torch.testing.assert_close(buffer, getattr(truth, name).to(buffer.dtype), rtol=2e-6, atol=2e-6)
 
 
 @needs_kernels

@@ -32,6 +32,8 @@ KERNELS = {
     "region_sums": ["region_sums", "second_pass"],
     "region_gradient": ["region_gradient"],
     "region_weight_gradient": ["region_weight_gradient"],
+    "norm_forward": ["norm_moments", "norm_statistics", "norm_apply"],
+    "norm_backward": ["norm_reduce", "norm_coefficients", "norm_gradient"],
 }
 
 
@@ -56,6 +58,17 @@ def test_a_pyramid_is_compiled_once_for_all_batches_and_moves_16_bytes_an_access
     (forward,), (backward,) = ptx["sums_kernel"], ptx["gradient_kernel"]
     assert "ld.global.v4.b32" in forward
     assert "st.global.v4.b32" in backward
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_norm_is_compiled_once_for_all_sizes_and_moves_16_bytes_an_access(layout, tmp_path):
+    ptx = compiled(f"norm {layout}", 90, tmp_path)
+    assert ptx.keys() == {f"{name}_kernel" for name in KERNELS["norm_forward"] + KERNELS["norm_backward"]}
+    assert {name: len(of_kernel) for name, of_kernel in ptx.items()} == dict.fromkeys(ptx, 1)
+    for name in ("norm_moments", "norm_apply", "norm_reduce", "norm_gradient"):
+        assert "ld.global.v4.b32" in ptx[f"{name}_kernel"][0]
+    for name in ("norm_apply", "norm_gradient"):
+        assert "st.global.v4.b32" in ptx[f"{name}_kernel"][0]
 
 
 def compiled(what, capability, tmp_path):
@@ -143,6 +156,31 @@ REGION_CASES = [
     ([_channels_last(2, 16, 9, 4, dtype=F64), _cropped(2, 5, 6, 7, dtype=F16)], None, 4, True, False),
     ([_contiguous(2, 8, 16, 16, dtype=F16), _cropped(2, 5, 6, 7, 8, dtype=F16)], None, 17, True, True),
 ]
+# A map, dtype of the weights (False without any), whether the background has its own, activation and whether
+# it comes first, whether the statistics are those of samples, dtype of the parameters, and whether statistics
+# are given.
+NORM_CASES = [
+    (_contiguous(2, 64, 32, 32), U8, False, "relu", False, False, F32, False),
+    (_contiguous(2, 64, 32, 32), False, False, "relu", False, False, F32, False),
+    (_contiguous(2, 64, 32, 32, dtype=BF16), None, True, "leaky_relu", False, True, F32, False),
+    (_contiguous(2, 16, 9, dtype=BF16), False, False, "leaky_relu", True, False, F32, False),
+    (_contiguous(2, 5, 7, 3, dtype=F16), U8, True, "relu", True, True, None, False),
+    (_contiguous(2, 16, 8, 8, dtype=F64), None, False, "leaky_relu", False, False, F64, False),
+    (_contiguous(300, 3, 5, 5, 5, dtype=F64), False, False, "none", False, True, F64, True),
+    (_contiguous(40, 3, 64, 64), None, True, "relu", False, False, F64, True),
+    (_channels_last(2, 64, 32, 32), U8, True, "relu", False, False, F32, False),
+    (_channels_last(2, 64, 32, 32), False, False, "relu", False, False, F32, True),
+    (_channels_last(2, 64, 32, 32, dtype=BF16), None, False, "relu", False, False, F32, False),
+    (_channels_last(2, 5, 7, 3, dtype=BF16), False, False, "none", False, True, None, True),
+    (_channels_last(2, 20, 7, 3, dtype=F16), None, True, "leaky_relu", True, True, F32, False),
+    (_channels_last(2, 16, 8, 8, dtype=F64), None, True, "relu", True, False, F64, False),
+    (_channels_last(2, 16, 8, 8, dtype=F64), False, False, "leaky_relu", False, True, F64, False),
+    (_contiguous(1, 1, 2), U8, False, "none", False, False, None, False),
+    # More elements in a sample than offsets of 32 bits reach, and more pixels; never touched.
+    (_contiguous(1, 3, 2**15, 2**14, dtype=F16), U8, False, "relu", False, False, F32, False),
+    (_channels_last(1, 64, 2**13, 2**11, dtype=F16), U8, True, "relu", False, False, F32, False),
+    (_contiguous(1, 1, 2**16, 2**15, dtype=F16), False, False, "relu", False, True, F32, False),
+]
 # More pixels than 32 bits count, in the memory of one.
 HUGE = ([_one_element(1, 2, 2**16, 2**15 + 1)], U8, True, True)
 
@@ -152,7 +190,10 @@ def _run(function):
     from fdkernels.op.triton import launch
 
     calls = {"sums": _sums, "gradient": _gradient, "mask_gradient": _mask_gradient}
-    if function.startswith("region_"):
+    if function.startswith("norm_"):
+        for case in NORM_CASES:
+            _norm(function, *case)
+    elif function.startswith("region_"):
         for case in REGION_CASES:
             _regions(function, *case)
         launch._WIDE = 0
@@ -233,6 +274,45 @@ def _regions(function, layers, dtype, count, moments, has_upstream):
         backend.region_weight_gradient(g, regions, layers)
 
 
+def _norm(function, x, dtype, has_bg, activation, first, instance, kept, given):
+    """A call; of the backward also some that leave out what is not needed."""
+    from fdkernels.op import triton as backend
+    from fdkernels.op.norm_formula import Formula, NormInputs, Running
+
+    N, C = x.shape[:2]
+    formula = Formula(instance, 1e-5, activation, 0.1 if activation == "leaky_relu" else 0.0, first)
+    weight, bias = (None, None) if kept is None else (torch.ones(C, dtype=kept) for _ in range(2))
+    weights = None if dtype is False else _weights([x], dtype, has_bg)
+    statistics = torch.ones((2, N, C) if instance else (2, C), dtype=F64)
+    if function == "norm_forward":
+        inputs = NormInputs(x, weight, bias, statistics if given else None, given)
+        running = None if weight is None or given else Running(weight, weight, 0.1)
+        backend.norm_forward(inputs, formula, running, weights)
+        return
+    inputs = NormInputs(x, weight, bias, statistics, given)
+    added = None
+    if weights is not None:
+        added = torch.ones(2, N, C, dtype=F64 if x.dtype == F64 else F32), weights
+    for needs in ((True, True, True), (True, False, False), (False, False, True)):
+        backend.norm_backward(inputs, formula, x, added, needs)
+
+
+def _run_norm(lay_out):
+    from fdkernels.op import triton as backend
+    from fdkernels.op.norm_formula import Formula, NormInputs, Running
+    from fdkernels.op.pyramid import Weights
+
+    formula = Formula(False, 1e-5, "relu")
+    for N, C, size in ((4, 64, 32), (3, 128, 16), (1, 64, 48)):
+        x, of_channel = lay_out(N, C, size, size), torch.ones(C)
+        inputs = NormInputs(x, of_channel, of_channel, None, False)
+        weights = Weights([torch.ones(N, size * size)], [])
+        running = Running(of_channel, of_channel, 1 / N)
+        _y, statistics, _sums = backend.norm_forward(inputs, formula, running, weights)
+        inputs = inputs._replace(statistics=statistics)
+        backend.norm_backward(inputs, formula, x, (torch.ones(2, N, C), weights), (True, True, True))
+
+
 PAIRINGS = {
     "none": None,
     "shuffle": torch.zeros(4, dtype=torch.int64),
@@ -311,6 +391,8 @@ def _main():
     layouts = {"contiguous-float32": (_contiguous, F32), "channels_last-bfloat16": (_channels_last, BF16)}
     if sys.argv[1] in layouts:
         _run_pyramid(*layouts[sys.argv[1]])
+    elif sys.argv[1].startswith("norm "):
+        _run_norm({"contiguous": _contiguous, "channels_last": _channels_last}[sys.argv[1][5:]])
     else:
         _run(sys.argv[1])
     ptx = {name: [kernel.asm["ptx"] for kernel in of_name.values()] for name, of_name in kernels.items()}

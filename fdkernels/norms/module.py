@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -81,10 +82,10 @@ class NormAct(nn.Module):
         y = a((x - μ) / sqrt(σ² + ε)·γ + β)             with activation_first=False
         y = (a(x) - μ) / sqrt(σ² + ε)·γ + β             with activation_first=True, μ and σ² of a(x)
 
-    On the CPU forward reads the input twice and writes the output; backward reads input and gradient twice
-    and writes the gradient; no map but the input is kept. Where its output is tapped by
-    `FeatureTaps(..., fused=True)` the gradient of the loss is added in the same backward, and inside
-    `taps.mask(mask)` the region sums come from the pass that writes the output. On other devices, under
+    On backends `"cpu"` and `"triton"` forward reads the input twice and writes the output; backward reads
+    input and gradient twice and writes the gradient; no map but the input is kept. Where its output is tapped
+    by `FeatureTaps(..., fused=True)` the gradient of the loss is added in the same backward, and inside
+    `taps.mask(mask)` the region sums come from the pass that writes the output. On other backends, under
     torch.compile and inside torch.func's transforms it runs torch's own operations.
 
     Args:
@@ -162,7 +163,7 @@ class NormAct(nn.Module):
             if uses_input and self.track_running_stats and kept.running is not None:
                 running = Running(*kept.running, factor)
         early = self._early
-        weights_of = None if early is None else early.weights_of
+        weights_of = None if early is None else partial(early.weights_of, backend=resolve("auto", x.device))
         return norm_act(kernels, x, kept.weight, kept.bias, given, self.formula, running, weights_of)
 
     def _kept(self) -> _Kept:

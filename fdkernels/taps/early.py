@@ -24,6 +24,7 @@ def version_of(tensor: Tensor) -> int | None:
 class _Key(NamedTuple):
     size: torch.Size
     dtype: torch.dtype
+    backend: str
 
 
 class EarlyMask:
@@ -47,16 +48,16 @@ class EarlyMask:
         is_same = is_same and mask.numel() == values.numel() and version_of(mask) == self._version
         return is_same and (self.mask_resize, self.ignore_index) == (mask_resize, ignore_index)
 
-    def weights_of(self, x: Tensor) -> Weights | None:
+    def weights_of(self, x: Tensor, backend: str) -> Weights | None:
         """The weights [N, P] for features of the size of x, [N, C, *S]; None where they cannot fit."""
         mask = self.mask.unsqueeze(1) if self.mask.dim() == x.dim() - 1 else self.mask
         fits = mask.dim() == x.dim() and mask.shape[:2] == (x.shape[0], 1) and mask.device == x.device
         if not fits or mask.numel() == 0 or mask.requires_grad or mask.is_complex():
             return None  # the loss says what is wrong, or computes what the kernels do not
-        key = _Key(x.shape[2:], accumulate_dtype([x]))
+        key = _Key(x.shape[2:], accumulate_dtype([x]), backend)
         if key not in self._made:
             self._made[key] = weights_of(
-                mask, [key.size], key.dtype, self.mask_resize, self.ignore_index, "cpu"
+                mask, [key.size], key.dtype, self.mask_resize, self.ignore_index, backend
             )
         return self._made[key]
 
@@ -65,9 +66,10 @@ class EarlyMask:
 
         None where the loss is not computed as the sums were: by another backend or in another dtype.
         """
-        if backend != "cpu" or any(accumulate_dtype([layer]) != dtype for layer in layers):
+        is_other = all(key.backend != backend for key in self._made)
+        if is_other or any(accumulate_dtype([layer]) != dtype for layer in layers):
             return None
-        found = [self.weights_of(layer) for layer in layers]
+        found = [self.weights_of(layer, backend) for layer in layers]
         if any(weights is None for weights in found):
             return None
         return Weights(

@@ -15,8 +15,10 @@ import oracles
 from cases import ALL_LAYOUTS, SumsCase, lay_out, weights_for
 from fdkernels.op import reference
 from fdkernels.op import triton as backend
+from fdkernels.op.norm_formula import Formula as NormFormula
+from fdkernels.op.norm_formula import NormInputs, Running, plain
 from fdkernels.op.pyramid import Pyramid, Regions, Weights, describe
-from fdkernels.op.triton import launch, second_pass
+from fdkernels.op.triton import launch, norm_access, norm_gradient, norms, second_pass
 from kernel_launches import recorded_launches
 from oracles import Formula
 
@@ -179,6 +181,84 @@ def test_a_pyramid_over_three_regions_is_two_launches_forward_and_one_backward(m
     wanted += reference.region_weight_gradient(sums, regions, features)
     for got, value in zip(grads + of_weights, wanted, strict=True):
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+
+
+def norm_inputs(x, given=False):
+    C = x.shape[1]
+    statistics = torch.rand(2, C, dtype=torch.float64) if given else None
+    return NormInputs(x, torch.rand(C), torch.randn(C), statistics, given)
+
+
+def test_a_norm_is_three_launches_each_way_and_one_where_its_statistics_are_given():
+    x, formula = torch.randn(2, 3, 5, 7), NormFormula(False, 1e-5, "relu")
+    weights = weights_for([x], "valid wide")
+    added = torch.randn(2, 2, 3), weights
+    running = Running(torch.zeros(3), torch.ones(3), 0.1)
+    with recorded_launches() as names:
+        _, statistics, sums = backend.norm_forward(norm_inputs(x), formula, running, weights)
+    assert names == ["norm_moments_kernel", "norm_statistics_kernel", "norm_apply_kernel"]
+    assert sums is not None
+    inputs = norm_inputs(x)._replace(statistics=statistics)
+    with recorded_launches() as names:
+        backend.norm_backward(inputs, formula, x, added, (True, True, True))
+    assert names == ["norm_reduce_kernel", "norm_coefficients_kernel", "norm_gradient_kernel"]
+    given = norm_inputs(x, given=True)
+    with recorded_launches() as names:
+        backend.norm_forward(given, formula, None, weights)
+    assert names == ["norm_apply_kernel"]
+    with recorded_launches() as names:
+        backend.norm_backward(given, formula, x, added, (True, False, False))
+    assert names == ["norm_gradient_kernel"]
+    with recorded_launches() as names:
+        backend.norm_backward(given, formula, x, added, (False, False, True))
+    assert names == ["norm_reduce_kernel", "norm_coefficients_kernel"]
+
+
+@pytest.mark.parametrize("instance", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_norm_of_many_tiles_and_of_offsets_of_64_bits(layout, instance, monkeypatch):
+    """Also more partial results than a program of the second pass takes at once."""
+    monkeypatch.setattr(norm_access, "plan_layers", launch.plan_layers.__wrapped__)
+    monkeypatch.setattr(norm_access, "MERGE", MERGE := {"BLOCK_T": 4, "BLOCK_COLUMN": 2, "num_warps": 4})
+    monkeypatch.setattr(norms, "MERGE", MERGE)
+    monkeypatch.setattr(norm_gradient, "MERGE", MERGE)
+    monkeypatch.setattr(launch, "_BLOCK", 128)
+    monkeypatch.setattr(launch, "_PIXELS_OF_CHANNELS", (32,))
+    monkeypatch.setattr(launch, "_MIN_TILE_PIXELS", 64)
+    x, grad_y = (lay_out(torch.randn(3, 5, 19, 17) + 100, layout) for _ in range(2))
+    weights, formula = weights_for([x], "valid wide"), NormFormula(instance, 1e-5, "leaky_relu", 0.1)
+    assert norm_access.cut_map(x, formula, weights).plan.tiles > 4
+    slopes = torch.randn(2, 3, 5)
+    results = []
+    for limit in (launch._WIDE, 0):
+        monkeypatch.setattr(launch, "_WIDE", limit)
+        running = Running(torch.zeros(5), torch.ones(5), 0.1)
+        inputs = norm_inputs(x)._replace(weight=torch.ones(5), bias=torch.zeros(5))
+        y, statistics, sums = backend.norm_forward(inputs, formula, running, weights)
+        inputs = inputs._replace(statistics=statistics)
+        grads = backend.norm_backward(inputs, formula, grad_y, (slopes, weights), (True, True, True))
+        results.append([y, statistics, sums, *running[:2], *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    y, statistics, sums, mean, variance, *grads = results[0]
+    leaf, weight, bias = (t.double().requires_grad_() for t in (x, torch.ones(5), torch.zeros(5)))
+    wanted = plain(leaf, weight, bias, None, formula)
+    upstream = torch.zeros(3, 5, 19 * 17, dtype=torch.float64)
+    for g, w in zip(slopes.double(), (weights.fg[0].double(), weights.bg[0].double()), strict=True):
+        upstream += g[..., None] * w[:, None]
+    upstream = upstream.view(x.shape) + grad_y.double()
+    for got, value in zip(grads, torch.autograd.grad(wanted, [leaf, weight, bias], upstream), strict=True):
+        torch.testing.assert_close(got.double(), value, rtol=1e-4, atol=2e-6 * value.abs().max().item())
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=3e-6)
+    dims = (2, 3) if instance else (0, 2, 3)
+    torch.testing.assert_close(statistics[0], x.double().mean(dims), rtol=1e-8, atol=0)
+    torch.testing.assert_close(statistics[1], x.double().var(dims, correction=0), rtol=1e-6, atol=0)
+    unbiased = x.double().var(dims)
+    unbiased = unbiased.mean(0) if instance else unbiased
+    torch.testing.assert_close(variance.double(), 0.9 + 0.1 * unbiased, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean.double(), 0.1 * x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    for got, w in zip(sums.double(), (weights.fg[0].double(), weights.bg[0].double()), strict=True):
+        value = (y.double().flatten(2) * w[:, None]).sum(-1)
+        torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-4)
 
 
 def test_losses_of_given_sums_are_one_launch():
