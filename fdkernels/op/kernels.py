@@ -141,6 +141,10 @@ def norm_kernels_of(backend: str) -> NormKernels | None:
         from fdkernels.op import cpu_norms
 
         return cpu_norms
+    if backend == "cuda":
+        from fdkernels.op import cuda_norms
+
+        return cuda_norms
     return None
 
 
