@@ -382,7 +382,7 @@ def _size_table(
 
 
 def allocate_in(workspace: list[Tensor], device: torch.device) -> Callable[[int], int]:
-    """Return a function that allocates [size] bytes, appends them to `workspace` and returns their address.
+    """Return a function that allocates bytes [B], appends them to `workspace` and returns their address.
 
     The memory may be freed after the launches: whatever gets it next runs behind them on the stream.
     """
