@@ -8,11 +8,11 @@
 namespace fdk::cuda {
 namespace {
 
-// Blocks a multiprocessor: limits registers, so that enough loads are in flight.
+// Blocks a multiprocessor: limits registers, as far as they go without spilling, so that enough loads are in flight.
 template <typename Acc>
-constexpr int kBlocks = std::is_same_v<Acc, float> ? 3 : 2;
-template <typename Acc> // of kernels that load two maps
-constexpr int kBackwardBlocks = std::is_same_v<Acc, float> ? 2 : 1;
+constexpr int kMomentsBlocks = std::is_same_v<Acc, float> ? 3 : 2;
+template <typename Acc>
+constexpr int kBlocks = std::is_same_v<Acc, float> ? 2 : 1;
 
 // Each kernel but the first of a call may be launched early.
 __device__ inline void follow_previous_launch() {
@@ -34,7 +34,7 @@ __device__ void with_tile(const NormWork<Acc>& work, uint32_t block, AlongChanne
 }
 
 template <typename Acc, bool kFirst>
-__global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
+__global__ void __launch_bounds__(kThreads, kMomentsBlocks<Acc>)
     norm_moments_kernel(const __grid_constant__ NormWork<Acc> work) {
   alignas(16) __shared__ char shared[kNormShared<Acc>];
   follow_previous_launch();
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
 }
 
 template <typename Acc, bool kFirst>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Acc>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     norm_reduce_kernel(const __grid_constant__ NormWork<Acc> work) {
   alignas(16) __shared__ char shared[kNormShared<Acc>];
   follow_previous_launch();
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<Acc>)
 }
 
 template <typename Acc, bool kFirst>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Acc>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     norm_gradient_kernel(const __grid_constant__ NormWork<Acc> work) {
   alignas(16) __shared__ char shared[kNormShared<Acc>];
   follow_previous_launch();

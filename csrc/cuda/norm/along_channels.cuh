@@ -7,6 +7,8 @@
 
 namespace fdk::cuda {
 
+constexpr int kBackwardLoads = kPixelLoads / 2; // of each of two maps
+
 // Bytes for a block's staged weights and, later, its threads' sums, two for each channel.
 template <typename Acc>
 constexpr int kNormShared =
@@ -55,7 +57,7 @@ __device__ void with_channel_sums(const LayerWork& layer, const PixelTile<kCount
 template <typename Acc, typename Formula, typename T, int kCount>
 __device__ void moments_along_channels(Pack<T, kCount>, const NormWork<Acc>& work, const Formula& formula,
                                        uint32_t block, char* shared) {
-  constexpr int kLoads = kSumLoads<Acc>;
+  constexpr int kLoads = kPixelLoads;
   const LayerWork& layer = work.layer;
   const PixelTile<kCount> tile(layer, block);
   const T* x = static_cast<const T*>(layer.features) + tile.offset(layer);
@@ -149,13 +151,13 @@ struct ArrivingAtPixels {
   Weights<Acc> slopes[kCount] = {};
   const Weights<Acc>* weights; // staged, or null
   Weights<Acc> weight = {0, 0};
-  PixelRows<T, kCount, kPixelLoads> rows;
+  PixelRows<T, kCount, kBackwardLoads> rows;
 
   // Called by the whole block.
   __device__ ArrivingAtPixels(const NormWork<Acc>& work, const PixelTile<kCount>& tile, char* shared)
       : weights(work.slopes ? reinterpret_cast<Weights<Acc>*>(shared) : nullptr) {
     if (!weights) return;
-    stage_weights(work.layer, tile.n * work.layer.pixels + tile.first, tile.count, kPixelLoads,
+    stage_weights(work.layer, tile.n * work.layer.pixels + tile.first, tile.count, kBackwardLoads,
                   reinterpret_cast<Weights<Acc>*>(shared));
     if (!tile.active) return;
 #pragma unroll
@@ -189,12 +191,12 @@ __device__ void reduce_along_channels(Pack<T, kCount>, const NormWork<Acc>& work
   ArrivingAtPixels<Acc, T, kCount> arriving(work, tile, shared);
 
   Acc sums[2 * kCount] = {};
-  tile.for_each_step(layer, kPixelLoads, [&](int base) {
-    PixelRows<T, kCount, kPixelLoads> pixels;
+  tile.for_each_step(layer, kBackwardLoads, [&](int base) {
+    PixelRows<T, kCount, kBackwardLoads> pixels;
     pixels.load(layer, x, tile.first, base, tile.count);
     arriving.load(work, tile, base);
 #pragma unroll
-    for (int i = 0; i < kPixelLoads; ++i) {
+    for (int i = 0; i < kBackwardLoads; ++i) {
       if (base + i * layer.rows >= tile.count) continue;
       arriving.turn_to(base + i * layer.rows);
 #pragma unroll
@@ -228,13 +230,13 @@ __device__ void gradient_along_channels(Pack<T, kCount>, const NormWork<Acc>& wo
   }
   ArrivingAtPixels<Acc, T, kCount> arriving(work, tile, shared);
 
-  tile.for_each_step(layer, kPixelLoads, [&](int base) {
-    PixelRows<T, kCount, kPixelLoads> pixels;
+  tile.for_each_step(layer, kBackwardLoads, [&](int base) {
+    PixelRows<T, kCount, kBackwardLoads> pixels;
     pixels.load(layer, x, tile.first, base, tile.count);
     arriving.load(work, tile, base);
-    const PixelOffsets<kPixelLoads> to(layer, layer.stride, tile.first + base);
+    const PixelOffsets<kBackwardLoads> to(layer, layer.stride, tile.first + base);
 #pragma unroll
-    for (int i = 0; i < kPixelLoads; ++i) {
+    for (int i = 0; i < kBackwardLoads; ++i) {
       if (base + i * layer.rows >= tile.count) continue;
       arriving.turn_to(base + i * layer.rows);
       auto& pack = pixels.packs[i];

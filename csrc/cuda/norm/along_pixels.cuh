@@ -8,8 +8,9 @@ namespace fdk::cuda {
 
 // The tile of a warp.
 struct PlaneTile {
-  int64_t n, begin, end;
+  int64_t n, first, offset; // sample and pixel, and where the first plane has that
   uint32_t index;
+  int count;             // of pixels
   int channel, channels; // the first one, and how many there are
 
   template <typename Acc>
@@ -18,45 +19,54 @@ struct PlaneTile {
     const Item item = item_of(layer, warp, true);
     n = item.n;
     index = item.tile;
-    begin = static_cast<int64_t>(item.tile) * layer.tile_pixels;
-    end = min(begin + layer.tile_pixels, layer.pixels);
+    first = static_cast<int64_t>(item.tile) * layer.tile_pixels;
+    count = static_cast<int>(min(static_cast<int64_t>(layer.tile_pixels), layer.pixels - first));
     channel = item.group * kSlots;
     channels = min(kSlots, layer.channels - channel);
+    offset = n * layer.stride_n + channel * layer.stride_c + first;
   }
-  // Where the first of the planes begins.
-  __device__ int64_t offset(const LayerWork& layer) const { return n * layer.stride_n + channel * layer.stride_c; }
 };
 
-// The elements of a lane: kLoads packs of each of the tile's planes.
+// The elements of a lane: kLoads packs of each of the tile's planes, from pixel `base` of the tile on.
 template <typename T, int kCount, typename Run>
 struct PlanePacks {
   Pack<T, kCount> packs[kSlots][Run::kLoads];
 
-  // Loads pixels from `first` on; outside of the tile they are 0.
-  __device__ void load(const void* values, const LayerWork& layer, const PlaneTile& tile, int64_t first) {
-    const T* planes = static_cast<const T*>(values) + tile.offset(layer);
+  // Which pixel of the tile a load begins with.
+  static __device__ int pixel(int base, int load) {
+    return base + (load * kWarp + static_cast<int>(threadIdx.x % kWarp)) * kCount;
+  }
+  // Outside of the tile the elements are 0.
+  __device__ void load(const void* values, const LayerWork& layer, const PlaneTile& tile, int base) {
+    const T* planes = static_cast<const T*>(values) + tile.offset;
 #pragma unroll
     for (int i = 0; i < Run::kLoads; ++i) {
-      const int64_t pixel = Run::pixel(first, i);
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
         packs[k][i] = {};
-        if (k < tile.channels && pixel < tile.end) packs[k][i] = cuda::load<kCount>(planes + k * layer.pixels + pixel);
+        if (k < tile.channels && pixel(base, i) < tile.count)
+          packs[k][i] = cuda::load<kCount>(planes + k * layer.stride_c + pixel(base, i));
       }
     }
   }
-  __device__ void store(void* values, const LayerWork& layer, const PlaneTile& tile, int64_t first) const {
-    T* planes = static_cast<T*>(values) + tile.offset(layer);
+  __device__ void store(void* values, const LayerWork& layer, const PlaneTile& tile, int base) const {
+    T* planes = static_cast<T*>(values) + tile.offset;
 #pragma unroll
     for (int i = 0; i < Run::kLoads; ++i) {
-      const int64_t pixel = Run::pixel(first, i);
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
-        if (k < tile.channels && pixel < tile.end) cuda::store(planes + k * layer.pixels + pixel, packs[k][i]);
+        if (k < tile.channels && pixel(base, i) < tile.count)
+          cuda::store(planes + k * layer.stride_c + pixel(base, i), packs[k][i]);
       }
     }
   }
 };
+
+// Loads the weights of a lane; outside of the tile they are 0.
+template <typename Run>
+__device__ void load_weights(Run& run, const LayerWork& layer, const PlaneTile& tile, int base) {
+  run.load(layer, tile.n, tile.first + base, tile.first + tile.count);
+}
 
 // Adds up two sums a slot over the warp, and calls body(slot, first, second) in one lane for each channel.
 template <typename Acc, typename Body>
@@ -77,23 +87,23 @@ __device__ void moments_along_pixels(Pack<T, kCount>, const NormWork<Acc>& work,
   const PlaneTile tile(work, warp);
   if (tile.n >= work.batch) return;
   // Deviations from one of the values keep the digits that squares of a large mean would lose.
-  const T* begin = static_cast<const T*>(layer.features) + tile.offset(layer) + tile.begin;
-  auto origin_of = [&](int slot) { return formula.normalised(widen<Acc>(begin[slot * layer.pixels])); };
+  const T* begin = static_cast<const T*>(layer.features) + tile.offset;
+  auto origin_of = [&](int slot) { return formula.normalised(widen<Acc>(begin[slot * layer.stride_c])); };
   Acc origin[kSlots];
 #pragma unroll
   for (int k = 0; k < kSlots; ++k)
     origin[k] = k < tile.channels ? origin_of(k) : Acc(0);
 
   Acc sums[2 * kSlots] = {};
-  for (int64_t first = tile.begin; first < tile.end; first += Run::kPixels) {
+  for (int base = 0; base < tile.count; base += Run::kPixels) {
     PlanePacks<T, kCount, Run> x;
-    x.load(layer.features, layer, tile, first);
+    x.load(layer.features, layer, tile, base);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       Acc sum = 0, square = 0; // short sums first: they lose fewer digits
 #pragma unroll
       for (int i = 0; i < Run::kLoads; ++i) {
-        if (Run::pixel(first, i) >= tile.end) continue;
+        if (x.pixel(base, i) >= tile.count) continue;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
           const Acc deviation = formula.normalised(x.packs[k][i].template get<Acc>(j)) - origin[k];
@@ -106,7 +116,7 @@ __device__ void moments_along_pixels(Pack<T, kCount>, const NormWork<Acc>& work,
     }
   }
   with_slot_sums(tile, sums, [&](int slot, double sum, double square) {
-    const double mean = sum / static_cast<double>(tile.end - tile.begin);
+    const double mean = sum / tile.count;
     work.put(tile.n, tile.index, tile.channel + slot, origin_of(slot) + mean, square - sum * mean);
   });
 }
@@ -125,27 +135,19 @@ __device__ void output_along_pixels(Pack<T, kCount>, const NormWork<Acc>& work, 
   }
 
   Acc sums[2 * kSlots] = {};
-  for (int64_t first = tile.begin; first < tile.end; first += Run::kPixels) {
+  for (int base = 0; base < tile.count; base += Run::kPixels) {
     PlanePacks<T, kCount, Run> values;
-    values.load(layer.features, layer, tile, first);
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
-#pragma unroll
-      for (int i = 0; i < Run::kLoads * kCount; ++i) {
-        auto& pack = values.packs[k][i / kCount];
-        pack.set(i % kCount, formula.output(pack.template get<Acc>(i % kCount), affine[k]));
-      }
-    }
-    values.store(work.out, layer, tile, first);
-    if (!work.sums) continue;
-    Run run;
-    run.load(layer, tile.n, first, tile.end);
+    values.load(layer.features, layer, tile, base);
+    Run run = {};
+    if (work.sums) load_weights(run, layer, tile, base);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       Acc fg = 0, bg = 0;
 #pragma unroll
       for (int i = 0; i < Run::kLoads * kCount; ++i) {
-        const Acc stored = values.packs[k][i / kCount].template get<Acc>(i % kCount);
+        auto& pack = values.packs[k][i / kCount];
+        pack.set(i % kCount, formula.output(pack.template get<Acc>(i % kCount), affine[k]));
+        const Acc stored = pack.template get<Acc>(i % kCount);
         const Acc value = run.is_ignored(i) ? Acc(0) : stored;
         fg += run.fg[i] * value;
         bg += run.bg[i] * value;
@@ -153,6 +155,7 @@ __device__ void output_along_pixels(Pack<T, kCount>, const NormWork<Acc>& work, 
       sums[2 * k] += fg;
       sums[2 * k + 1] += bg;
     }
+    values.store(work.out, layer, tile, base);
   }
   if (!work.sums) return;
   with_slot_sums(tile, sums, [&](int slot, Acc fg, Acc bg) {
@@ -173,9 +176,9 @@ struct ArrivingAtPlanes {
     for (int k = 0; k < kSlots; ++k)
       slopes[k] = k < tile.channels ? work.slopes_of(tile.n, tile.channel + k) : Weights<Acc>{0, 0};
   }
-  __device__ void load(const NormWork<Acc>& work, const PlaneTile& tile, int64_t first) {
-    packs.load(work.layer.upstream, work.layer, tile, first);
-    if (work.slopes) run.load(work.layer, tile.n, first, tile.end);
+  __device__ void load(const NormWork<Acc>& work, const PlaneTile& tile, int base) {
+    packs.load(work.layer.upstream, work.layer, tile, base);
+    if (work.slopes) load_weights(run, work.layer, tile, base);
   }
   // At element i of a slot.
   __device__ Acc at(int k, int i) const {
@@ -199,16 +202,16 @@ __device__ void reduce_along_pixels(Pack<T, kCount>, const NormWork<Acc>& work, 
   ArrivingAtPlanes<Acc, T, kCount> arriving(work, tile);
 
   Acc sums[2 * kSlots] = {};
-  for (int64_t first = tile.begin; first < tile.end; first += Run::kPixels) {
+  for (int base = 0; base < tile.count; base += Run::kPixels) {
     PlanePacks<T, kCount, Run> x;
-    x.load(layer.features, layer, tile, first);
-    arriving.load(work, tile, first);
+    x.load(layer.features, layer, tile, base);
+    arriving.load(work, tile, base);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       Acc sum = 0, product = 0;
 #pragma unroll
       for (int i = 0; i < Run::kLoads * kCount; ++i) {
-        if (Run::pixel(first, i / kCount) >= tile.end) continue;
+        if (x.pixel(base, i / kCount) >= tile.count) continue;
         const Acc value = x.packs[k][i / kCount].template get<Acc>(i % kCount);
         const Acc h = formula.affine_gradient(value, affine[k], arriving.at(k, i));
         sum += h;
@@ -241,10 +244,10 @@ __device__ void gradient_along_pixels(Pack<T, kCount>, const NormWork<Acc>& work
   }
   ArrivingAtPlanes<Acc, T, kCount> arriving(work, tile);
 
-  for (int64_t first = tile.begin; first < tile.end; first += Run::kPixels) {
+  for (int base = 0; base < tile.count; base += Run::kPixels) {
     PlanePacks<T, kCount, Run> values;
-    values.load(layer.features, layer, tile, first);
-    arriving.load(work, tile, first);
+    values.load(layer.features, layer, tile, base);
+    arriving.load(work, tile, base);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
 #pragma unroll
@@ -255,7 +258,7 @@ __device__ void gradient_along_pixels(Pack<T, kCount>, const NormWork<Acc>& work
         pack.set(i % kCount, formula.input_gradient(value, h, affine[k], terms[k]));
       }
     }
-    values.store(work.out, layer, tile, first);
+    values.store(work.out, layer, tile, base);
   }
 }
 

@@ -164,13 +164,16 @@ __device__ void merge_gradients(const NormGroups& groups, const Partial* partial
   double of_gamma = 0, of_beta = 0;
   team.for_each_group(groups, channel, [&](int64_t group, int64_t start) {
     const double inverse = groups.inverse(group);
+    // By how much the mean that the deviations were taken from was rounded.
+    const double rounded = static_cast<Acc>(groups.mean(group)) - groups.mean(group);
     const double A = team.sum(groups.partials(), [&](int64_t i) { return partials[start + i].first; });
-    const double B = team.sum(groups.partials(), [&](int64_t i) { return partials[start + i].second; }) * inverse;
+    const double products = team.sum(groups.partials(), [&](int64_t i) { return partials[start + i].second; });
+    const double B = (products + rounded * A) * inverse;
     of_beta += A;
     of_gamma += B;
     if (!team.is_first() || groups.given) return;
-    const double by = -groups.scale(group) / groups.values();
-    terms[group] = {static_cast<Acc>(by * inverse * B), static_cast<Acc>(by * A)};
+    const double by = -groups.scale(group) / groups.values(), linear = by * inverse * B;
+    terms[group] = {static_cast<Acc>(linear), static_cast<Acc>(by * A + rounded * linear)};
   });
   of_gamma = team.over_teams(of_gamma);
   of_beta = team.over_teams(of_beta);
