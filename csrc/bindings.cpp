@@ -1,29 +1,24 @@
 // Module fdkernels._C: raw pointers, sizes, strides and a stream. It knows nothing of torch, so one binary serves every
 // release of it. fdkernels/op/{packing,cpu,cuda}.py make the arguments, whose codes and word offsets are read from
 // here.
-#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <functional>
 
 #include "bindings.h"
 #include "checks.h"
 #include "cpu/parallel.h"
 #include "op.h"
 
-#ifndef FDKERNELS_WITH_CUDA
-#define FDKERNELS_WITH_CUDA 0
-#endif
-
 namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
 
+using fdk::Allocate;
 using fdk::pointer;
 using fdk::Words;
 using Extents = std::array<int64_t, 3>; // of d0, d1, d2
@@ -235,9 +230,6 @@ void bind_cpu(py::module_& m) {
 }
 
 #if FDKERNELS_WITH_CUDA
-// Is asked for scratch memory of so many bytes, which must live until the function returns.
-using Allocate = std::function<uintptr_t(int64_t)>;
-
 void bind_cuda(py::module_& m) {
   m.def(
       "cuda_masks",

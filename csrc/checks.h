@@ -49,6 +49,19 @@ inline Pyramid as_norm_layer(const std::vector<int64_t>& words, int64_t batch, D
   return pyramid;
 }
 
+// Checks that a normalisation has values, without gaps between them, as the CUDA kernels take them.
+inline void check_dense(const Pyramid& pyramid) {
+  const Layer& layer = pyramid.layers[0];
+  const int64_t pixels = pixels_of(layer), channels = layer.channels;
+  require(pyramid.batch > 0 && channels > 0 && pixels > 0, "a normalisation must have a value");
+  const bool channels_inner = channels > 1 && pixels > 1 && layer.stride_c == 1;
+  const int64_t pitch = merge_dimensions(layer.size, layer.stride, nullptr).stride[2];
+  require((pixels == 1 || pitch == (channels_inner ? channels : 1)) &&
+              (channels == 1 || layer.stride_c == (channels_inner ? 1 : pixels)) &&
+              (pyramid.batch == 1 || layer.stride_n == channels * pixels),
+          "the values of a normalisation must lie without gaps");
+}
+
 // Checks that the CPU kernels can read the weights; those on CUDA convert any of the dtypes.
 inline void check_weights(const Pyramid& pyramid) {
   for (int64_t l = 0; l < pyramid.num_layers; ++l) {

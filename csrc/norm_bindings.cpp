@@ -80,6 +80,35 @@ void bind_norms(py::module_& m) {
       },
       "layer"_a, "batch"_a, "accumulate"_a, "formula"_a, "given"_a, "gamma"_a, "beta"_a, "parameters"_a, "statistics"_a,
       "out"_a, "slopes"_a, "grad_gamma"_a, "grad_beta"_a, "num_threads"_a);
+#if FDKERNELS_WITH_CUDA
+  m.def(
+      "cuda_norm_forward",
+      [](const Words& layer, int64_t batch, DType accumulate, const NormFormula& formula, bool given, uintptr_t gamma,
+         uintptr_t beta, DType parameters, uintptr_t statistics, uintptr_t running_mean, uintptr_t running_variance,
+         double momentum, uintptr_t out, uintptr_t sums, const Allocate& allocate, int device, uintptr_t stream) {
+        const NormArguments args(layer, batch, accumulate, formula, given, gamma, beta, parameters, statistics,
+                                 running_mean, running_variance, momentum, out);
+        check_dense(args.pyramid);
+        void* workspace = pointer(allocate(cuda::norm_workspace(args.call)));
+        cuda::norm_forward(args.call, pointer(sums), workspace, device, pointer(stream));
+      },
+      "layer"_a, "batch"_a, "accumulate"_a, "formula"_a, "given"_a, "gamma"_a, "beta"_a, "parameters"_a, "statistics"_a,
+      "running_mean"_a, "running_variance"_a, "momentum"_a, "out"_a, "sums"_a, "allocate"_a, "device"_a, "stream"_a);
+  m.def(
+      "cuda_norm_backward",
+      [](const Words& layer, int64_t batch, DType accumulate, const NormFormula& formula, bool given, uintptr_t gamma,
+         uintptr_t beta, DType parameters, uintptr_t statistics, uintptr_t out, uintptr_t slopes, uintptr_t grad_gamma,
+         uintptr_t grad_beta, const Allocate& allocate, int device, uintptr_t stream) {
+        const NormArguments args(layer, batch, accumulate, formula, given, gamma, beta, parameters, statistics, 0, 0, 0,
+                                 out);
+        check_dense(args.pyramid);
+        void* workspace = pointer(allocate(cuda::norm_workspace(args.call)));
+        cuda::norm_backward(args.call, pointer(slopes), pointer(grad_gamma), pointer(grad_beta), workspace, device,
+                            pointer(stream));
+      },
+      "layer"_a, "batch"_a, "accumulate"_a, "formula"_a, "given"_a, "gamma"_a, "beta"_a, "parameters"_a, "statistics"_a,
+      "out"_a, "slopes"_a, "grad_gamma"_a, "grad_beta"_a, "allocate"_a, "device"_a, "stream"_a);
+#endif
 }
 
 } // namespace fdk

@@ -212,10 +212,16 @@ void mask_gradient(const Pyramid& pyramid, const void* grad_sums, int device, vo
 void region_sums(const Regions& regions, void* sums, void* masses, void* workspace, int device, void* stream);
 void region_gradient(const Regions& regions, const void* grad_sums, int device, void* stream);
 void region_weight_gradient(const Regions& regions, const void* grad_sums, int device, void* stream);
+// The map has no gaps; the region sums are of the accumulation dtype.
+void norm_forward(const NormAct& call, void* sums, void* workspace, int device, void* stream);
+void norm_backward(const NormAct& call, const void* slopes, void* grad_gamma, void* grad_beta, void* workspace,
+                   int device, void* stream);
 
-// Bytes of scratch memory that `sums`, with or without losses, `losses` and `region_sums` need.
+// Bytes of scratch memory that `sums`, with or without losses, `losses`, `region_sums`, and both functions of a
+// normalisation need.
 int64_t sums_workspace(const Pyramid& pyramid, bool with_losses);
 int64_t losses_workspace(const Pyramid& pyramid);
 int64_t region_sums_workspace(const Regions& regions);
+int64_t norm_workspace(const NormAct& call);
 
 } // namespace fdk::cuda

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def sums(
         num_pairs,
         packing.pointer(out.losses),
         packing.pointer(out.slopes),
-        _allocate_in(workspace, device),
+        packing.allocate_in(workspace, device),
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )
@@ -101,7 +101,7 @@ def losses(
         num_pairs=num_pairs,
         losses=losses.data_ptr(),
         slopes=slopes.data_ptr(),
-        allocate=_allocate_in(workspace, device),
+        allocate=packing.allocate_in(workspace, device),
         device=device.index,
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
@@ -167,7 +167,7 @@ def region_sums(features: Sequence[Tensor], regions: Regions, pyramid: Pyramid) 
         *packing.region_arguments(regions, pyramid.dtype),
         sums.data_ptr(),
         masses.data_ptr(),
-        _allocate_in(workspace, device),
+        packing.allocate_in(workspace, device),
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )
@@ -216,16 +216,3 @@ def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequen
         torch.cuda.current_stream(device).cuda_stream,
     )
     return grads
-
-
-def _allocate_in(workspace: list[Tensor], device: torch.device) -> Callable[[int], int]:
-    """Return a function that allocates scratch memory, appends it to `workspace` and returns its address.
-
-    The memory may be freed after the launches: whatever gets it next runs behind them on the stream.
-    """
-
-    def allocate(size: int) -> int:
-        workspace.append(torch.empty(size, dtype=torch.uint8, device=device))
-        return workspace[-1].data_ptr()
-
-    return allocate

@@ -145,6 +145,10 @@ def norm_kernels_of(backend: str) -> NormKernels | None:
         from fdkernels.op import triton
 
         return triton
+    if backend == "cuda":
+        from fdkernels.op import cuda_norms
+
+        return cuda_norms
     return None
 
 

@@ -5,7 +5,7 @@ Every code and every offset is read from `_C`, so that it stands once, in csrc/o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from fdkernels.op.pyramid import Layer, Pyramid, Regions, Sums, Weights, weight_
 __all__ = [
     "DTYPES",
     "MASK_RESIZES_BY_NAME",
+    "allocate_in",
     "contiguous",
     "empty_gradients",
     "empty_region_sums",
@@ -378,3 +379,16 @@ def _size_table(
         words[start + _SIZE["dtype"]] = _WORD_OF_DTYPE[stored]
         weights.append((size.numel(), stored))
     return _SizeTable(words, weights)
+
+
+def allocate_in(workspace: list[Tensor], device: torch.device) -> Callable[[int], int]:
+    """Return a function that allocates bytes [B], appends them to `workspace` and returns their address.
+
+    The memory may be freed after the launches: whatever gets it next runs behind them on the stream.
+    """
+
+    def allocate(size: int) -> int:
+        workspace.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return workspace[-1].data_ptr()
+
+    return allocate

@@ -46,6 +46,7 @@ DEFINES = [
 ]
 # The longest first; optimised are those that the tests run.
 SOURCES = {
+    "cuda/norm.cu": ["-O1", "-x", "c++"],
     "cuda/sums.cu": ["-O1", "-x", "c++"],
     "bindings.cpp": ["-O0"],
     "norm_bindings.cpp": ["-O0"],
@@ -73,11 +74,13 @@ class Emulation(NamedTuple):
         module: `fdkernels._C` as it is with CUDA, but its "device memory" is that of the CPU.
         packing: fdkernels.op.packing for that module.
         backend: fdkernels.op.cuda over that module, for tensors of the CPU.
+        norms: fdkernels.op.cuda_norms likewise.
     """
 
     module: Any
     packing: Any
     backend: Any
+    norms: Any
 
 
 @lru_cache(maxsize=1)
@@ -90,9 +93,12 @@ def emulate() -> Emulation:
         packing = copy_of("packing")
         with mock.patch.object(fdkernels.op, "packing", packing, create=True):
             backend: Any = copy_of("cuda")
-    backend._C = _WithoutDevice(module)
-    backend.torch = _TorchWithoutStreams()
-    return Emulation(module, packing, backend)
+            with mock.patch.object(fdkernels.op, "norm_packing", copy_of("norm_packing"), create=True):
+                norms: Any = copy_of("cuda_norms")
+    for kernels in (backend, norms):
+        kernels._C = _WithoutDevice(module)
+        kernels.torch = _TorchWithoutStreams()
+    return Emulation(module, packing, backend, norms)
 
 
 class _WithoutDevice:

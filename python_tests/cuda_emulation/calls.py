@@ -11,6 +11,7 @@ from torch import Tensor
 from cuda_emulation.build import Emulation
 from cuda_emulation.pyramids import Inputs, Outside, unwritten
 from fdkernels.conventions import Options
+from fdkernels.op.norm_formula import Formula, NormInputs, Running
 from fdkernels.op.pyramid import Layer, Pyramid, Regions, Sums, Weights, describe
 
 HERE = {"device": 0, "stream": 0}
@@ -219,6 +220,72 @@ def _of_regions(emulated: Emulation, regions: Regions, pyramid: Pyramid) -> dict
         "pivots": emulated.packing.pointer(regions.pivots),
         "accumulate": emulated.packing.DTYPES[pyramid.dtype],
     }
+
+
+def run_norm_forward(
+    emulated: Emulation,
+    inputs: NormInputs,
+    formula: Formula,
+    regions: Weights | None = None,
+    running: Running | None = None,
+    layout: str = "contiguous",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output in the layout of x, statistics, and region sums, which are NaN without weights."""
+    x, given = inputs.x, inputs.statistics
+    groups = x.shape[:2] if formula.instance else x.shape[1:2]
+    outputs = [
+        unwritten(x.shape, x.dtype, layout),
+        unwritten((2, *groups), torch.float64),
+        unwritten((2, *x.shape[:2]), describe([x]).dtype),
+    ]
+    y, statistics, sums = (output.tensor for output in outputs)
+    if given is not None:
+        statistics.copy_(given[:, None] if formula.instance else given)
+    workspace: list[Outside] = []
+    norm_packing = emulated.norms.norm_packing
+    emulated.module.cuda_norm_forward(
+        *norm_packing.arguments(inputs, formula, None, regions, running),
+        statistics.data_ptr(),
+        *norm_packing.running_arguments(running),
+        y.data_ptr(),
+        0 if regions is None else sums.data_ptr(),
+        _allocate_in(workspace),
+        **HERE,
+    )
+    for output in (*outputs, *workspace):
+        output.assert_untouched()
+    return y, statistics, sums
+
+
+def run_norm_backward(
+    emulated: Emulation,
+    inputs: NormInputs,
+    formula: Formula,
+    grad_y: Tensor,
+    added: tuple[Tensor, Weights] | None = None,
+    layout: str = "contiguous",
+) -> list[Tensor]:
+    """The gradients of x in its layout, and of γ and β where there are any."""
+    outputs = [unwritten(inputs.x.shape, inputs.x.dtype, layout)]
+    outputs += [unwritten(of.shape, of.dtype) for of in inputs[1:3] if of is not None]
+    grads = [output.tensor for output in outputs]
+    grad_weight, grad_bias = grads[1:] if len(grads) == 3 else [None, None]
+    slopes, regions = (None, None) if added is None else added
+    assert inputs.statistics is not None
+    workspace: list[Outside] = []
+    emulated.module.cuda_norm_backward(
+        *emulated.norms.norm_packing.arguments(inputs, formula, grad_y, regions, None),
+        inputs.statistics.data_ptr(),
+        grads[0].data_ptr(),
+        emulated.packing.pointer(slopes),
+        emulated.packing.pointer(grad_weight),
+        emulated.packing.pointer(grad_bias),
+        _allocate_in(workspace),
+        **HERE,
+    )
+    for output in (*outputs, *workspace):
+        output.assert_untouched()
+    return grads
 
 
 def _allocate_in(workspace: list[Outside]) -> Callable[[int], int]:

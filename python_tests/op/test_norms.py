@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fdkernels as fdk
 from cases import lay_out, weights_for
+from cuda_emulation.build import emulate
 from fdkernels.op.kernels import NormKernels, norm_kernels_of
 from fdkernels.op.norm_formula import Formula, NormInputs, Running, plain
 from fdkernels.op.pyramid import Weights, accumulate_dtype
@@ -45,9 +46,11 @@ class Language(NamedTuple):
     device: str
 
 
-@pytest.fixture(params=["cpu", "triton", "cuda"])
+@pytest.fixture(params=["cpu", "triton", "cuda", "cuda on the cpu"])
 def language(request: pytest.FixtureRequest) -> Language:
     name = request.param
+    if name == "cuda on the cpu":
+        return Language(emulate().norms, "cpu")
     if reason := fdk.backends()[name]:
         pytest.skip(f"backend {name!r}: {reason}")
     kernels = norm_kernels_of(name)

@@ -89,6 +89,28 @@ struct PixelRows {
   }
 };
 
+// Adds up the sums of the threads of a block over its rows, into those of row 0; called by the whole block, whose
+// shared memory of [kSums, kThreads] numbers they overwrite.
+template <typename Acc, int kSums>
+__device__ void sum_rows(const LayerWork& layer, int row, Acc (&sums)[kSums], Acc* others) {
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSums; ++i)
+    others[i * kThreads + threadIdx.x] = sums[i];
+  for (int rows = layer.rows; rows > 1;) {
+    const int kept = (rows + 1) / 2;
+    __syncthreads();
+    if (row + kept < rows) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        sums[i] += others[i * kThreads + threadIdx.x + kept * layer.lanes];
+        others[i * kThreads + threadIdx.x] = sums[i];
+      }
+    }
+    rows = kept;
+  }
+}
+
 // Sums (R2) over a block's tile of pixels for a group of channels; the first group also sums the weights.
 template <typename Acc, typename T, int kCount>
 __device__ void sum_along_channels(Pack<T, kCount>, const Work& work, int index, uint32_t block,
@@ -125,23 +147,7 @@ __device__ void sum_along_channels(Pack<T, kCount>, const Work& work, int index,
     if (base + step < count) pixels.load(layer, features, first, base + step, count);
   }
 
-  __syncthreads();                              // the threads' sums overwrite the weights
-  Acc* others = reinterpret_cast<Acc*>(shared); // [kSums, kThreads]
-#pragma unroll
-  for (int i = 0; i < kSums; ++i)
-    others[i * kThreads + threadIdx.x] = sums[i];
-  for (int rows = layer.rows; rows > 1;) {
-    const int kept = (rows + 1) / 2;
-    __syncthreads();
-    if (place.row + kept < rows) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        sums[i] += others[i * kThreads + threadIdx.x + kept * layer.lanes];
-        others[i * kThreads + threadIdx.x] = sums[i];
-      }
-    }
-    rows = kept;
-  }
+  sum_rows(layer, place.row, sums, reinterpret_cast<Acc*>(shared));
   if (place.row > 0 || !place.active) return;
 #pragma unroll
   for (int i = 0; i < 2 * kCount; ++i) {
