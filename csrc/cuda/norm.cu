@@ -8,7 +8,7 @@
 namespace fdk::cuda {
 namespace {
 
-// Blocks a multiprocessor: limits registers, as far as they go without spilling, so that enough loads are in flight.
+// Blocks a multiprocessor: limits registers, as far as hardly any are spilled, so that enough loads are in flight.
 template <typename Acc>
 constexpr int kMomentsBlocks = std::is_same_v<Acc, float> ? 3 : 2;
 template <typename Acc>
