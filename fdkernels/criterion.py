@@ -362,8 +362,7 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
             alpha.requires_grad_(active)
 
     def _weigh(self, alpha: Tensor, losses: Tensor) -> Tensor:
-        # Clones, because the next pass may clamp α in place before this one's backward has run. `dot` is one
-        # operation where a product and its sum are two, forward and backward.
+        # Clones, because the next pass may clamp α in place before this one's backward has run.
         if self.alpha_rule != "ascent":
             return alpha.clone().to(losses.dtype).dot(losses)
         alpha = alpha.to(losses.dtype)

@@ -82,7 +82,7 @@ class NormAct(nn.Module):
         y = a((x - μ) / sqrt(σ² + ε)·γ + β)             with activation_first=False
         y = (a(x) - μ) / sqrt(σ² + ε)·γ + β             with activation_first=True, μ and σ² of a(x)
 
-    On backends `"cpu"` and `"triton"` forward reads the input twice and writes the output; backward reads
+    On backends `"cpu"`, `"triton"` and `"cuda"` forward reads the input twice and writes the output; backward reads
     input and gradient twice and writes the gradient; no map but the input is kept. Where its output is tapped
     by `FeatureTaps(..., fused=True)` the gradient of the loss is added in the same backward, and inside
     `taps.mask(mask)` the region sums come from the pass that writes the output. On other backends, under

@@ -200,7 +200,7 @@ def gradient_expression(
     upstream: Sequence[Tensor | None],
     pyramid: Pyramid,
 ) -> list[Tensor]:
-    """`gradient` element by element, so that a compiler writes it with what comes next."""
+    """`gradient` [N, C_l, *S_l] element by element, so that a compiler writes it with what comes next."""
     grads = []
     for index, g in enumerate(grad_sums.split(pyramid.channels, dim=-1)):  # [2, N, C]
         layer, w = pyramid.layers[index], _both(weights, index, grad_sums.dtype)
