@@ -82,9 +82,9 @@ class NormAct(nn.Module):
         y = a((x - μ) / sqrt(σ² + ε)·γ + β)             with activation_first=False
         y = (a(x) - μ) / sqrt(σ² + ε)·γ + β             with activation_first=True, μ and σ² of a(x)
 
-    On backends `"cpu"`, `"triton"` and `"cuda"` forward reads the input twice and writes the output; backward reads
-    input and gradient twice and writes the gradient; no map but the input is kept. Where its output is tapped
-    by `FeatureTaps(..., fused=True)` the gradient of the loss is added in the same backward, and inside
+    On backends `"cpu"`, `"triton"` and `"cuda"` forward reads the input twice and writes the output; backward
+    reads input and gradient twice and writes the gradient; no map but the input is kept. Where its output is
+    tapped by `FeatureTaps(..., fused=True)` the same backward adds the gradient of the loss, and inside
     `taps.mask(mask)` the region sums come from the pass that writes the output. On other backends, under
     torch.compile and inside torch.func's transforms it runs torch's own operations.
 
