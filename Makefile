@@ -62,6 +62,9 @@ sanitize: $(VENV)/.dev ## Test the C++ and the emulated CUDA kernels under sanit
 
 FUZZ_CASES ?= 100000
 FUZZ_FIRST ?= 0
+study: $(VENV)/.dev ## Repeat docs/study.md on the data sets in DATA=FOLDER (six hours on two cores)
+	$(BIN)/python docs/study/repeat.py --data $(DATA) --output study_output
+
 fuzz: $(VENV)/.dev ## Try FUZZ_CASES random calls of the op and as many broken files, from seed FUZZ_FIRST
 	cd python_tests; failed=0; for part in op files; do \
 		$(abspath $(BIN))/python -m fuzz.$$part --cases $(FUZZ_CASES) --first $(FUZZ_FIRST) || failed=1; \

@@ -1,0 +1,164 @@
+"""Write tables.md from the experiments of repeat.py: `python docs/study/tables.py --output FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from repeat import PARTS, Part, is_finished
+
+HERE = Path(__file__).resolve().parent
+WINDOW = 20  # epochs over which validation is averaged
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read the results of an experiment."""
+    results: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))["results"]
+    return results
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Make a Markdown table whose first column is text."""
+    lines = [" | ".join(header), " | ".join(["---", *["---:"] * (len(header) - 1)]), *map(" | ".join, rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}"
+
+
+def within(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+
+
+def validation(run: Path) -> list[float]:
+    """Dice on the validation images, epoch by epoch, of both phases of a run."""
+    found = []
+    for phase in ("warm", "active"):
+        (log,) = (run / phase / "logs").glob("*/metrics.csv")
+        with log.open(encoding="utf-8") as file:
+            found += [float(row["val/dice"]) for row in csv.DictReader(file) if row.get("val/dice")]
+    return found
+
+
+def plateau(folder: Path) -> str:
+    """Validation Dice of the arm without the loss, averaged over its runs and windows of epochs."""
+    curves = [validation(run) for run in sorted((folder / "runs" / "none").glob("seed*/fold*"))]
+    epochs = min(map(len, curves))
+    starts = range(0, epochs - WINDOW + 1, WINDOW)
+    windows = [[statistics.fmean(curve[start : start + WINDOW]) for curve in curves] for start in starts]
+    gains = [late - early for early, late in zip(*windows[-2:], strict=True)]
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    header = ["epochs", *(f"{start + 1}–{start + WINDOW}" for start in starts)]
+    row = ["validation Dice without the loss", *(f"{statistics.fmean(window):.3f}" for window in windows)]
+    return (
+        f"{table(header, [row])}\n\nFrom the last window but one to the last: "
+        f"{signed(statistics.fmean(gains))} ± {error:.4f} (standard error over {len(curves)} runs)."
+    )
+
+
+def comparisons(folder: Path) -> str:
+    """The difference of each arm from no loss."""
+    found = read(folder)["comparisons"]
+    arms = list(dict.fromkeys(one["arm"] for one in found))
+
+    def of(arm: str, which: str, score: str) -> dict[str, Any]:
+        return next(one for one in found if (one["arm"], one["set"], one["score"]) == (arm, which, score))
+
+    rows = []
+    for arm in arms:
+        all_dice, worst, all_iou = of(arm, "all", "dice"), of(arm, "worst_off", "dice"), of(arm, "all", "iou")
+        p = all_dice["p_holm"]
+        rows.append(
+            [
+                f"`{arm}`",
+                f"{signed(all_dice['mean'])} {within(all_dice['interval'])}",
+                f"{signed(all_dice['rank_biserial'], 2)}",
+                "–" if p is None else f"{p:.2g}",
+                f"{signed(worst['mean'])} {within(worst['interval'])}",
+                f"{signed(all_iou['mean'])} {within(all_iou['interval'])}",
+            ]
+        )
+    header = ["arm", "ΔDice, all", "effect size", "p (Holm)", "ΔDice, worst-off", "ΔIoU, all"]
+    return table(header, rows)
+
+
+def features(folder: Path) -> str:
+    """Norm and relative discrepancy of the features, and L_fd, of the arms with and without the loss."""
+    results = read(folder)
+    of_arms, losses = results["features"], results["discrepancy_loss"]
+    layers = list(losses["with"])
+    rows = []
+    for layer in layers:
+        row = [layer]
+        for measured in ("norm", "relative_discrepancy"):
+            row += [f"{of_arms[arm][layer][measured]:.3g}" for arm in ("without", "with")]
+        row += [f"{losses[arm][layer]:.2f}" for arm in ("without", "with")]
+        rows.append(row)
+    names = ("‖F‖", "relative discrepancy", "L_fd")
+    header = ["layer", *(f"{name}, {arm}" for name in names for arm in ("without", "with"))]
+    return table(header, rows)
+
+
+def alphas(folder: Path) -> str:
+    """The final α of each layer under each rule, mean over the runs."""
+    final = read(folder)["final"]
+    layers = list(next(iter(final.values()))["alpha"])
+    rows = [
+        [f"`{rule}`", *(f"{of['alpha'][layer]['mean']:.3f}" for layer in layers)]
+        for rule, of in final.items()
+    ]
+    return table(["rule", *layers], rows)
+
+
+def correlations(folder: Path) -> str:
+    """Pearson's correlation of Dice with L_fd over the images."""
+    found = read(folder)["correlation"]
+    layers = list(found["before"])
+
+    def shown(one: dict[str, Any]) -> str:
+        pearson = one["pearson"]
+        return "–" if pearson is None else f"{pearson['r']:+.2f} {within(pearson['interval'])}"
+
+    rows = [[layer, *(shown(found[arm][layer]) for arm in ("before", "after"))] for layer in layers]
+    return table(["layer", "r before", "r after"], rows)
+
+
+SECTIONS = {
+    "ablation": ("Features without and with the loss", features),
+    "alpha": ("Final α", alphas),
+    "correlation": ("Correlation of Dice with L_fd", correlations),
+}
+
+
+def section(part: Part, output: Path) -> list[str]:
+    """What is known of a data set with a network."""
+    conventions = output / part.name("conventions")
+    if not is_finished(conventions):
+        return []
+    parts = [f"## {part.dataset}, {part.model}", plateau(conventions), comparisons(conventions)]
+    for experiment, (title, make) in SECTIONS.items():
+        folder = output / part.name(experiment)
+        if is_finished(folder):
+            parts += [f"### {title}", make(folder)]
+    return parts
+
+
+def main() -> None:
+    """Write the tables of every experiment that is finished."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the experiments")
+    output = parser.parse_args().output
+    parts = ["# Tables of the study", "Written by tables.py. [../study.md](../study.md) says what they show."]
+    for part in PARTS:
+        parts += section(part, output)
+    (HERE / "tables.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
