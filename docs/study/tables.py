@@ -29,10 +29,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def signed(value: float | None, digits: int = 4) -> str:
+    """A difference with its sign."""
     return "–" if value is None else f"{value:+.{digits}f}"
 
 
 def within(interval: Sequence[float] | None) -> str:
+    """The two ends of an interval."""
     return "–" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
 
 
