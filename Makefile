@@ -62,7 +62,7 @@ sanitize: $(VENV)/.dev ## Test the C++ and the emulated CUDA kernels under sanit
 
 FUZZ_CASES ?= 100000
 FUZZ_FIRST ?= 0
-study: $(VENV)/.dev ## Repeat docs/study.md on the data sets in DATA=FOLDER (six hours on two cores)
+study: $(VENV)/.dev ## Repeat docs/study.md on the data sets in DATA=FOLDER (hours on two cores)
 	$(BIN)/python docs/study/repeat.py --data $(DATA) --output study_output
 
 fuzz: $(VENV)/.dev ## Try FUZZ_CASES random calls of the op and as many broken files, from seed FUZZ_FIRST
