@@ -53,18 +53,18 @@ run-clients: $(VENV)/.clients
 	$(BIN)/pytest -m clients
 
 # Checks that take long, each beside the tests of `make test` and of no CI; docs/ has what their last runs gave.
-.PHONY: test-matrix sanitize fuzz
+.PHONY: test-matrix sanitize study fuzz
 test-matrix: $(VENV)/.dev ## Test one wheel beside each torch and Python, into docs/versions.md (hours, gigabytes)
 	cd python_tests && $(abspath $(BIN))/python -m matrix.run
 
 sanitize: $(VENV)/.dev ## Test the C++ and the emulated CUDA kernels under sanitizers (needs g++)
 	cd python_tests && PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/python -m sanitize.run
 
-FUZZ_CASES ?= 100000
-FUZZ_FIRST ?= 0
 study: $(VENV)/.dev ## Repeat docs/study.md on the data sets in DATA=FOLDER (hours on two cores)
 	$(BIN)/python docs/study/repeat.py --data $(DATA) --output study_output
 
+FUZZ_CASES ?= 100000
+FUZZ_FIRST ?= 0
 fuzz: $(VENV)/.dev ## Try FUZZ_CASES random calls of the op and as many broken files, from seed FUZZ_FIRST
 	cd python_tests; failed=0; for part in op files; do \
 		$(abspath $(BIN))/python -m fuzz.$$part --cases $(FUZZ_CASES) --first $(FUZZ_FIRST) || failed=1; \

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from fdkernels.backend import resolve
-from fdkernels.op.kernels import NormKernels, norm_kernels_of
+from fdkernels.op.kernels import norm_kernels_of
 from fdkernels.op.norm_act import can_fuse, norm_act
 from fdkernels.op.norm_formula import Formula, Running
 from fdkernels.taps.early import EarlyMask
@@ -153,7 +153,8 @@ class NormAct(nn.Module):
         self._check(x)
         kept = self._kept()
         uses_input = self._uses_input(kept)
-        kernels = self._kernels(x, kept, uses_input)
+        backend = self._backend(x, kept, uses_input)
+        kernels = norm_kernels_of(backend)
         if kernels is None:
             return self._plain(x)
         given = None if uses_input or kept.running is None else torch.stack(kept.running).double()
@@ -163,7 +164,7 @@ class NormAct(nn.Module):
             if uses_input and self.track_running_stats and kept.running is not None:
                 running = Running(*kept.running, factor)
         early = self._early
-        weights_of = None if early is None else partial(early.weights_of, backend=resolve("auto", x.device))
+        weights_of = None if early is None else partial(early.weights_of, backend=backend)
         return norm_act(kernels, x, kept.weight, kept.bias, given, self.formula, running, weights_of)
 
     def _kept(self) -> _Kept:
@@ -171,13 +172,13 @@ class NormAct(nn.Module):
         running = None if mean is None or variance is None else (mean, variance)
         return _Kept(self.weight, self.bias, running)
 
-    def _kernels(self, x: Tensor, kept: _Kept, uses_input: bool) -> NormKernels | None:
-        """The kernels that take [N, C, *S] with these parameters, if any do and torch would take them."""
+    def _backend(self, x: Tensor, kept: _Kept, uses_input: bool) -> str:
+        """The backend for [N, C, *S]: the reference where kernels do not take it, or torch would refuse."""
         if torch.compiler.is_compiling() or in_transform() or not can_fuse(x) or not kept.is_readable(x):
-            return None
+            return "reference"
         if uses_input and x.numel() == x.shape[1] * (x.shape[0] if self.formula.instance else 1):
-            return None  # a single value, which torch refuses
-        return norm_kernels_of(resolve("auto", x.device))
+            return "reference"  # a single value, which torch refuses
+        return resolve("auto", x.device)
 
     def _uses_input(self, kept: _Kept) -> bool:
         """Whether the statistics are those of the input."""

@@ -62,6 +62,12 @@ class NormInputs(NamedTuple):
     statistics: Tensor | None
     given: bool
 
+    def given_statistics(self, formula: Formula) -> Tensor | None:
+        """The statistics as the kernels read them, of each sample [2, N, C] if they are those of samples."""
+        if self.statistics is None or not formula.instance or self.statistics.dim() == 3:
+            return self.statistics
+        return self.statistics.unsqueeze(1).expand(2, *self.x.shape[:2]).contiguous()
+
 
 def is_dense(x: Tensor) -> bool:
     """Whether the pixels of [N, C, *S] follow each other, or its channels do, without gaps."""

@@ -49,13 +49,11 @@ def running_arguments(running: Running | None) -> tuple[int, int, float]:
 
 def room_for_statistics(inputs: NormInputs, formula: Formula) -> Tensor:
     """The statistics that forward reads or writes, [2, C] or of the samples [2, N, C]."""
-    x, statistics = inputs.x, inputs.statistics
-    if statistics is None:
-        shape = (2, *x.shape[:2]) if formula.instance else (2, x.shape[1])
-        return torch.empty(shape, dtype=torch.float64, device=x.device)
-    if formula.instance and statistics.dim() == 2:
-        return statistics.unsqueeze(1).expand(2, *x.shape[:2]).contiguous()
-    return statistics
+    x, statistics = inputs.x, inputs.given_statistics(formula)
+    if statistics is not None:
+        return statistics
+    shape = (2, *x.shape[:2]) if formula.instance else (2, x.shape[1])
+    return torch.empty(shape, dtype=torch.float64, device=x.device)
 
 
 def empty_gradients(

@@ -173,13 +173,12 @@ def norm_forward(
     inputs: NormInputs, formula: Formula, running: Running | None, regions: Weights | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute statistics (N1), output (N2) and region sums of x [N, C, *S]."""
-    x, weight, bias, statistics, _ = inputs
+    x, weight, bias = inputs[:3]
     N, C = x.shape[:2]
     cut = cut_map(x, formula, regions)
+    statistics = inputs.given_statistics(formula)
     if statistics is None:
         statistics = _statistics(x, formula, running, cut)
-    elif formula.instance and statistics.dim() == 2:
-        statistics = statistics.unsqueeze(1).expand(2, N, C).contiguous()
     y = torch.empty_like(x)
     fg, bg, partial = None, None, None
     if regions is not None:
