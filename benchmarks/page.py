@@ -223,6 +223,7 @@ def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
     sets = about.get("instruction_set") or "/".join(about["build"]["isa"])
     name = f"[{machine.name}]({Path(way, folder, 'tables.md').as_posix()})"
     size = f"{about['cpu_cores']} cores, {sets}, cache {machine.cache_bytes / 2**20:.0f} MiB"
+    size += f", a copy moves {about['copy_bytes_per_second'][machine.device] / 1e9:.3g} GB/s"
     build = f"torch {about['versions']['torch']}, commit {str(head['commit'].get('id'))[:7]}"
     parts = [f"{name}, {size}; {build}, {head['when'][:10]}"]
     steps = [modes[STEP] for modes in machine.cases.values() if STEP in modes]
@@ -236,7 +237,8 @@ def _summary(machine: Machine, files: Iterable[ResultFile], way: str) -> str:
     for file in (file for file in files if (file.folder, file.kind) == (folder, "steps")):
         for step in (step for step in file.entries if step["device"] == machine.device):
             word = "A compiled one" if "compiled" in step["mode"] else "A training step"
-            ratios = [step["ratios"][key]["median"] for key in step["ratios"] if key != "plain/without"]
+            keys = [key for key in ("op/without", "tap/without", "free/without") if key in step["ratios"]]
+            ratios = [step["ratios"][key]["median"] for key in keys]
             costs.setdefault(word, []).extend([min(ratios)] if ratios else [])
     for word, found in sorted(costs.items(), reverse=True):
         parts += [f"{word} with the loss on nine layers takes {span(found)} times as long as without"]
@@ -296,15 +298,15 @@ def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) 
 
 def _steps(entries: Sequence[Entry]) -> str:
     """Steps or trainings."""
-    names = ("op", "tap", "free", "plain")
+    names = ("op", "tap", "free", "norms", "plain")
     rows = []
     for entry in entries:
         peaks, width = entry["peak_bytes"], entry["base_channels"] or "published"
         sizes = (f"{peaks[n] / 2**20:.4g}" if n in peaks else NONE for n in ("without", *names))
         what = [entry.get("preset", entry["network"]), entry["mode"], f"{entry['images']}, {width}"]
-        ratios = (ratio(entry, f"{name}/without") for name in names)
+        ratios = [ratio(entry, f"{name}/without") for name in names] + [ratio(entry, "free/norms")]
         rows.append([*what, timing(entry, "without"), *ratios, " / ".join(sizes)])
-    header = ["network", "mode", "images, base channels", "without, ms", *(f"{n} / without" for n in names)]
+    header = ["network", "mode", "images, base channels", "without, ms", *(f"{n} / without" for n in names), "free / norms"]
     reasons = sorted({f"`{name}`: {why}" for entry in entries for name, why in entry["left_out"].items()})
     return table([*header, "peak MiB"], rows) + "".join(f"\n\n{bullet(reason)}" for reason in reasons)
 

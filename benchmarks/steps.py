@@ -28,7 +28,8 @@ from fdkernels import FeatureDiscrepancyLoss, FeatureTaps, fuse_norms, models
 from fdkernels.segmentation.objective import SegmentationLoss
 
 MODES = ("eager", "amp", "channels_last", "compiled", "amp channels_last compiled")
-WITHOUT, OP, TAP, FREE, PLAIN = CONTENDERS = ("without", "op", "tap", "free", "plain")
+WITHOUT, OP, TAP, FREE, NORMS, PLAIN = CONTENDERS = ("without", "op", "tap", "free", "norms", "plain")
+LOSSLESS = (WITHOUT, NORMS)
 ALPHA = 0.1
 # Batch, side and base channels: real sizes on a GPU; on a CPU such that a step takes tenths of a second.
 SIZES = {"cpu": (4, 256, 16), "cuda": (4, 512, None)}
@@ -84,8 +85,9 @@ class Step:
     Args:
         case: the network and how it runs.
         contender: `"without"` the loss; the `"op"`; `"tap"`, whose backward is part of the network's own;
-            `"free"`, which has fused normalisations and the mask before the forward, too; `"plain"`, the loss
-            written in torch within the step, which a compiler can fuse with the layers.
+            `"free"`, which has fused normalisations and the mask before the forward, too; `"norms"`, fused
+            without the loss; `"plain"`, the loss written in torch within the step, which a compiler can fuse
+            with the layers.
     """
 
     def __init__(self, case: StepCase, contender: str) -> None:
@@ -101,9 +103,9 @@ class Step:
         # A small rate: a network that soon has nothing to learn would be another one in the last round.
         self.optimizer = torch.optim.Adam(parameters, lr=1e-5)
         self.taps: FeatureTaps | None = None
-        if contender == FREE:
-            fuse_norms(self.model, names)
-        if contender != WITHOUT:
+        if contender in (FREE, NORMS):
+            fuse_norms(self.model)
+        if contender not in LOSSLESS:
             self.taps = FeatureTaps(self.model, names, fused=contender in (TAP, FREE))
         self.images, self.mask = nuclei(case.batch, case.side)
         if "channels_last" in case.mode:
@@ -149,7 +151,7 @@ class Step:
             else:
                 logits = self.model(self.images)
         loss = self.objective(logits, self.mask)
-        if self.contender == WITHOUT:
+        if self.contender in LOSSLESS:
             return loss
         if self.contender != PLAIN:
             fused = self.contender in (TAP, FREE)
@@ -187,7 +189,8 @@ def run_case(case: StepCase, budget: float) -> dict[str, Any]:
     finally:
         for step in steps.values():
             step.close()
-    seconds, ratios = summarize(samples, [(name, WITHOUT) for name in steps if name != WITHOUT])
+    pairs = [(name, WITHOUT) for name in steps if name != WITHOUT] + [(FREE, NORMS)] * (FREE in steps)
+    seconds, ratios = summarize(samples, pairs)
     return case.record | {
         "rounds": len(samples[WITHOUT]),
         "seconds": seconds,

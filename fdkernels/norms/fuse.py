@@ -1,4 +1,4 @@
-"""Puts `NormAct` in the place of normalisations and their activations in named blocks."""
+"""Puts `NormAct` in the place of normalisations and their activations."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fdkernels.norms.module import NormAct, activation_of, is_norm
-from fdkernels.taps.names import find
+from fdkernels.taps.names import find, is_chain
 
 __all__ = ["fuse_norms"]
 
+# What a report on a whole network names, whether it can be fused or not.
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, NormAct)
 
-def fuse_norms(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """Replace each normalisation with its activation in the named blocks by one `NormAct`, in place.
+
+def fuse_norms(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Replace each normalisation with its activation in the network by one `NormAct`, in place.
 
     ::
 
-        report = fdk.fuse_norms(model, model.tap_names)
-        # {"enc1": "fused: BatchNorm2d + ReLU", "dec4": "left alone: ..."}
+        report = fdk.fuse_norms(model)
+        # {"enc1.1": "fused: BatchNorm2d + ReLU", "head.norm": "left alone: ..."}
 
-    A block is fused if it ends in a normalisation with its activation, so that its taps get the loss's sums
-    and gradient from the passes of the normalisation; the pairs before that one are fused as well.
+    A pair is fused where it stands in an `nn.Sequential` without a forward of its own, so that it is known
+    what follows what: a BatchNorm or InstanceNorm with a ReLU or LeakyReLU behind or before it, or neither.
+    Of a tapped block that ends in such a pair the loss's sums and gradient come from the passes of the
+    normalisation. Code that reads what stands between the two modules finds it activated.
 
     Parameters and buffers are shared under their names: `state_dict()`, optimizers and checkpoints, earlier
     ones too, stay as they are. The activation's place is taken by an `nn.Identity`. Fuse before torch.compile
@@ -31,12 +37,12 @@ def fuse_norms(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
     Args:
         model: any network.
-        names: of blocks that are an `nn.Sequential`, also of others, with a BatchNorm or InstanceNorm and a
-            ReLU or LeakyReLU before or behind it, or neither; or of such a normalisation or activation in an
-            `nn.Sequential`.
+        names: to fuse in these places alone: each a block that is an `nn.Sequential`, in which all pairs are
+            fused, or a normalisation or activation in one. None fuses the whole network.
 
     Returns:
-        By name what it ends in and was fused, or why it was left alone.
+        By name what it ends in and was fused, or why it was left alone; without names, by the path of each
+        normalisation.
 
     Raises:
         ValueError: the network has no submodule of a name.
@@ -44,8 +50,20 @@ def fuse_norms(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of submodule names, got the string {names!r}")
+    if names is None:
+        names = [path for path, module in model.named_modules() if isinstance(module, _NORMS)]
     modules, places = find(model, tuple(names))
-    return {name: _fuse(modules, place.path) for name, place in zip(names, places, strict=True)}
+    shared = _shared(modules)
+    return {name: _fuse(modules, place.path, shared) for name, place in zip(names, places, strict=True)}
+
+
+def _shared(modules: dict[str, nn.Module]) -> set[nn.Module]:
+    """The modules that stand in several places: moved to another device they would not share buffers."""
+    places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        places.setdefault(module, set()).add((modules[parent], name))
+    return {module for module, found in places.items() if len(found) > 1}
 
 
 class _Pair(NamedTuple):
@@ -80,56 +98,62 @@ class _Pair(NamedTuple):
             self.parent[self.activation] = nn.Identity()
 
 
-def _fuse(modules: dict[str, nn.Module], path: str) -> str:
+def _fuse(modules: dict[str, nn.Module], path: str, shared: set[nn.Module]) -> str:
     """Fuse a block; say what was done."""
     block = modules[path]
     kind = type(block).__name__
-    if isinstance(block, nn.Sequential):
-        found = _pair_at_end(block)
+    if is_chain(block):
+        found = _pair_at_end(block, shared)
+    elif isinstance(block, nn.Sequential):
+        found = f"{kind} has a forward of its own, so what it ends in is not known"
     elif is_norm(block) or activation_of(block) is not None:
         parent = modules.get(path.rpartition(".")[0])
-        if isinstance(parent, nn.Sequential):
-            found = _pair_at(parent, [*parent].index(block))
+        if is_chain(parent):
+            found = _pair_at(parent, [*parent].index(block), shared)
+        elif isinstance(parent, nn.Sequential):
+            found = f"{type(parent).__name__} has a forward of its own, so what follows {kind} is not known"
         else:
             found = f"{kind} stands in no nn.Sequential, so what stands beside it is not known"
     elif isinstance(block, NormAct):
         found = "it is fused already"
+    elif isinstance(block, _NORMS):
+        found = f"{kind} is no BatchNorm or InstanceNorm of 1 to 3 dimensions"
     else:
         found = f"{kind} is no nn.Sequential, so what it ends in is not known"
     if isinstance(found, str):
         return f"left alone: {found}"
     kinds = found.kinds
-    if isinstance(block, nn.Sequential):
-        _fuse_inside(block)
+    if is_chain(block):
+        _fuse_inside(block, shared)
     else:
         found.fuse()
     return f"fused: {kinds}"
 
 
-def _fuse_inside(block: nn.Sequential) -> None:
+def _fuse_inside(block: nn.Sequential, shared: set[nn.Module]) -> None:
     """Fuse all pairs of a block, the last first: an activation between two norms belongs to the first."""
     for at in reversed(range(len(block))):
         child = block[at]
-        if isinstance(child, nn.Sequential):
-            _fuse_inside(child)
-        elif is_norm(child) or isinstance(child, (nn.ReLU, nn.LeakyReLU)):
-            found = _pair_at(block, at)
+        if is_chain(child):
+            _fuse_inside(child, shared)
+        elif is_norm(child) or _is_activation(child):
+            found = _pair_at(block, at, shared)
             if isinstance(found, _Pair):
                 found.fuse()
 
 
-def _pair_at_end(block: nn.Sequential) -> _Pair | str:
+def _pair_at_end(block: nn.Sequential, shared: set[nn.Module]) -> _Pair | str:
     """The pair that ends a block, or what ends it instead."""
     places = [at for at, child in enumerate(block) if not isinstance(child, nn.Identity)]
     if not places:
         return "it holds no module"
     last = block[places[-1]]
-    if isinstance(last, nn.Sequential):
-        return _pair_at_end(last)
-    return "it is fused already" if isinstance(last, NormAct) else _pair_at(block, places[-1])
+    if is_chain(last):
+        return _pair_at_end(last, shared)
+    return "it is fused already" if isinstance(last, NormAct) else _pair_at(block, places[-1], shared)
 
 
-def _pair_at(parent: nn.Sequential, at: int) -> _Pair | str:
+def _pair_at(parent: nn.Sequential, at: int, shared: set[nn.Module]) -> _Pair | str:
     """The pair of the normalisation or activation at a place, or why there is none."""
     last = parent[at]
     beside = [place for place, child in enumerate(parent) if not isinstance(child, nn.Identity)]
@@ -155,6 +179,8 @@ def _pair_at(parent: nn.Sequential, at: int) -> _Pair | str:
     for place in (found.norm, found.activation):
         if place is not None and _has_hooks(parent[place]):
             return f"{type(parent[place]).__name__} has hooks, which would not run"
+    if parent[found.norm] in shared:
+        return f"{type(parent[found.norm]).__name__} stands in several places, which share its buffers"
     return found
 
 

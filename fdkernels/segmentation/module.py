@@ -139,7 +139,7 @@ class SegmentationModule(LightningModule):
         if self.compile_network and self._compiled is None:
             self._compiled = _compile(self.model)
         if self.fuse and not self.compile_network and self.trainer.strategy.root_device.type == "cpu":
-            fdk.fuse_norms(self.model, self.model.tap_names)
+            fdk.fuse_norms(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [
@@ -147,7 +147,7 @@ class SegmentationModule(LightningModule):
         ]
         if self.criterion is not None and self.criterion.is_active:
             groups += [{"name": "alpha", **group} for group in self.criterion.parameter_groups(self.alpha_lr)]
-        return torch.optim.Adam(groups)
+        return torch.optim.Adam(groups, fused=True)
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits [N, 1, H, W] of `image` [N, 3, H, W]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import nn
 
@@ -80,9 +80,16 @@ def _did_you_mean(unknown: str, paths: Mapping[str, str], modules: Mapping[str, 
     return f"; did you mean {', '.join(map(repr, dict.fromkeys(similar)))}?" if similar else ""
 
 
+def is_chain(module: nn.Module | None) -> TypeGuard[nn.Sequential]:
+    """Whether it calls its children one after the other, and nothing else: no forward of its own."""
+    if not isinstance(module, nn.Sequential) or "forward" in vars(module):
+        return False
+    return type(module).forward is nn.Sequential.forward
+
+
 def last_of(module: nn.Module) -> nn.Module:
-    """The module whose output is that of an nn.Sequential, followed into its last; any other is its own."""
-    while isinstance(module, nn.Sequential):
+    """The module whose output is that of a chain, followed into its last; any other is its own."""
+    while is_chain(module):
         children = [child for child in module if not isinstance(child, nn.Identity)]
         if not children:
             break
