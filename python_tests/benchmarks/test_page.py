@@ -111,7 +111,8 @@ def test_the_page_names_the_machine_and_its_numbers(tmp_path):
     )
     text = page(files, "results")
     for part in (
-        "- **A**: [Made-up CPU](results/made-up/tables.md), 2 cores, avx2, cache 32 MiB; torch 9.9,",
+        "- **A**: [Made-up CPU](results/made-up/tables.md), 2 cores, avx2, cache 32 MiB,",
+        "a copy moves 20 GB/s; torch 9.9,",
         "commit abc123,",
         "4 times as fast as the best peer",
         "25 times as fast as eager",
