@@ -1,8 +1,9 @@
-// Losses and their slopes on the CPU: O(N C) numbers, on one thread, in double.
+// Losses and their slopes on the CPU: O(N C) numbers of a layer, on one thread, in double.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "losses.h"
 #include "region_features.h"
 
 namespace fdk::cpu {
@@ -244,13 +245,18 @@ void write_slopes(const RegionFeatures& x, void* slopes) {
 
 } // namespace
 
+void losses_of_layer(const Pyramid& pyramid, int64_t layer, int64_t first_channel, const void* sums, const void* masses,
+                     const Losses& losses) {
+  const RegionFeatures x(pyramid, losses, layer, first_channel, sums, masses);
+  write(losses.losses, pyramid.accumulate, layer, loss_of(x));
+  if (losses.slopes != nullptr) write_slopes(x, losses.slopes);
+}
+
 void losses(const Pyramid& pyramid, const void* sums, const void* masses, const Losses& losses) {
   int64_t first_channel = 0;
   for (int64_t layer = 0; layer < pyramid.num_layers; ++layer) {
-    const RegionFeatures x(pyramid, losses, layer, first_channel, sums, masses);
-    first_channel += x.channels;
-    write(losses.losses, pyramid.accumulate, layer, loss_of(x));
-    if (losses.slopes != nullptr) write_slopes(x, losses.slopes);
+    losses_of_layer(pyramid, layer, first_channel, sums, masses, losses);
+    first_channel += pyramid.layers[layer].channels;
   }
 }
 

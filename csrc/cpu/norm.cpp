@@ -103,14 +103,14 @@ Layer output_of(const NormAct& call) {
   return output;
 }
 
-// Writes the region sums of a tile of the output, double [channels][2].
+// Writes the region sums of a tile of the output, double [2][channels].
 void sum_tile(const NormAct& call, Tile tile, double* sums) {
   const Layer output = output_of(call);
   const int64_t channels = tile.channel_end;
   for (int64_t c = 0; c < channels; c += kMaxTileChannels) {
     tile.channel_begin = c;
     tile.channel_end = std::min(c + kMaxTileChannels, channels);
-    tile_kernels().sums(output, tile, call.accumulate, sums + 2 * c);
+    tile_kernels().sums(output, tile, call.accumulate, {sums + c, sums + channels + c});
   }
 }
 
@@ -161,7 +161,7 @@ void forward_of_planes(const NormAct& call, double* sums, int num_threads) {
       norm_kernels().forward(tile, parameters.of_sample(n));
       if (sums == nullptr) return;
       double of_plane[2];
-      tile_kernels().sums(output_of(call), tile.tile, call.accumulate, of_plane);
+      tile_kernels().sums(output_of(call), tile.tile, call.accumulate, {of_plane, of_plane + 1});
       for (int64_t k = 0; k < 2; ++k)
         sums[k * half + n * channels + c] = of_plane[k];
     });
@@ -208,8 +208,8 @@ struct Cut {
   }
 };
 
-// Runs body(tile, partial) for every tile, where `partial` has room for two numbers a channel, and then merge(n,
-// pixels, c, partial) for each channel of each in their order.
+// Runs body(tile, partial) for every tile, where `partial` has room for two numbers a channel, [2][channels], and then
+// merge(n, pixels, c, first, second) with those of each channel of each in their order.
 template <class Body, class Merge>
 void for_each_tile(const NormAct& call, int num_threads, const Body& body, const Merge& merge) {
   const Cut cut(call);
@@ -219,8 +219,9 @@ void for_each_tile(const NormAct& call, int num_threads, const Body& body, const
                [&](int64_t item) { body(cut.tile(call, item), partial.get() + item * channels * 2); });
   for (int64_t item = 0; item < count; ++item) {
     const Tile tile = cut.tile(call, item).tile;
+    const double *first = partial.get() + item * channels * 2, *second = first + channels;
     for (int64_t c = 0; c < channels; ++c)
-      merge(tile.n, tile.pixel_end - tile.pixel_begin, c, partial.get() + (item * channels + c) * 2);
+      merge(tile.n, tile.pixel_end - tile.pixel_begin, c, first[c], second[c]);
   }
 }
 
@@ -231,8 +232,8 @@ void forward_of_pixels(const NormAct& call, double* sums, int num_threads) {
     std::vector<Moments> moments(parameters.groups());
     for_each_tile(
         call, num_threads, [](const NormTile& tile, double* partial) { norm_kernels().moments(tile, partial); },
-        [&](int64_t n, int64_t pixels, int64_t c, const double* partial) {
-          moments[call.instance ? n * channels + c : c].add(static_cast<double>(pixels), partial[0], partial[1]);
+        [&](int64_t n, int64_t pixels, int64_t c, double mean, double squares) {
+          moments[call.instance ? n * channels + c : c].add(static_cast<double>(pixels), mean, squares);
         });
     for (int64_t group = 0; group < parameters.groups(); ++group)
       parameters.set_statistics(group, moments[group]);
@@ -246,9 +247,10 @@ void forward_of_pixels(const NormAct& call, double* sums, int num_threads) {
         norm_kernels().forward(tile, parameters.of_sample(tile.tile.n));
         if (sums != nullptr) sum_tile(call, tile.tile, partial);
       },
-      [&](int64_t n, int64_t, int64_t c, const double* partial) {
-        for (int64_t k = 0; sums != nullptr && k < 2; ++k)
-          sums[k * half + n * channels + c] += partial[k];
+      [&](int64_t n, int64_t, int64_t c, double fg, double bg) {
+        if (sums == nullptr) return;
+        sums[n * channels + c] += fg;
+        sums[half + n * channels + c] += bg;
       });
 }
 
@@ -265,9 +267,9 @@ void backward_of_pixels(const NormAct& call, const void* slopes, double* by_samp
           const int64_t n = tile.tile.n;
           norm_kernels().reduce(tile, parameters.of_sample(n), slopes_of(call, slopes, n), partial);
         },
-        [&](int64_t n, int64_t, int64_t c, const double* partial) {
-          for (int64_t k = 0; k < 2; ++k)
-            by_sample[k * half + n * channels + c] += partial[k];
+        [&](int64_t n, int64_t, int64_t c, double of_beta, double of_gamma) {
+          by_sample[n * channels + c] += of_beta;
+          by_sample[half + n * channels + c] += of_gamma;
         });
   }
   if (call.out == nullptr) return;

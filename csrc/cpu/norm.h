@@ -19,11 +19,11 @@ struct NormRows {
 };
 
 struct NormKernels {
-  // Writes mean and sum of squared deviations (N1) of a tile, double [channels][2].
+  // Writes mean and sum of squared deviations (N1) of a tile, double [2][channels].
   void (*moments)(const NormTile& tile, double* moments);
   // Writes the output (N2) of a tile.
   void (*forward)(const NormTile& tile, const NormRows& rows);
-  // Writes the sums (N4) of a tile, double [channels][2]; slopes are g_fg and g_bg, or without values.
+  // Writes the sums (N4) of a tile, double [2][channels]; slopes are g_fg and g_bg, or without values.
   void (*reduce)(const NormTile& tile, const NormRows& rows, const NormRows& slopes, double* sums);
   // Writes the gradient (N5) of a tile.
   void (*gradient)(const NormTile& tile, const NormRows& rows, const NormRows& slopes);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -35,25 +36,32 @@ struct Loop {
   int64_t num_items;
   void (*body)(void*, int64_t);
   void* context;
+  std::atomic<bool> has_failed;
+  std::exception_ptr failure; // the first; none may leave a thread of the runtime
 };
 
 void run(void* data) {
   Loop& loop = *static_cast<Loop*>(data);
-  for (int64_t item; (item = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.num_items;) {
-    loop.body(loop.context, item);
+  try {
+    for (int64_t item; (item = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.num_items;)
+      loop.body(loop.context, item);
+  } catch (...) {
+    loop.next.store(loop.num_items, std::memory_order_relaxed);
+    if (!loop.has_failed.exchange(true)) loop.failure = std::current_exception();
   }
 }
 
 } // namespace
 
 void parallel_for(int64_t num_items, int num_threads, void (*body)(void*, int64_t), void* context) {
-  Loop loop{{0}, num_items, body, context};
+  Loop loop{{0}, num_items, body, context, {false}, nullptr};
   const int64_t threads = std::min<int64_t>(num_threads, num_items);
   if (threads > 1 && gomp_parallel() != nullptr) {
     gomp_parallel()(run, &loop, static_cast<unsigned>(threads), 0);
   } else {
     run(&loop);
   }
+  if (loop.failure) std::rethrow_exception(loop.failure);
 }
 
 const char* thread_runtime() {

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "losses.h"
 #include "numbers.h"
 #include "parallel.h"
 #include "tiles.h"
@@ -14,6 +15,9 @@ namespace {
 
 // Channels of a tile with contiguous pixels: they share the weights, and runs of pixels stay long.
 constexpr int64_t kTileChannels = 8;
+
+// Partial sums below which another thread costs more than it saves in adding them up and making losses of them.
+constexpr int64_t kNumbersPerThread = 1 << 12;
 
 // How one layer is cut into tiles. It depends on shape and layout alone, not on the number of threads, so that the same
 // input gives the same bits.
@@ -27,6 +31,10 @@ struct Cut {
     const int64_t block = index % blocks, tile = index / blocks % tiles, n = index / (blocks * tiles);
     return {n, block * tile_channels, std::min((block + 1) * tile_channels, layer.channels), tile * tile_pixels,
             std::min((tile + 1) * tile_pixels, pixels_of(layer))};
+  }
+  // Where the sums of a tile begin among those of all, each with room for the widest.
+  int64_t partial_sums(int64_t n, int64_t tile, int64_t block) const {
+    return ((n * tiles + tile) * blocks + block) * tile_channels * 2;
   }
 };
 
@@ -72,28 +80,28 @@ int64_t layer_of_tile(const std::vector<Cut>& cuts, int64_t tile) {
   return l;
 }
 
-// Adds up the partial sums [tile][channel][2] of one layer in the order of its tiles.
+// Adds up the partial sums [tile][2][channel] of sample n of one layer in the order of its tiles.
 template <class T>
-void second_pass(const Pyramid& pyramid, int64_t l, const Cut& cut, const double* partial, const T* masses, T* sums) {
+void second_pass(const Pyramid& pyramid, int64_t l, int64_t n, const Cut& cut, const double* partial, const T* masses,
+                 T* sums) {
   const int64_t channels = pyramid.layers[l].channels;
-  for (int64_t n = 0; n < pyramid.batch; ++n) {
-    T* fg = sums + n * pyramid.total_channels + cut.first_channel;
-    T* bg = fg + pyramid.batch * pyramid.total_channels;
+  double totals[kMaxTileChannels];
+  for (int64_t region = 0; region < 2; ++region) {
     // 0, or NaN where a weight is: the kernels of the sums do not look at bytes that stand for NaN.
-    const double start[2] = {0.0 * masses[n * pyramid.num_layers + l],
-                             0.0 * masses[(pyramid.batch + n) * pyramid.num_layers + l]};
+    const double start = 0.0 * masses[(region * pyramid.batch + n) * pyramid.num_layers + l];
+    T* out = sums + (region * pyramid.batch + n) * pyramid.total_channels + cut.first_channel;
     for (int64_t first = 0, block = 0; first < channels; first += cut.tile_channels, ++block) {
       const int64_t count = std::min(cut.tile_channels, channels - first);
-      const double* part = partial + (n * cut.tiles * cut.blocks + block) * cut.tile_channels * 2;
-      for (int64_t c = 0; c < count; ++c) {
-        double total[2] = {start[0], start[1]};
-        for (int64_t tile = 0; tile < cut.tiles; ++tile) {
-          total[0] += part[(tile * cut.blocks * cut.tile_channels + c) * 2];
-          total[1] += part[(tile * cut.blocks * cut.tile_channels + c) * 2 + 1];
-        }
-        fg[first + c] = static_cast<T>(total[0]);
-        bg[first + c] = static_cast<T>(total[1]);
+      std::fill_n(totals, count, start);
+      for (int64_t tile = 0; tile < cut.tiles; ++tile) {
+        const double* part = partial + cut.partial_sums(n, tile, block) + region * count;
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c)
+          totals[c] += part[c];
       }
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c)
+        out[first + c] = static_cast<T>(totals[c]);
     }
   }
 }
@@ -102,16 +110,14 @@ void second_pass(const Pyramid& pyramid, int64_t l, const Cut& cut, const double
 
 void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses, int num_threads) {
   const std::vector<Cut> cuts = cut(pyramid, Span::kChannelBlocks);
-  const int64_t num_tiles = count_tiles(pyramid, cuts), num_masses = pyramid.num_layers * pyramid.batch;
-  // Partial sums [tile][channel][2], with room for the widest tile of the layer.
-  std::vector<int64_t> room(cuts.size() + 1, 0);
-  for (size_t l = 0; l < cuts.size(); ++l) {
-    const int64_t tiles = pyramid.batch * cuts[l].blocks * cuts[l].tiles;
-    room[l + 1] = room[l] + tiles * cuts[l].tile_channels * 2;
-  }
+  const int64_t num_tiles = count_tiles(pyramid, cuts), num_samples = pyramid.num_layers * pyramid.batch;
+  std::vector<int64_t> room(cuts.size() + 1, 0); // partial sums before those of each layer
+  for (size_t l = 0; l < cuts.size(); ++l)
+    room[l + 1] = room[l] + cuts[l].partial_sums(pyramid.batch, 0, 0);
   const std::unique_ptr<double[]> partial(new double[room.back()]);
+  const int threads = useful_threads(pyramid, num_threads);
 
-  parallel_for(num_tiles + num_masses, useful_threads(pyramid, num_threads), [&](int64_t item) {
+  parallel_for(num_tiles + num_samples, threads, [&](int64_t item) {
     if (item >= num_tiles) {
       const int64_t l = (item - num_tiles) / pyramid.batch, n = (item - num_tiles) % pyramid.batch;
       double mass[2];
@@ -122,17 +128,23 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
       return;
     }
     const int64_t l = layer_of_tile(cuts, item), index = item - cuts[l].first_tile;
-    double* out = partial.get() + room[l] + index * cuts[l].tile_channels * 2;
-    tile_kernels().sums(pyramid.layers[l], cuts[l].tile(pyramid.layers[l], index), pyramid.accumulate, out);
+    const Tile tile = cuts[l].tile(pyramid.layers[l], index);
+    double* out = partial.get() + room[l] + cuts[l].partial_sums(0, 0, index);
+    const TileSums tile_sums{out, out + tile.channel_end - tile.channel_begin};
+    tile_kernels().sums(pyramid.layers[l], tile, pyramid.accumulate, tile_sums);
   });
 
-  for (int64_t l = 0; l < pyramid.num_layers; ++l) {
+  const auto finish_layer = [&](int64_t l) {
     with_type(pyramid.accumulate, [&](auto zero) {
       using T = decltype(zero);
-      second_pass(pyramid, l, cuts[l], partial.get() + room[l], static_cast<const T*>(masses), static_cast<T*>(sums));
+      for (int64_t n = 0; n < pyramid.batch; ++n) {
+        second_pass(pyramid, l, n, cuts[l], partial.get() + room[l], static_cast<const T*>(masses),
+                    static_cast<T*>(sums));
+      }
     });
-  }
-  if (losses != nullptr) cpu::losses(pyramid, sums, masses, *losses);
+    if (losses != nullptr) losses_of_layer(pyramid, l, cuts[l].first_channel, sums, masses, *losses);
+  };
+  parallel_for(pyramid.num_layers, room.back() < kNumbersPerThread ? 1 : threads, finish_layer);
 }
 
 namespace {

@@ -17,10 +17,17 @@ static inline bool channels_are_inner(const Layer& layer) {
 
 inline constexpr int64_t kMaxTileChannels = 1024;
 
+// The sums over the foreground and the background, [channels] each.
+struct TileSums {
+  double *fg, *bg;
+
+  TileSums from(int64_t channel) const { return {fg + channel, bg + channel}; }
+};
+
 // The names are those of the kernels' headers in isa/.
 struct TileKernels {
-  // Writes the sums (R2) of a tile, double [channels][2], foreground first.
-  void (*sums)(const Layer& layer, const Tile& tile, DType accumulate, double* partial);
+  // Writes the sums (R2) of a tile.
+  void (*sums)(const Layer& layer, const Tile& tile, DType accumulate, TileSums sums);
   // Writes the masses (R2) of sample n, double [2].
   void (*masses)(const Layer& layer, int64_t n, double* mass);
   // Writes the gradient (R3) of a tile; g_fg and g_bg are rows [C] of the accumulation dtype.

@@ -84,8 +84,8 @@ void moments_of_pixels(const NormTile& tile, F formula, double* out) {
     });
     for (int64_t c = 0; c < run.count; ++c) {
       const double total = sum.total(c, run);
-      out[2 * (run.first + c)] = origin[c] + total / pixels;
-      out[2 * (run.first + c) + 1] = square.total(c, run) - total * (total / pixels);
+      out[run.first + c] = origin[c] + total / pixels;
+      out[layer.channels + run.first + c] = square.total(c, run) - total * (total / pixels);
     }
   });
 }
@@ -177,8 +177,8 @@ void reduce_pixels(const NormTile& tile, const NormRows& rows, const NormRows& s
       }
     });
     for (int64_t c = 0; c < run.count; ++c) {
-      out[2 * (run.first + c)] = sum.total(c, run);
-      out[2 * (run.first + c) + 1] = product.total(c, run) * row<T>(rows, kInverse)[run.first + c];
+      out[run.first + c] = sum.total(c, run);
+      out[layer.channels + run.first + c] = product.total(c, run) * row<T>(rows, kInverse)[run.first + c];
     }
   });
 }

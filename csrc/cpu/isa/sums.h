@@ -40,7 +40,7 @@ inline Vector<float> load_features(const Float16* source, float) {
 // Adds `count` pixels, from pixel p of the sample on, to the sums of kChannels channels, with pixels along the vector.
 template <int kChannels, class T, class S, class M, bool kHasBg>
 inline void add_rows(const S* const rows[kChannels], const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count,
-                     int64_t ahead, double* partial) {
+                     int64_t ahead, TileSums sums) {
   using V = Vector<T>;
   V f[kChannels], b[kChannels];
   for (int k = 0; k < kChannels; ++k) // with an initialiser the arrays would be stored to memory
@@ -63,15 +63,15 @@ inline void add_rows(const S* const rows[kChannels], const RawWeights<T, M, kHas
       sum_fg += w * x;
       sum_bg += u * x;
     }
-    partial[2 * k] += sum_fg;
-    partial[2 * k + 1] += sum_bg;
+    sums.fg[k] += sum_fg;
+    sums.bg[k] += sum_bg;
   }
 }
 
 // Calls add_rows for the channels of a tile; their rows begin at `start` and are `step` elements apart.
 template <class S, class T, class M, bool kHasBg>
 inline void add_channels(const S* start, int64_t step, const Tile& tile, const RawWeights<T, M, kHasBg>& weights,
-                         int64_t p, int64_t count, double* partial) {
+                         int64_t p, int64_t count, TileSums sums) {
   // After a short row the next group's row is read, so prefetch that.
   const int64_t next_group = kGroup * step * static_cast<int64_t>(sizeof(S));
   const int64_t ahead = count == step && count <= kShortRow ? next_group : kPrefetchBytes;
@@ -80,16 +80,16 @@ inline void add_channels(const S* start, int64_t step, const Tile& tile, const R
     const S* group[kGroup];
     for (int64_t k = 0; k < kGroup; ++k)
       group[k] = start + (c + k) * step;
-    add_rows<kGroup>(group, weights, p, count, ahead, partial + 2 * (c - tile.channel_begin));
+    add_rows<kGroup>(group, weights, p, count, ahead, sums.from(c - tile.channel_begin));
   }
   for (; c < tile.channel_end; ++c) {
     const S* row = start + c * step;
-    add_rows<1>(&row, weights, p, count, ahead, partial + 2 * (c - tile.channel_begin));
+    add_rows<1>(&row, weights, p, count, ahead, sums.from(c - tile.channel_begin));
   }
 }
 
 template <class T, class M, bool kHasBg>
-void sums_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M, kHasBg>& weights, double* partial) {
+void sums_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M, kHasBg>& weights, TileSums sums) {
   T buffer[kGroup][kRun];
   const Rows rows(layer.size, layer.stride);
   const int64_t element = element_size(layer.dtype);
@@ -100,16 +100,16 @@ void sums_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M,
     count = min(min(run, tile.pixel_end - p), rows.rest_of_row(p));
     const char* start = sample + rows.offset(p) * element;
     if (rows.stride == 1 && layer.dtype == Is<T>::kDType) {
-      add_channels(reinterpret_cast<const T*>(start), layer.stride_c, tile, weights, p, count, partial);
+      add_channels(reinterpret_cast<const T*>(start), layer.stride_c, tile, weights, p, count, sums);
       continue;
     }
     if constexpr (sizeof(T) == sizeof(float)) {
       if (rows.stride == 1 && layer.dtype == DType::kBFloat16) {
-        add_channels(reinterpret_cast<const BFloat16*>(start), layer.stride_c, tile, weights, p, count, partial);
+        add_channels(reinterpret_cast<const BFloat16*>(start), layer.stride_c, tile, weights, p, count, sums);
         continue;
       }
       if (rows.stride == 1 && layer.dtype == DType::kFloat16) {
-        add_channels(reinterpret_cast<const Float16*>(start), layer.stride_c, tile, weights, p, count, partial);
+        add_channels(reinterpret_cast<const Float16*>(start), layer.stride_c, tile, weights, p, count, sums);
         continue;
       }
     }
@@ -119,9 +119,9 @@ void sums_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M,
       for (int64_t k = 0; k < step; ++k) {
         group[k] = load(start + (c + k) * layer.stride_c * element, layer.dtype, rows.stride, count, buffer[k]);
       }
-      double* sums = partial + 2 * (c - tile.channel_begin);
-      step == kGroup ? add_rows<kGroup>(group, weights, p, count, kPrefetchBytes, sums)
-                     : add_rows<1>(group, weights, p, count, kPrefetchBytes, sums);
+      const TileSums group_sums = sums.from(c - tile.channel_begin);
+      step == kGroup ? add_rows<kGroup>(group, weights, p, count, kPrefetchBytes, group_sums)
+                     : add_rows<1>(group, weights, p, count, kPrefetchBytes, group_sums);
     }
   }
 }
@@ -226,21 +226,21 @@ inline void add_run(const S* first, int64_t stride, const T* w, const T* u, int6
     add_pixels<1>(pixels + k, fg_weights + k, bg_weights + k, channels, fg, bg);
 }
 
-// Adds the sums of a run to `partial`, bringing channels back into their order.
+// Adds the sums of a run to `sums`, bringing channels back into their order.
 template <class S, class T>
-inline void add_sums(const T* fg, const T* bg, int64_t channels, double* partial) {
+inline void add_sums(const T* fg, const T* bg, int64_t channels, TileSums sums) {
   constexpr int64_t kPair = 2 * kLanes<T>;
   for (int64_t c = 0; c < channels; ++c) {
     const int64_t pair = c / kPair * kPair;
     const int64_t at =
         pair + kPair <= channels ? pair + place_in_pair(static_cast<const S*>(nullptr), c - pair, T()) : c;
-    partial[2 * c] += fg[at];
-    partial[2 * c + 1] += bg[at];
+    sums.fg[c] += fg[at];
+    sums.bg[c] += bg[at];
   }
 }
 
 template <class S, class T, bool kHasBg>
-void sums_by_channels(const Layer& layer, const Tile& tile, double* partial) {
+void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
   Weights<T> weights;
   T fg[kMaxTileChannels], bg[kMaxTileChannels];
   const Rows rows(layer.size, layer.stride);
@@ -255,37 +255,38 @@ void sums_by_channels(const Layer& layer, const Tile& tile, double* partial) {
       fg[c] = bg[c] = T(0);
     const S* first = sample + rows.offset(p);
     add_run<kHasBg>(first, rows.stride, weights.fg, weights.bg, count, channels, fg, bg);
-    add_sums<S>(fg, bg, channels, partial);
+    add_sums<S>(fg, bg, channels, sums);
   }
 }
 
 template <class S, class T>
-void sums_by_channels(const Layer& layer, const Tile& tile, double* partial) {
-  layer.bg == nullptr ? sums_by_channels<S, T, false>(layer, tile, partial)
-                      : sums_by_channels<S, T, true>(layer, tile, partial);
+void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
+  layer.bg == nullptr ? sums_by_channels<S, T, false>(layer, tile, sums)
+                      : sums_by_channels<S, T, true>(layer, tile, sums);
 }
 
 template <class T>
-void sums_by_channels(const Layer& layer, const Tile& tile, double* partial) {
-  if (layer.dtype == Is<T>::kDType) return sums_by_channels<T, T>(layer, tile, partial);
-  if (layer.dtype == DType::kBFloat16) return sums_by_channels<BFloat16, T>(layer, tile, partial);
-  if (layer.dtype == DType::kFloat16) return sums_by_channels<Float16, T>(layer, tile, partial);
-  if constexpr (sizeof(T) == 8) sums_by_channels<float, T>(layer, tile, partial);
+void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
+  if (layer.dtype == Is<T>::kDType) return sums_by_channels<T, T>(layer, tile, sums);
+  if (layer.dtype == DType::kBFloat16) return sums_by_channels<BFloat16, T>(layer, tile, sums);
+  if (layer.dtype == DType::kFloat16) return sums_by_channels<Float16, T>(layer, tile, sums);
+  if constexpr (sizeof(T) == 8) sums_by_channels<float, T>(layer, tile, sums);
 }
 
 template <class T>
-void sums_of_tile(const Layer& layer, const Tile& tile, double* partial) {
-  std::memset(partial, 0, sizeof(double) * 2 * (tile.channel_end - tile.channel_begin));
+void sums_of_tile(const Layer& layer, const Tile& tile, TileSums sums) {
+  const size_t bytes = sizeof(double) * (tile.channel_end - tile.channel_begin);
+  std::memset(sums.fg, 0, bytes);
+  std::memset(sums.bg, 0, bytes);
   if (channels_are_inner(layer)) {
-    sums_by_channels<T>(layer, tile, partial);
+    sums_by_channels<T>(layer, tile, sums);
   } else {
-    with_weights<T>(layer, tile.n, [&](const auto& weights) { sums_by_pixels(layer, tile, weights, partial); });
+    with_weights<T>(layer, tile.n, [&](const auto& weights) { sums_by_pixels(layer, tile, weights, sums); });
   }
 }
 
-void sums_of_tile(const Layer& layer, const Tile& tile, DType accumulate, double* partial) {
-  accumulate == DType::kFloat64 ? sums_of_tile<double>(layer, tile, partial)
-                                : sums_of_tile<float>(layer, tile, partial);
+void sums_of_tile(const Layer& layer, const Tile& tile, DType accumulate, TileSums sums) {
+  accumulate == DType::kFloat64 ? sums_of_tile<double>(layer, tile, sums) : sums_of_tile<float>(layer, tile, sums);
 }
 
 void masses_of_sample(const Layer& layer, int64_t n, double* mass) {
