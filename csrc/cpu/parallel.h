@@ -6,7 +6,8 @@
 namespace fdk::cpu {
 
 // Runs body(context, item) once for every item in [0, num_items), on at most num_threads threads.
-// Threads fetch items one by one, so items may differ in length. What a body throws ends the loop, and is thrown here.
+// Each thread begins with items in a row, so that it reads memory in order, and then takes those that others have left.
+// What a body throws ends the loop, and is thrown here.
 void parallel_for(int64_t num_items, int num_threads, void (*body)(void*, int64_t), void* context);
 
 template <class Body>
