@@ -157,7 +157,7 @@ class FeatureTaps:
 
         ::
 
-            fdk.fuse_norms(model, model.tap_names)
+            fdk.fuse_norms(model)
             taps = fdk.FeatureTaps(model, model.tap_names, fused=True)
             with taps.mask(mask):
                 logits = model(images)
