@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -257,3 +258,40 @@ def test_a_step_keeps_no_map_beside_the_input_of_the_norm(monkeypatch):
     assert len(written) == 1
     maps = {t.data_ptr() for t in kept if t.numel() == block.numel()}
     assert len(maps) == 1  # the output of the convolution, which its own node does not keep
+
+
+class Changing(nn.Module):
+    """Changes the output of its normalisation in place, as residual blocks do, and returns it."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        self.change(out, x)
+        return out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda out, x: out.add_(x), lambda out, x: nn.functional.hardswish(out, inplace=True)],
+    ids=["residual", "activation"],
+)
+def test_a_tap_behind_a_change_in_place_of_a_fused_output(change):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), Changing(change), nn.Conv2d(4, 1, 1)).double()
+    fused = copy.deepcopy(net)
+    assert fdk.fuse_norms(fused) == {"1.body.1": "fused: BatchNorm2d"}
+    images, mask = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.rand(3, 1, 8, 8) > 0.5
+
+    def gradients(network: nn.Module) -> list[Tensor]:
+        with fdk.FeatureTaps(network, ["1"], fused=True) as taps:
+            with taps.mask(mask):
+                out = network(images)
+            loss = fdk.feature_discrepancy_loss(taps, mask)
+        return [loss.detach(), *torch.autograd.grad(loss + out.square().mean(), list(network.parameters()))]
+
+    for found, wanted in zip(gradients(fused), gradients(net), strict=True):
+        torch.testing.assert_close(found, wanted)

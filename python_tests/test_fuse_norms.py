@@ -100,11 +100,37 @@ def test_a_sequential_with_a_forward_of_its_own_is_left_alone():
     assert network[0].kept.shape == (1, 3, 2, 2)
 
 
+class Aliased(nn.Module):
+    """Has its normalisation under a second name, as blocks of nnU-Net do."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.all_modules = nn.Sequential(norm, nn.LeakyReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.all_modules(x)
+
+
+def test_a_norm_under_two_names_is_fused_where_it_has_no_buffers():
+    torch.manual_seed(0)
+    network = Aliased(nn.InstanceNorm2d(3, affine=True)).double()
+    fused = copy.deepcopy(network)
+    assert fdk.fuse_norms(fused, ["all_modules"]) == {"all_modules": "fused: InstanceNorm2d + LeakyReLU"}
+    assert fused.norm.weight is fused.all_modules[0].weight
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), network(x))
+    assert fdk.fuse_norms(network) == {"all_modules.0": "fused: InstanceNorm2d + LeakyReLU"}
+    says = "left alone: BatchNorm2d stands in several places, which share its buffers"
+    assert fdk.fuse_norms(Aliased(nn.BatchNorm2d(3)), ["all_modules"]) == {"all_modules": says}
+    assert fdk.fuse_norms(Aliased(nn.BatchNorm2d(3))) == {"all_modules.0": says}
+
+
 def test_a_norm_in_several_places_is_left_alone_and_a_block_in_several_is_fused_once():
     norm = nn.BatchNorm2d(3)
     network = nn.ModuleList([nn.Sequential(norm, nn.ReLU()), nn.Sequential(norm, nn.ReLU())])
     says = "left alone: BatchNorm2d stands in several places, which share its buffers"
-    assert fdk.fuse_norms(network) == {"0.0": says}
+    assert fdk.fuse_norms(network) == {"0.0": says, "1.0": says}
     assert fdk.fuse_norms(network, ["0", "1"]) == {"0": says, "1": says}
     block = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     network = nn.ModuleList([block, block])

@@ -51,19 +51,45 @@ def fuse_norms(model: nn.Module, names: Sequence[str] | None = None) -> dict[str
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of submodule names, got the string {names!r}")
     if names is None:
-        names = [path for path, module in model.named_modules() if isinstance(module, _NORMS)]
+        return _fuse_all(dict(model.named_modules(remove_duplicate=False)))
     modules, places = find(model, tuple(names))
-    shared = _shared(modules)
+    shared = _shared(_places_of(modules))
     return {name: _fuse(modules, place.path, shared) for name, place in zip(names, places, strict=True)}
 
 
-def _shared(modules: dict[str, nn.Module]) -> set[nn.Module]:
-    """The modules that stand in several places: moved to another device they would not share buffers."""
-    places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
+def _fuse_all(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Fuse what stands in a chain; say what was done, by the path of each normalisation."""
+    places = _places_of(modules)
+    shared = _shared(places)
+    report = {}
+    for module, paths in places.items():
+        if isinstance(module, _NORMS):
+            in_chains = [path for path in paths if is_chain(modules.get(_parent_of(path)))]
+            for path in in_chains or paths[:1]:
+                report[path] = _fuse(modules, path, shared)
+    return report
+
+
+def _parent_of(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _places_of(modules: dict[str, nn.Module]) -> dict[nn.Module, list[str]]:
+    """The paths of each module; one of those that lead to the same child of the same module."""
+    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        places.setdefault(module, set()).add((modules[parent], name))
-    return {module for module, found in places.items() if len(found) > 1}
+        places.setdefault(module, {}).setdefault((modules[parent], name), path)
+    return {module: list(paths.values()) for module, paths in places.items()}
+
+
+def _shared(places: dict[nn.Module, list[str]]) -> set[nn.Module]:
+    """The modules with buffers that stand in several places: moved to a device they would share no more."""
+    return {
+        module
+        for module, paths in places.items()
+        if len(paths) > 1 and next(module.buffers(recurse=False), None) is not None
+    }
 
 
 class _Pair(NamedTuple):
@@ -107,7 +133,7 @@ def _fuse(modules: dict[str, nn.Module], path: str, shared: set[nn.Module]) -> s
     elif isinstance(block, nn.Sequential):
         found = f"{kind} has a forward of its own, so what it ends in is not known"
     elif is_norm(block) or activation_of(block) is not None:
-        parent = modules.get(path.rpartition(".")[0])
+        parent = modules.get(_parent_of(path))
         if is_chain(parent):
             found = _pair_at(parent, [*parent].index(block), shared)
         elif isinstance(parent, nn.Sequential):

@@ -8,7 +8,7 @@ before the output is made the region sums come from the pass that writes it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +35,25 @@ def can_fuse(x: Tensor) -> bool:
 OWN_TAP = "_fdkernels_own_tap"
 
 
-def own_tap(features: Tensor) -> tuple[TapSlot, Tensor] | None:
-    """The slot and the placeholder of an output [N, C, *S] of `NormActPass`, else None."""
-    found: tuple[TapSlot, Tensor] | None = getattr(features, OWN_TAP, None)
-    return found
+class OwnTap(NamedTuple):
+    """What belongs to an output of `NormActPass`.
+
+    Attributes:
+        slot: what the loss leaves for the backward.
+        placeholder: [2, N, C], whose gradient is that of the region sums.
+        version: of the output as it was made.
+    """
+
+    slot: TapSlot
+    placeholder: Tensor
+    version: int
+
+
+def own_tap(features: Tensor) -> OwnTap | None:
+    """What belongs to an output [N, C, *S] of `NormActPass`; None for others, and once changed in place."""
+    found: OwnTap | None = getattr(features, OWN_TAP, None)
+    # As by `out += residual` behind a block's last normalisation: the loss is of the sum.
+    return found if found is not None and found.version == features._version else None  # noqa: SLF001
 
 
 def norm_act(
@@ -69,7 +84,7 @@ def norm_act(
     y: Tensor
     y, placeholder = NormActPass.apply(kernels, x, weight, bias, given, formula, slot, running, weights_of)
     if y.requires_grad:
-        setattr(y, OWN_TAP, (slot, placeholder))
+        setattr(y, OWN_TAP, OwnTap(slot, placeholder, y._version))  # noqa: SLF001 (documented but for its name)
     return y
 
 

@@ -274,9 +274,8 @@ class Keep(_Hook):
         """Put what `Tap` makes of the features [N, C, *S] in their place; None where that cannot be done."""
         own = own_tap(features)
         if own is not None:
-            slot, placeholder = own
             delattr(features, OWN_TAP)  # one loss alone can take it
-            return Output(features, placeholder, slot, version_of(features)), None
+            return Output(features, own.placeholder, own.slot, own.version), None
         slot = TapSlot()
         tapped, placeholder = Tap.apply(features, slot)
         goes_on = replaced(output, self.place.keys, tapped)

@@ -5,6 +5,7 @@ Weights are random, nothing is downloaded.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -155,6 +156,32 @@ def test_gradients_are_those_of_the_reference(network, batch):
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-9 * largest)
     assert any(not torch.allclose(grad, without[name]) for name, grad in found.items() if name in without)
     torch.testing.assert_close(crit.layer_losses, truth.layer_losses)
+
+
+def test_fused_normalisations_have_the_same_gradients(network, batch):
+    images, target = batch
+    suggested = fdk.suggest_taps(network, images)
+    fused = copy.deepcopy(network)
+    report = fdk.fuse_norms(fused)
+    if not any(said.startswith("fused") for said in report.values()):
+        pytest.skip("no normalisation stands in an nn.Sequential")
+    assert [tap.shape for tap in fdk.suggest_taps(fused, images).taps] == [
+        tap.shape for tap in suggested.taps
+    ]
+    crit = criterion(suggested, alpha_init=0.7)
+
+    def loss(model: nn.Module) -> Tensor:
+        with fdk.FeatureTaps(model, suggested.names, fused=True) as taps:
+            with taps.mask(target):
+                output = model(images)
+            return segmentation_loss(output, target) + crit(taps)
+
+    found, expected = gradients(fused, lambda: loss(fused)), gradients(network, lambda: loss(network))
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-9 * largest)
+    torch.testing.assert_close(fused.state_dict(), network.state_dict())
 
 
 @pytest.fixture
