@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from benchmarks import cases, steps
+from benchmarks import cases, steps, training_step
 from benchmarks.calls import MIN_ROUNDS
-from benchmarks.steps import OP, PLAIN, WITHOUT, Step, StepCase, disagreement
+from benchmarks.steps import disagreement
+from benchmarks.training_step import OP, PLAIN, WITHOUT, Step, StepCase
 from fdkernels import models
 
 TINY_STEPS = ("--batch=2", "--side=32", "--base-channels=2", "--budget=0")
@@ -34,7 +35,7 @@ def test_the_loss_is_what_makes_the_step_another():
 def test_an_entry_has_all_contenders_or_the_reason(monkeypatch):
     monkeypatch.setattr(steps, "MIN_ROUNDS", 3)
     entry = steps.run_case(TINY, budget=0)
-    assert entry["seconds"].keys() | entry["left_out"].keys() == set(steps.CONTENDERS)
+    assert entry["seconds"].keys() | entry["left_out"].keys() == set(training_step.CONTENDERS)
     over_without = {f"{name}/without" for name in entry["seconds"] if name != WITHOUT}
     assert entry["ratios"].keys() == over_without | {"free/norms"}
     assert entry["rounds"] == 3 < MIN_ROUNDS
@@ -42,8 +43,8 @@ def test_an_entry_has_all_contenders_or_the_reason(monkeypatch):
 
 
 def test_a_wrong_contender_is_named_and_nothing_is_timed(monkeypatch):
-    right = steps.plain
-    monkeypatch.setattr(steps, "plain", lambda *inputs: 1.1 * right(*inputs))
+    right = training_step.plain
+    monkeypatch.setattr(training_step, "plain", lambda *inputs: 1.1 * right(*inputs))
     with pytest.raises(AssertionError, match="loss of op is wrong for unet eager cpu, so nothing is timed"):
         steps.run_case(TINY, budget=0)
 
@@ -77,7 +78,7 @@ def test_a_compiled_step_agrees():
 
 def test_a_wrong_contender_is_the_exit_status_and_no_entry(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cases, "header", lambda arguments, device: {})
-    monkeypatch.setattr(steps, "plain", lambda *inputs: torch.zeros(()))
+    monkeypatch.setattr(training_step, "plain", lambda *inputs: torch.zeros(()))
     options = ["--device=cpu", "--networks", "unet", "--modes", "eager", *TINY_STEPS]
     assert steps.main([f"--output={tmp_path / 'steps.json'}", *options]) == 1
     assert "loss of op is wrong for unet eager cpu" in capsys.readouterr().out
