@@ -104,6 +104,7 @@ def test_train_takes_every_option(data, tmp_path):
         "--lr=0.01",
         "--alpha-lr=0.02",
         "--alpha-target=-7",
+        "--alpha-max=0.1",
         "--alpha-rule=ascent",
         "--convention=region_mean",
         "--exchange=shuffle",
@@ -126,6 +127,7 @@ def test_train_takes_every_option(data, tmp_path):
     saved = read_json(tmp_path / "config.json")
     assert saved["lr"] == 0.01
     assert saved["alpha_target"] == -7
+    assert saved["alpha_max"] == 0.1
     assert saved["convention"] == "region_mean"
     assert saved["fd_loss"] is False
     assert saved["precision"] == "bf16-mixed"

@@ -104,6 +104,7 @@ class TrainingConfig:
         at_least=-1000,
         at_most=1000,
     )
+    alpha_max: float = option("Greatest alpha of ascent, and the end of ramp.", 1.0, above=0, at_most=1000)
     alpha_rule: str = option(f"How alpha moves: {one_of(ALPHA_RULES)}.", "ascent", choices=ALPHA_RULES)
     convention: str = option(
         f"Reading of the paper: {one_of(CONVENTIONS)}.", "paper", choices=tuple(CONVENTIONS)

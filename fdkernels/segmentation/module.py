@@ -112,6 +112,7 @@ class SegmentationModule(LightningModule):
             criterion = fdk.FeatureDiscrepancyLoss(
                 num_layers=len(model.tap_names),
                 alpha_rule=config.alpha_rule,
+                alpha_max=config.alpha_max,
                 convention=config.convention,
                 exchange=config.exchange,
                 backend=config.backend,

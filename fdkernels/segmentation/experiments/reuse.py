@@ -37,10 +37,15 @@ def with_trained(runs: Sequence[PlannedRun], folders: Sequence[Path]) -> list[Pl
     ]
 
 
+# How alpha moves: it decides on nothing where the loss does not act.
+_OF_ALPHA = ("alpha_lr", "alpha_max", "alpha_rule", "alpha_target")
+
+
 def _identity(config: TrainingConfig) -> str:
     """Name what decides on a run's numbers: its options without those that may differ on a resume."""
     fields: dict[str, Any] = config.as_json()
-    return json.dumps({name: fields[name] for name in sorted(fields) if name not in FREE_ON_RESUME})
+    idle = {*FREE_ON_RESUME, *(() if config.fd_loss and config.epochs_active else _OF_ALPHA)}
+    return json.dumps({name: fields[name] for name in sorted(fields) if name not in idle})
 
 
 def _find(run: PlannedRun, folders: Sequence[Path]) -> Path | None:

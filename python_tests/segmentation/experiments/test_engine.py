@@ -359,6 +359,15 @@ def test_what_was_trained_otherwise_is_trained_anew(ablation, tmp_path, other):
     assert summary["state"] == {"finished": 2, "total": 2}
 
 
+def test_how_alpha_moves_is_nothing_to_runs_in_which_the_loss_does_not_act(ablation, tmp_path):
+    config, _ = ablation
+    other = dataclasses.replace(config, output=str(tmp_path / "other"), alpha_max=1e-3, alpha_lr=0.5)
+    summary = run_experiment("ablation", other, seeds=1, folds=1, reuse=[config.output], progress=False)
+    assert {key.split("/")[0] for key in summary["reused"]} == {"first-phase", "without"}
+    result = read_json(tmp_path / "other" / "runs" / "with" / "seed0" / "fold1" / "active" / "result.json")
+    assert max(result["final_alpha"].values()) == pytest.approx(1e-3)
+
+
 def test_a_folder_to_reuse_must_hold_an_experiment(tiny, tmp_path):
     with pytest.raises(
         FieldError, match=r"reuse must name the folder of an experiment, got .* without summary\.json"
