@@ -25,6 +25,12 @@ SETTINGS = (
 )
 # They train no arm that `conventions` has not trained.
 DERIVED = ("ablation", "alpha", "correlation", "shift")
+# Of `ablation` with the default convention and rule, beside what `conventions` has trained.
+VARIANTS = {
+    "alpha-0.1": ("--alpha-max", "0.1"),
+    "alpha-0.01": ("--alpha-max", "0.01"),
+    "shuffle": ("--exchange", "shuffle"),
+}
 TISSUE = (320, 256)  # size in pixels of the stained images among those of DSB2018
 
 
@@ -73,9 +79,11 @@ def is_finished(folder: Path) -> bool:
     return summary.is_file() and bool(json.loads(summary.read_text("utf-8"))["results"])
 
 
-def run(experiment: str, part: Part, data: Path, output: Path, more: tuple[str, ...] = ()) -> Path:
-    """Run an experiment to its end; return its folder."""
-    folder = output / part.name(experiment)
+def run(
+    experiment: str, part: Part, data: Path, output: Path, more: tuple[str, ...] = (), variant: str = ""
+) -> Path:
+    """Run an experiment to its end; return its folder, named after the variant if there is one."""
+    folder = output / part.name(variant or experiment)
     if is_finished(folder):
         return folder
     resume = ("--resume",) if (folder / "summary.json").is_file() else ()
@@ -103,8 +111,12 @@ def main() -> None:
             continue
         conventions = run("conventions", part, linked, arguments.output)
         shutil.copyfile(conventions / "scores.csv", HERE / f"{part.name('conventions')}.csv")
+        reuse = "--reuse", str(conventions)
         for experiment in DERIVED:
-            run(experiment, part, linked, arguments.output, ("--reuse", str(conventions)))
+            run(experiment, part, linked, arguments.output, reuse)
+        for variant, options in VARIANTS.items():
+            found = run("ablation", part, linked, arguments.output, (*reuse, *options), variant)
+            shutil.copyfile(found / "scores.csv", HERE / f"{part.name(variant)}.csv")
     if arguments.only in (None, "addition"):
         novel = ("--novel-dataset", "monuseg", "--novel-data", str(linked / "monuseg"))
         addition = run("addition", PARTS[0], linked, arguments.output, novel)

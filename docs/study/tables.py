@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repeat import PARTS, Part, is_finished
+from repeat import PARTS, VARIANTS, Part, is_finished
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 20  # epochs over which validation is averaged
+# Of an arm with the loss against the one without.
+COMPARED = ("ΔDice, all", "effect size", "p (Holm)", "ΔDice, worst-off", "ΔIoU, all")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -66,6 +68,21 @@ def plateau(folder: Path) -> str:
 
 def comparisons(folder: Path) -> str:
     """The difference of each arm from no loss."""
+    return table(["arm", *COMPARED], comparison_rows(folder))
+
+
+def variants(output: Path, part: Part) -> str:
+    """The same for what differs from `paper-ascent` in one option; p-values are corrected within a row."""
+    rows = []
+    for variant, options in VARIANTS.items():
+        folder = output / part.name(variant)
+        if is_finished(folder):
+            rows += [[f"`{' '.join(options)}`", *row[1:]] for row in comparison_rows(folder)]
+    return table(["variant", *COMPARED], rows) if rows else ""
+
+
+def comparison_rows(folder: Path) -> list[list[str]]:
+    """A row for each arm."""
     found = read(folder)["comparisons"]
     arms = list(dict.fromkeys(one["arm"] for one in found))
 
@@ -86,8 +103,7 @@ def comparisons(folder: Path) -> str:
                 f"{signed(all_iou['mean'])} {within(all_iou['interval'])}",
             ]
         )
-    header = ["arm", "ΔDice, all", "effect size", "p (Holm)", "ΔDice, worst-off", "ΔIoU, all"]
-    return table(header, rows)
+    return rows
 
 
 def features(folder: Path) -> str:
@@ -144,6 +160,8 @@ def section(part: Part, output: Path) -> list[str]:
     if not is_finished(conventions):
         return []
     parts = [f"## {part.dataset}, {part.model}", plateau(conventions), comparisons(conventions)]
+    of_variants = variants(output, part)
+    parts += ["### Ceilings of α, and the exchange", of_variants] if of_variants else []
     for experiment, (title, make) in SECTIONS.items():
         folder = output / part.name(experiment)
         if is_finished(folder):
