@@ -44,7 +44,7 @@ class Rule(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """α, L and the target at a training pass, [3, L] on the host once `event` has come."""
+    """α, L, the target and whether α had left its bounds, [4, L] on the host once `event` has come."""
 
     values: Tensor
     stepped: bool
@@ -66,6 +66,7 @@ class AlphaWatch:
         self._passes = 0
         self._version: int | None = None
         self._stepped = False
+        self._left: Tensor | None = None  # whether α left its bounds before this look, a scalar
         self._looks: list[_Look] = []
         self._rose: Tensor | None = None
         self._said: set[object] = set()
@@ -75,10 +76,20 @@ class AlphaWatch:
         """Copy and pickle as a fresh one: a copy of the module goes its own way."""
         return AlphaWatch, ()
 
-    def see_version(self, alpha: Tensor, after_projection: bool) -> None:
-        """Notice a step of the optimizer: a change of α in place that is not the projection's own."""
-        if not after_projection and self._version is not None and _version(alpha) != self._version:
+    def before_projection(self, alpha: Tensor, rule: Rule) -> None:
+        """Notice a step of the optimizer: a change of α [L] in place that is not the projection's own.
+
+        Fused optimizers and others count no change; theirs is seen where it took α out of its bounds.
+        """
+        if self._version is not None and _version(alpha) != self._version:
             self._stepped = True
+        elif self._passes and self._passes % rule.patience == 0 and not _is_captured(alpha):
+            low, high = rule.bounds
+            left = ((alpha.detach() < low) | (alpha.detach() > high)).any()
+            self._left = left if self._left is None else self._left | left
+
+    def after_projection(self, alpha: Tensor) -> None:
+        """Leave the change of α [L] by the projection out of account."""
         self._version = _version(alpha)
 
     def pass_by(
@@ -100,9 +111,7 @@ class AlphaWatch:
             layers: the features of the pass, [N, C_l, *S_l] each.
             grouped: whether the loss is that of a group of ranks, which gives all of them one gradient.
         """
-        if self._passes % rule.patience == 0 and not (
-            alpha.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        if self._passes % rule.patience == 0 and not _is_captured(alpha):
             if self._passes and "detached" not in self._said and checks.warn_if_detached(layers):
                 self._said.add("detached")
             if rule.name != "ramp":
@@ -126,7 +135,8 @@ class AlphaWatch:
 
     def _look(self, alpha: Tensor, losses: Tensor | None, target: Tensor, rule: Rule) -> None:
         losses = torch.full_like(alpha, float("nan")) if losses is None else losses.to(alpha.dtype)
-        values = torch.stack([alpha, losses, target.to(alpha.dtype).expand_as(alpha)])  # [3, L]
+        left = alpha.new_zeros(()) if self._left is None else self._left.to(alpha.dtype)
+        values = torch.stack([alpha, losses, target.to(alpha.dtype).expand_as(alpha), left.expand_as(alpha)])
         event = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
@@ -134,15 +144,15 @@ class AlphaWatch:
             event = torch.cuda.Event()
             event.record()
         self._looks = [*self._looks[-2:], _Look(values, self._stepped, event)]
-        self._stepped = False
+        self._stepped, self._left = False, None
         ready = self._looks if event is None else self._looks[:-1]
         if len(ready) >= 2 and ready[-2].is_there() and ready[-1].is_there():
             self._judge(ready[-2], ready[-1], rule)
 
     def _judge(self, before: _Look, now: _Look, rule: Rule) -> None:
-        alpha, losses, target = now.values
+        alpha, losses, target, left = now.values
         still = alpha == before.values[0]  # [L]
-        if not now.stepped and still.all():
+        if not now.stepped and not left.any() and still.all():
             self._warn(
                 "optimizer",
                 f"alpha has not been stepped in {rule.patience} training passes, so the weights of the "
@@ -195,6 +205,11 @@ class AlphaWatch:
             return
         self._said.add(once)
         warnings.warn(text, stacklevel=8)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether the work on a tensor of any shape goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _version(tensor: Tensor) -> int:

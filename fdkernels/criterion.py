@@ -244,11 +244,11 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
             return
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            self._watch.see_version(alpha, after_projection=False)
+            self._watch.before_projection(alpha, self.rule)
         with torch.no_grad():
             alpha.clamp_(*self.rule.bounds)
         if not compiling:
-            self._watch.see_version(alpha, after_projection=True)
+            self._watch.after_projection(alpha)
 
     def forward(
         self,

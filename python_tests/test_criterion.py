@@ -279,6 +279,31 @@ def test_clipped_where_the_loss_is_positive_is_noticed():
 
 
 @pytest.mark.parametrize(
+    ("crit", "value", "match"),
+    [
+        (fdk.FeatureDiscrepancyLoss(2, alpha_max=0.05, patience=3), 9.0, "every alpha has stayed at a bound"),
+        (fdk.FeatureDiscrepancyLoss(2, "clipped", patience=3), 1.0, "'clipped' never leaves 0"),
+    ],
+    ids=["ascent", "clipped"],
+)
+def test_a_step_that_counts_no_change_is_noticed_at_the_bounds(crit, value, match):
+    """Fused optimizers write parameters without a new version of the tensor."""
+    crit = copy.deepcopy(crit)
+    optimizer = torch.optim.Adam(crit.parameter_groups(lr=0.02), fused=True)
+
+    def train() -> None:
+        for _ in range(12):
+            optimizer.zero_grad()
+            crit([layer(value)] * 2, MASK).backward()
+            optimizer.step()
+            crit.alpha.max()  # reading α projects it before the next pass
+
+    with pytest.warns(UserWarning, match=match) as said:
+        train()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
     "crit",
     [
         fdk.FeatureDiscrepancyLoss(1, patience=2),
