@@ -94,6 +94,7 @@ LEGAL = {
     **dict.fromkeys(
         ("fd_loss", "channels_last", "compile", "fuse", "tensorboard", "sync_batchnorm"), (True, False)
     ),
+    "alpha_max": (1, 3, 250, 0.5),
     "alpha_target": (-1, 0, 1, 3, 250, 0.5, -0.0),
     "seed": (0, 1, 3, 250, 10**9),
     "fold": (1, 3),
