@@ -109,11 +109,14 @@ class Board:
     def times(self) -> str:
         """Say the time gone, and the time left at the pace so far."""
         gone = time.monotonic() - self._begun
-        done = sum(self._done.values())
-        left = sum(run.epochs for run in self.runs.values()) - done
-        pace = done - self._at_start
+        left = sum(run.epochs - self._done[key] for key, run in self.runs.items() if self._will_train(run))
+        pace = sum(self._done.values()) - self._at_start
         rest = "unknown" if pace <= 0 and left else _duration(gone / max(pace, 1) * left)
         return f"{_duration(gone)} gone, {rest} left"
+
+    def _will_train(self, run: PlannedRun) -> bool:
+        """Whether epochs of a run cost time: those of one that another experiment has trained do not."""
+        return run.trained is None or run.key in self._working
 
     def _of(self, arm: str) -> list[PlannedRun]:
         return [run for run in self.runs.values() if arm in ("", run.arm.name)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 
 from rich.console import Console
@@ -44,6 +45,21 @@ def test_epochs_of_an_earlier_sitting_cost_no_time(tiny, monkeypatch):
         clock[0] = 10.0
         board.trained(runs[0], 2)  # its first epoch was trained before
         assert board.times() == "0:00:10 gone, 0:01:00 left"
+
+
+def test_what_another_experiment_has_trained_is_no_time_left(tiny, monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    runs = _runs(tiny)
+    runs[2:] = [dataclasses.replace(run, trained=tmp_path) for run in runs[2:]]
+    with Board("ablation", runs, (), Console(file=io.StringIO())) as board:
+        clock[0] = 10.0
+        board.trained(runs[0], 1)
+        assert board.times() == "0:00:10 gone, 0:00:30 left"
+        board.finished(runs[2])
+        assert board.times() == "0:00:10 gone, 0:00:30 left"
+        board.trained(runs[3], 1)  # it went on from other weights, so it is trained anew
+        assert board.times() == "0:00:10 gone, 0:00:20 left"
 
 
 def test_a_terminal_shows_arms_and_the_run_at_work(tiny):
