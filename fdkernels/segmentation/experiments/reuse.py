@@ -37,14 +37,14 @@ def with_trained(runs: Sequence[PlannedRun], folders: Sequence[Path]) -> list[Pl
     ]
 
 
-# They decide on nothing where the loss does not act: scores are in the run's convention, without exchange.
-_OF_THE_LOSS = ("alpha_lr", "alpha_max", "alpha_rule", "alpha_target", "exchange")
+# They decide on nothing where the loss does not act. (An exchange does: a last batch of one is left out.)
+_OF_ALPHA = ("alpha_lr", "alpha_max", "alpha_rule", "alpha_target")
 
 
 def _identity(config: TrainingConfig) -> str:
     """Name what decides on a run's numbers: its options without those that may differ on a resume."""
     fields: dict[str, Any] = config.as_json()
-    idle = {*FREE_ON_RESUME, *(() if config.fd_loss and config.epochs_active else _OF_THE_LOSS)}
+    idle = {*FREE_ON_RESUME, *(() if config.fd_loss and config.epochs_active else _OF_ALPHA)}
     return json.dumps({name: fields[name] for name in sorted(fields) if name not in idle})
 
 

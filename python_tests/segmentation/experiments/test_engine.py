@@ -359,10 +359,16 @@ def test_what_was_trained_otherwise_is_trained_anew(ablation, tmp_path, other):
     assert summary["state"] == {"finished": 2, "total": 2}
 
 
-def test_runs_in_which_the_loss_does_not_act_are_reused_whatever_it_would_do(ablation, tmp_path):
+def test_an_exchange_decides_on_batches_where_the_loss_does_not_act_as_well(ablation, tmp_path):
     config, _ = ablation
-    options = {"alpha_max": 1e-3, "alpha_lr": 0.5, "exchange": "shuffle"}
-    other = dataclasses.replace(config, output=str(tmp_path / "other"), **options)
+    other = dataclasses.replace(config, output=str(tmp_path / "other"), exchange="shuffle")
+    summary = run_experiment("ablation", other, seeds=1, folds=1, reuse=[config.output], progress=False)
+    assert summary["reused"] == {}
+
+
+def test_runs_in_which_the_loss_does_not_act_are_reused_however_alpha_would_move(ablation, tmp_path):
+    config, _ = ablation
+    other = dataclasses.replace(config, output=str(tmp_path / "other"), alpha_max=1e-3, alpha_lr=0.5)
     summary = run_experiment("ablation", other, seeds=1, folds=1, reuse=[config.output], progress=False)
     assert {key.split("/")[0] for key in summary["reused"]} == {"first-phase", "without"}
     result = read_json(tmp_path / "other" / "runs" / "with" / "seed0" / "fold1" / "active" / "result.json")
