@@ -306,16 +306,10 @@ def _steps(entries: Sequence[Entry]) -> str:
         what = [entry.get("preset", entry["network"]), entry["mode"], f"{entry['images']}, {width}"]
         ratios = [ratio(entry, f"{name}/without") for name in names] + [ratio(entry, "free/norms")]
         rows.append([*what, timing(entry, "without"), *ratios, " / ".join(sizes)])
-    header = [
-        "network",
-        "mode",
-        "images, base channels",
-        "without, ms",
-        *(f"{n} / without" for n in names),
-        "free / norms",
-    ]
+    header = ["network", "mode", "images, base channels", "without, ms"]
+    header += [*(f"{n} / without" for n in names), "free / norms", "peak MiB"]
     reasons = sorted({f"`{name}`: {why}" for entry in entries for name, why in entry["left_out"].items()})
-    return table([*header, "peak MiB"], rows) + "".join(f"\n\n{bullet(reason)}" for reason in reasons)
+    return table(header, rows) + "".join(f"\n\n{bullet(reason)}" for reason in reasons)
 
 
 def _instructions(entries: Sequence[Entry]) -> str:

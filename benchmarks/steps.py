@@ -61,7 +61,8 @@ def run_case(case: StepCase, budget: float) -> dict[str, Any]:
     finally:
         for step in steps.values():
             step.close()
-    pairs = [(name, WITHOUT) for name in steps if name != WITHOUT] + [(FREE, NORMS)] * (FREE in steps)
+    pairs = [(name, WITHOUT) for name in steps if name != WITHOUT]
+    pairs += [(FREE, NORMS)] if {FREE, NORMS} <= steps.keys() else []
     seconds, ratios = summarize(samples, pairs)
     return case.record | {
         "rounds": len(samples[WITHOUT]),
