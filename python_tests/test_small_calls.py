@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fdkernels as fdk
 
@@ -122,3 +123,63 @@ def test_a_small_call_matches_the_reference(name, backend):
     for got, right in zip(found, expected, strict=True):
         error = (got - right).norm() / right.norm().clamp(min=1)
         assert error <= BOUNDS[call.layers[0].dtype]
+
+
+def small_norms() -> dict[str, tuple[nn.Module, nn.Module, Tensor]]:
+    """Normalisation, activation and map [N, C, *S]."""
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, tuple[nn.Module, nn.Module, Tensor]] = {}
+    for dtype in BOUNDS:
+        x = torch.randn(2, 20, 24, 20, generator=generator).to(dtype)
+        odd = torch.randn(2, 7, 5, 7, generator=generator).to(dtype)
+        volume = torch.randn(2, 5, 5, 7, 9, generator=generator).to(dtype)
+        for name, norm, activation, of in (
+            ("batch", nn.BatchNorm2d(20), nn.ReLU(), x),
+            ("batch-channels_last", nn.BatchNorm2d(20), nn.ReLU(), channels_last(x)),
+            ("instance", nn.InstanceNorm2d(20, affine=True), nn.LeakyReLU(), x),
+            ("instance-channels_last", nn.InstanceNorm2d(20, affine=True), nn.LeakyReLU(), channels_last(x)),
+            ("odd", nn.BatchNorm2d(7), nn.ReLU(), odd),
+            ("odd-channels_last", nn.BatchNorm2d(7), nn.ReLU(), channels_last(odd)),
+            ("3-D", nn.InstanceNorm3d(5), nn.ReLU(), volume),
+        ):
+            found[f"{name}-{str(dtype).removeprefix('torch.')}"] = (norm, activation, of)
+    return found
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+NORMS = small_norms()
+
+
+def run_norm(name: str, fuses: bool, device: str, backend: str) -> list[Tensor]:
+    """Loss, output, gradients of map and parameters and the running statistics, as double on the CPU."""
+    norm, activation, x = NORMS[name]
+    block = nn.Sequential(copy.deepcopy(norm), activation)
+    model = nn.ModuleDict({"block": block}).to(device)
+    model.forward = lambda x: model.block(x)
+    if fuses:
+        fdk.fuse_norms(model, ["block"])
+    mask = (torch.rand(2, 1, *x.shape[2:], generator=torch.Generator().manual_seed(2)) > 0.7).float()
+    leaf, mask = x.detach().to(device).requires_grad_(), mask.to(device)
+    with fdk.use_backend(backend), fdk.FeatureTaps(model, ["block"], fused=True) as taps:
+        with taps.mask(mask):
+            y = model(leaf)
+        loss = fdk.FeatureDiscrepancyLoss(1).to(device)(taps, mask)
+        (loss + y.float().square().sum() / 100).backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    found = [loss, y, leaf.grad, *grads, *model.buffers()]
+    return [tensor.detach().cpu().double() for tensor in found]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_small_norm_matches_torch(name, backend):
+    reason = fdk.backends()[backend]
+    if reason is not None:
+        pytest.skip(f"backend {backend!r}: {reason}")
+    found, expected = run_norm(name, True, "cuda", backend), run_norm(name, False, "cpu", "reference")
+    for got, right in zip(found, expected, strict=True):
+        error = (got - right).norm() / right.norm().clamp(min=1)
+        assert error <= BOUNDS[NORMS[name][2].dtype]
