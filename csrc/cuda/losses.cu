@@ -23,9 +23,9 @@ __device__ uint32_t take_ticket(uint32_t* started) {
 // Publishes what this block has written, and returns how many blocks have done so before.
 __device__ uint32_t publish(uint32_t* count) {
   __shared__ uint32_t before;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence(); // of all that the block has written: the barrier precedes it
     before = atomicAdd(count, 1u);
     __threadfence();
   }
@@ -69,11 +69,15 @@ __device__ void losses_of_channels(const View<T>& view, int64_t first, int64_t s
 
 // Computes the parts of the block of sample n, in every thread: the loss of the sample and every batch-th pooled pair.
 // Under the norm over the batch it takes the losses of some channels instead. Also writes the slopes of the sample.
-template <typename Acc>
+template <bool kOwnPairs, typename Acc>
 __device__ void make_parts(const View<Acc>& view, int64_t n, Acc* slopes, double (&parts)[kParts]) {
   const Options& options = view.options;
   const int64_t batch = view.pass.batch;
-  write_slopes(view, n, slopes, parts[kEntries]);
+  write_slopes<kOwnPairs>(view, n, slopes, parts[kEntries]);
+  if constexpr (kOwnPairs) {
+    parts[kEntryCount] = view.counts(n);
+    return;
+  }
   if (options.norm == Norm::kBatch) {
     double entries[2] = {0, 0};
     losses_of_channels(view, n * kThreads + threadIdx.x, batch * kThreads, entries);
@@ -109,7 +113,9 @@ __device__ void write_loss(Reduction reduction, int64_t batch, const double* par
   *loss = static_cast<Acc>(value);
 }
 
-template <typename Acc>
+// `kOwnPairs`: every term is that of a sample's own pair, under no exchange and no norm over the batch. That is what
+// most calls ask for, and takes a fraction of the code, which a kernel waits for.
+template <typename Acc, bool kOwnPairs>
 __global__ void __launch_bounds__(kThreads)
     losses_kernel(const __grid_constant__ LossWork work, const Outputs<Acc> sums, const LossScratch scratch) {
   wait_for_previous_launch();
@@ -132,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for(&scratch.counters->summed[index], layer.blocks);
 
   double parts[kParts] = {};
-  make_parts(view, n, static_cast<Acc*>(work.losses.slopes), parts);
+  make_parts<kOwnPairs>(view, n, static_cast<Acc*>(work.losses.slopes), parts);
   double* layer_parts = scratch.parts + static_cast<int64_t>(index) * batch * kParts; // [N, kParts]
   if (threadIdx.x == 0) {
     for (int part = 0; part < kParts; ++part)
@@ -161,8 +167,10 @@ void launch_all(const Pyramid& pyramid, const void* sums, const void* masses, co
 template <typename Acc>
 void launch_losses(const SecondPass& pass, const Losses& losses, const Outputs<Acc>& sums, const LossScratch& scratch,
                    const Stream& stream) {
-  launch("losses_kernel", losses_kernel<Acc>, pass.blocks + pass.count * pass.batch, kThreads, stream,
-         LossWork{pass, losses}, sums, scratch);
+  const Options& options = losses.options;
+  const bool own_pairs = options.exchange == Exchange::kNone && options.norm != Norm::kBatch;
+  launch("losses_kernel", own_pairs ? losses_kernel<Acc, true> : losses_kernel<Acc, false>,
+         pass.blocks + pass.count * pass.batch, kThreads, stream, LossWork{pass, losses}, sums, scratch);
 }
 
 template void launch_losses(const SecondPass&, const Losses&, const Outputs<float>&, const LossScratch&, const Stream&);

@@ -243,6 +243,7 @@ __device__ void weights_of_cells(const Masks& args, const SizeWork& size, uint32
 
 template <typename Acc, typename Index>
 __global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__ MaskWork work) {
+  allow_next_launch();
   int index = work.count - 1;
   while (blockIdx.x < work.sizes[index].first_block)
     --index;

@@ -20,79 +20,75 @@ __device__ inline void follow_previous_launch() {
   allow_next_launch();
 }
 
-// Calls one of two functions with the pack type of a map: of a block with contiguous channels, or of each warp.
-template <typename Acc, typename AlongChannels, typename AlongPixels>
-__device__ void with_tile(const NormWork<Acc>& work, uint32_t block, AlongChannels along_channels,
-                          AlongPixels along_pixels) {
-  with_pack<Acc>(work.layer, [&](auto pack) {
-    if (work.layer.along_channels) {
-      along_channels(pack, block);
-    } else {
-      along_pixels(pack, block * kWarps + threadIdx.x / kWarp);
-    }
-  });
-}
+__device__ inline uint32_t warp_of(uint32_t block) { return block * kWarps + threadIdx.x / kWarp; }
 
-template <typename Acc, bool kFirst>
+template <typename Acc, typename Kind, bool kFirst>
 __global__ void __launch_bounds__(kThreads, kMomentsBlocks<Acc>)
     norm_moments_kernel(const __grid_constant__ NormWork<Acc> work) {
-  alignas(16) __shared__ char shared[kNormShared<Acc>];
   follow_previous_launch();
   const NormFormula<Acc, kFirst> formula(work);
-  with_tile(
-      work, blockIdx.x, [&](auto pack, uint32_t block) { moments_along_channels(pack, work, formula, block, shared); },
-      [&](auto pack, uint32_t warp) { moments_along_pixels(pack, work, formula, warp); });
+  if constexpr (Kind::kAlongChannels) {
+    alignas(16) __shared__ char shared[kNormShared<Acc>];
+    moments_along_channels(typename Kind::Elements(), work, formula, blockIdx.x, shared);
+  } else {
+    moments_along_pixels(typename Kind::Elements(), work, formula, warp_of(blockIdx.x));
+  }
 }
 
 // The pass after a reduction goes backwards: what was read last is in the cache.
 __device__ inline uint32_t block_from_the_end() { return gridDim.x - 1 - blockIdx.x; }
 
-template <typename Acc, bool kFirst>
+template <typename Acc, typename Kind, bool kFirst>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     norm_output_kernel(const __grid_constant__ NormWork<Acc> work) {
-  alignas(16) __shared__ char shared[kNormShared<Acc>];
   follow_previous_launch();
   const NormFormula<Acc, kFirst> formula(work);
-  with_tile(
-      work, block_from_the_end(),
-      [&](auto pack, uint32_t block) { output_along_channels(pack, work, formula, block, shared); },
-      [&](auto pack, uint32_t warp) { output_along_pixels(pack, work, formula, warp); });
+  if constexpr (Kind::kAlongChannels) {
+    alignas(16) __shared__ char shared[kNormShared<Acc>];
+    output_along_channels(typename Kind::Elements(), work, formula, block_from_the_end(), shared);
+  } else {
+    output_along_pixels(typename Kind::Elements(), work, formula, warp_of(block_from_the_end()));
+  }
 }
 
-template <typename Acc, bool kFirst>
+template <typename Acc, typename Kind, bool kFirst>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     norm_reduce_kernel(const __grid_constant__ NormWork<Acc> work) {
-  alignas(16) __shared__ char shared[kNormShared<Acc>];
   follow_previous_launch();
   const NormFormula<Acc, kFirst> formula(work);
-  with_tile(
-      work, blockIdx.x, [&](auto pack, uint32_t block) { reduce_along_channels(pack, work, formula, block, shared); },
-      [&](auto pack, uint32_t warp) { reduce_along_pixels(pack, work, formula, warp); });
+  if constexpr (Kind::kAlongChannels) {
+    alignas(16) __shared__ char shared[kNormShared<Acc>];
+    reduce_along_channels(typename Kind::Elements(), work, formula, blockIdx.x, shared);
+  } else {
+    reduce_along_pixels(typename Kind::Elements(), work, formula, warp_of(blockIdx.x));
+  }
 }
 
-template <typename Acc, bool kFirst>
+template <typename Acc, typename Kind, bool kFirst>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     norm_gradient_kernel(const __grid_constant__ NormWork<Acc> work) {
-  alignas(16) __shared__ char shared[kNormShared<Acc>];
   follow_previous_launch();
   const NormFormula<Acc, kFirst> formula(work);
-  with_tile(
-      work, block_from_the_end(),
-      [&](auto pack, uint32_t block) { gradient_along_channels(pack, work, formula, block, shared); },
-      [&](auto pack, uint32_t warp) { gradient_along_pixels(pack, work, formula, warp); });
+  if constexpr (Kind::kAlongChannels) {
+    alignas(16) __shared__ char shared[kNormShared<Acc>];
+    gradient_along_channels(typename Kind::Elements(), work, formula, block_from_the_end(), shared);
+  } else {
+    gradient_along_pixels(typename Kind::Elements(), work, formula, warp_of(block_from_the_end()));
+  }
 }
 
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads) norm_affine_kernel(const NormGroups groups, Affine<Acc>* affine) {
   follow_previous_launch();
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (group < groups.count()) affine[group] = groups.affine<Acc>(group);
+  if (group >= groups.count()) return;
+  affine[group] = groups.affine<Acc>(group % groups.channels, groups.mean(group), groups.variance(group));
 }
 
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
     norm_statistics_kernel(const NormGroups groups, const Partial* partials, Affine<Acc>* affine) {
-  __shared__ double room[kWarps];
+  __shared__ Partial room[kWarps];
   follow_previous_launch();
   merge_moments(groups, partials, blockIdx.x, affine, room);
 }
@@ -100,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads) norm_terms_kernel(const NormGroups groups, const Partial* partials,
                                                               Terms<Acc>* terms, void* grad_gamma, void* grad_beta) {
-  __shared__ double room[kWarps];
+  __shared__ Partial room[kWarps];
   follow_previous_launch();
   merge_gradients(groups, partials, blockIdx.x, terms, grad_gamma, grad_beta, room);
 }
@@ -111,6 +107,31 @@ __global__ void __launch_bounds__(kThreads) norm_region_sums_kernel(const __grid
   merge_region_sums(work, static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp);
 }
 
+// The kernels over the tiles of a map.
+template <typename Acc>
+using TileKernel = void (*)(const NormWork<Acc>);
+template <typename Acc>
+struct TileKernels {
+  TileKernel<Acc> moments, output, reduce, gradient;
+};
+
+template <typename Acc, typename Kind, bool kFirst>
+TileKernels<Acc> kernels_of() {
+  return {norm_moments_kernel<Acc, Kind, kFirst>, norm_output_kernel<Acc, Kind, kFirst>,
+          norm_reduce_kernel<Acc, Kind, kFirst>, norm_gradient_kernel<Acc, Kind, kFirst>};
+}
+
+// Those for the kind of a map and the place of the activation.
+template <typename Acc>
+TileKernels<Acc> choose_kernels(const LayerWork& map, bool activation_first) {
+  TileKernels<Acc> chosen = {};
+  with_kind<Acc>(map, [&](auto kind) {
+    using Kind = decltype(kind);
+    chosen = activation_first ? kernels_of<Acc, Kind, true>() : kernels_of<Acc, Kind, false>();
+  });
+  return chosen;
+}
+
 // The launches of a call, which follow each other on its stream.
 template <typename Acc>
 class NormCall {
@@ -119,6 +140,7 @@ class NormCall {
       : call_(call),
         work_(make_norm_work<Acc>(call)),
         groups_(call, work_.layer),
+        kernels_(choose_kernels<Acc>(work_.layer, call.activation_first)),
         stream_(stream),
         early_(may_launch_early(device)) {
     const NormScratch<Acc> scratch(call, work_.layer.tiles);
@@ -133,10 +155,10 @@ class NormCall {
     if (call_.given) {
       launch_affine();
     } else {
-      run("norm_moments_kernel", norm_moments_kernel<Acc, false>, norm_moments_kernel<Acc, true>);
+      run("norm_moments_kernel", kernels_.moments);
       put("norm_statistics_kernel", norm_statistics_kernel<Acc>, groups_.channels, groups_, partials_, affine_);
     }
-    run("norm_output_kernel", norm_output_kernel<Acc, false>, norm_output_kernel<Acc, true>);
+    run("norm_output_kernel", kernels_.output);
     if (!sums || work_.layer.tiles == 1) return;
     const int64_t planes = groups_.batch * groups_.channels;
     put("norm_region_sums_kernel", norm_region_sums_kernel<Acc>, ceil_div<int64_t>(planes, kWarps), work_);
@@ -147,11 +169,11 @@ class NormCall {
     work_.terms = call_.given ? nullptr : terms_;
     launch_affine();
     if (!call_.given || grad_gamma || grad_beta) {
-      run("norm_reduce_kernel", norm_reduce_kernel<Acc, false>, norm_reduce_kernel<Acc, true>);
+      run("norm_reduce_kernel", kernels_.reduce);
       put("norm_terms_kernel", norm_terms_kernel<Acc>, groups_.channels, groups_, partials_, terms_, grad_gamma,
           grad_beta);
     }
-    if (call_.out) run("norm_gradient_kernel", norm_gradient_kernel<Acc, false>, norm_gradient_kernel<Acc, true>);
+    if (call_.out) run("norm_gradient_kernel", kernels_.gradient);
   }
 
  private:
@@ -159,11 +181,7 @@ class NormCall {
     put("norm_affine_kernel", norm_affine_kernel<Acc>, ceil_div<int64_t>(groups_.count(), kThreads), groups_, affine_);
   }
 
-  // Launches the kernel over the tiles that fits where the activation stands.
-  using TileKernel = void (*)(const NormWork<Acc>);
-  void run(const char* name, TileKernel activation_last, TileKernel activation_first) {
-    put(name, call_.activation_first ? activation_first : activation_last, work_.blocks, work_);
-  }
+  void run(const char* name, TileKernel<Acc> kernel) { put(name, kernel, work_.blocks, work_); }
 
   template <typename... Parameters, typename... Arguments>
   void put(const char* name, void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) {
@@ -174,6 +192,7 @@ class NormCall {
   const NormAct& call_;
   NormWork<Acc> work_;
   NormGroups groups_;
+  TileKernels<Acc> kernels_;
   Partial* partials_;
   Affine<Acc>* affine_;
   Terms<Acc>* terms_;

@@ -1,5 +1,5 @@
-// Sums and gradients on CUDA, for all layers at a time: (R2) in one launch and a second pass, (R3) and (R4) in one
-// launch each.
+// Sums and gradients on CUDA, for all layers of a kind at a time: (R2) in one launch and a second pass, (R3) and (R4)
+// in one launch each.
 #include "losses/launch.cuh"
 #include "sums/along_channels.cuh"
 #include "sums/along_pixels.cuh"
@@ -16,22 +16,20 @@ constexpr int kBlocks = std::is_same_v<Acc, float> ? 3 : 2;
 template <typename Acc>
 constexpr int kSumsShared = kThreads * (std::is_same_v<Acc, float> ? 2 * kVector<__half> + 2 : 8) * sizeof(Acc);
 
-template <typename Acc>
+template <typename Acc, typename Kind>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     sums_kernel(const __grid_constant__ Work work, const Outputs<Acc> out) {
-  alignas(16) __shared__ char shared[kSumsShared<Acc>];
+  wait_for_previous_launch(); // for the masks
   allow_next_launch();
   if (blockIdx.x == 0 && threadIdx.x < out.num_counters) out.counters[threadIdx.x] = 0;
   const int index = layer_of_block(work, blockIdx.x);
-  const LayerWork& layer = work.layers[index];
-  const uint32_t block = blockIdx.x - layer.first_block;
-  with_pack<Acc>(layer, [&](auto pack) {
-    if (layer.along_channels) {
-      sum_along_channels(pack, work, index, block, out, shared);
-    } else {
-      sum_along_pixels(pack, work, index, block * kWarps + threadIdx.x / kWarp, out);
-    }
-  });
+  const uint32_t block = blockIdx.x - work.layers[index].first_block;
+  if constexpr (Kind::kAlongChannels) {
+    alignas(16) __shared__ char shared[kSumsShared<Acc>];
+    sum_along_channels(typename Kind::Elements(), work, index, block, out, shared);
+  } else {
+    sum_along_pixels(typename Kind::Elements(), work, index, block * kWarps + threadIdx.x / kWarp, out);
+  }
 }
 
 template <typename Acc>
@@ -41,36 +39,31 @@ __global__ void __launch_bounds__(kThreads)
   second_pass(pass, index, blockIdx.x - pass.layers[index].first_block, out);
 }
 
-template <typename Acc>
+template <typename Acc, typename Kind>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     gradient_kernel(const __grid_constant__ Work work, const SumGradients<Acc> grad_sums) {
-  alignas(16) __shared__ char shared[kStagedPixels<Acc> * sizeof(Weights<Acc>)];
   const int index = layer_of_block(work, blockIdx.x);
-  const LayerWork& layer = work.layers[index];
-  const uint32_t block = blockIdx.x - layer.first_block;
-  with_pack<Acc>(layer, [&](auto pack) {
-    if (layer.along_channels) {
-      gradient_along_channels(pack, work, index, block, grad_sums, shared);
-    } else {
-      gradient_along_pixels(pack, work, index, block * kWarps + threadIdx.x / kWarp, grad_sums);
-    }
-  });
+  const uint32_t block = blockIdx.x - work.layers[index].first_block;
+  if constexpr (Kind::kAlongChannels) {
+    alignas(16) __shared__ char shared[kStagedPixels<Acc> * sizeof(Weights<Acc>)];
+    gradient_along_channels(typename Kind::Elements(), work, index, block, grad_sums, shared);
+  } else {
+    gradient_along_pixels(typename Kind::Elements(), work, index, block * kWarps + threadIdx.x / kWarp, grad_sums);
+  }
 }
 
-template <typename Acc>
+template <typename Acc, typename Kind>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc>)
     mask_gradient_kernel(const __grid_constant__ Work work, const Acc* grad_sums) {
-  alignas(16) __shared__ char shared[2 * kWarps * kMaskRow<Acc> * sizeof(Acc)];
   const int index = layer_of_block(work, blockIdx.x);
-  const LayerWork& layer = work.layers[index];
-  const uint32_t block = blockIdx.x - layer.first_block;
-  with_pack<Acc>(layer, [&](auto pack) {
-    if (layer.along_channels) {
-      mask_gradient_along_channels(pack, work, index, block * kWarps + threadIdx.x / kWarp, grad_sums);
-    } else {
-      mask_gradient_along_pixels(pack, work, index, block, grad_sums, shared);
-    }
-  });
+  const uint32_t block = blockIdx.x - work.layers[index].first_block;
+  if constexpr (Kind::kAlongChannels) {
+    const uint32_t warp = block * kWarps + threadIdx.x / kWarp;
+    mask_gradient_along_channels(typename Kind::Elements(), work, index, warp, grad_sums);
+  } else {
+    alignas(16) __shared__ char shared[2 * kWarps * kMaskRow<Acc> * sizeof(Acc)];
+    mask_gradient_along_pixels(typename Kind::Elements(), work, index, block, grad_sums, shared);
+  }
 }
 
 // The workspace of a launch: the scratch memory of the losses, if there are any, and then the partial sums.
@@ -91,7 +84,11 @@ void launch_sums(const Pyramid& pyramid, void* sums, void* masses, const Losses*
   for (int64_t first = 0; first < pyramid.num_layers; first += kMaxLayers) {
     const Work work = make_work(pyramid, first, Kernel::kSums);
     const SecondPass pass = describe_second_pass(pyramid, work);
-    launch("sums_kernel", sums_kernel<Acc>, work.blocks, kThreads, stream.handle, work, out);
+    Outputs<Acc> of_kind = out;
+    for_each_kind<Acc>(work, [&](auto kind, const Work& layers) {
+      launch("sums_kernel", sums_kernel<Acc, decltype(kind)>, layers.blocks, kThreads, stream, layers, of_kind);
+      of_kind.num_counters = 0; // the first launch has set them
+    });
     if (losses) {
       launch_losses(pass, *losses, out, scratch, stream);
     } else {
@@ -107,7 +104,10 @@ void launch_gradient(const Pyramid& pyramid, const void* grad_sums, const void* 
                                        factor_stride};
   for (int64_t first = 0; first < pyramid.num_layers; first += kMaxLayers) {
     const Work work = make_work(pyramid, first, Kernel::kGradient);
-    launch("gradient_kernel", gradient_kernel<Acc>, work.blocks, kThreads, stream, work, gradients);
+    for_each_kind<Acc>(work, [&](auto kind, const Work& layers) {
+      launch("gradient_kernel", gradient_kernel<Acc, decltype(kind)>, layers.blocks, kThreads, stream, layers,
+             gradients);
+    });
   }
 }
 
@@ -115,8 +115,10 @@ template <typename Acc>
 void launch_mask_gradient(const Pyramid& pyramid, const void* grad_sums, void* stream) {
   for (int64_t first = 0; first < pyramid.num_layers; first += kMaxLayers) {
     const Work work = make_work(pyramid, first, Kernel::kMaskGradient);
-    launch("mask_gradient_kernel", mask_gradient_kernel<Acc>, work.blocks, kThreads, stream, work,
-           static_cast<const Acc*>(grad_sums));
+    for_each_kind<Acc>(work, [&](auto kind, const Work& layers) {
+      launch("mask_gradient_kernel", mask_gradient_kernel<Acc, decltype(kind)>, layers.blocks, kThreads, stream, layers,
+             static_cast<const Acc*>(grad_sums));
+    });
   }
 }
 
@@ -135,7 +137,7 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
   const DeviceGuard guard(device);
   if (losses && pyramid.batch == 0) return zero_losses(pyramid, *losses, stream);
   const auto run = pyramid.accumulate == DType::kFloat64 ? launch_sums<double> : launch_sums<float>;
-  run(pyramid, sums, masses, losses, static_cast<char*>(workspace), {stream, losses && may_launch_early(device)});
+  run(pyramid, sums, masses, losses, static_cast<char*>(workspace), {stream, may_launch_early(device)});
 }
 
 void gradient(const Pyramid& pyramid, const void* grad_sums, const void* factor, int64_t factor_stride, int device,

@@ -126,9 +126,22 @@ def test_a_pyramid_of_more_layers_than_a_launch_takes(emulated, launches, wide, 
     )
     layouts = [DENSE_LAYOUTS[i % 5] for i in range(19)]
     check_gradient(emulated, inputs, torch.randn(19, dtype=inputs.accumulate), layouts=layouts)
-    assert launches.count() == 2
     check_mask_gradient(emulated, inputs)
-    assert launches.count() == 2
+    # A launch takes sixteen layers of one kind; pixels that fill no vectors make another kind.
+    one, other = (
+        [make_layer((2, 3, 3, side), torch.float32, "contiguous", torch.float32, has_bg)] for side in (8, 5)
+    )
+    for pyramid, expected in (
+        (one * 19, 2),
+        (one * 16, 1),
+        (one * 8 + other + one, 2),
+        (other + one * 18, 3),
+    ):
+        launches.count()
+        check_gradient(emulated, join(pyramid))
+        assert launches.count() == expected
+        check_mask_gradient(emulated, join(pyramid))
+        assert launches.count() == expected
 
 
 @pytest.mark.parametrize("upstream_layout", [*LAYOUTS, "one number"])

@@ -37,6 +37,24 @@ struct SlopeWriter {
   }
 };
 
+// The gradients of q times the distance of a pair (i, j): `f` and `b` times along(f_i - b_j) of a channel.
+struct PairSlopes {
+  bool vector;
+  double f, b;
+
+  __device__ PairSlopes(const Options& options, const Moments& moments, double q)
+      : vector(options.norm == Norm::kVector), f(2 * q), b(-2 * q) {
+    if (vector) return;
+    const double x = moments.sums[0], z = moments.sums[1];
+    const bool relative = options.norm == Norm::kRelative;
+    const double d = relative ? z * z + options.eps : 1;
+    const double ratio = relative ? x * z / d : 0;
+    f *= x / d * (1 - ratio);
+    b *= x / d * (1 + ratio);
+  }
+  __device__ double along(double difference) const { return vector ? difference : 1; }
+};
+
 // The gradients of f and b that a thread collects for its channels of sample n.
 template <typename T>
 struct Collected {
@@ -44,29 +62,46 @@ struct Collected {
   int64_t n, first; // the first channel of the thread
   double f[kChannelsOfThread] = {}, b[kChannelsOfThread] = {};
 
-  // Adds the gradients of q times the distance of a pair, one of whose samples is n.
+  // Adds those of q times the distance of a pair, one of whose samples is n.
   __device__ void add(const Pair& pair, const Moments& moments, double q) {
-    const bool vector = view.options.norm == Norm::kVector;
-    double slope_f = 2 * q, slope_b = -2 * q;
-    if (!vector) {
-      const double x = moments.sums[0], z = moments.sums[1];
-      const bool relative = view.options.norm == Norm::kRelative;
-      const double d = relative ? z * z + view.options.eps : 1;
-      const double ratio = relative ? x * z / d : 0;
-      slope_f *= x / d * (1 - ratio);
-      slope_b *= x / d * (1 + ratio);
-    }
+    const PairSlopes slopes(view.options, moments, q);
     const Sample<T> i = view.sample(pair.i), j = view.sample(pair.j);
 #pragma unroll
     for (int t = 0; t < kChannelsOfThread; ++t) {
       const int64_t c = first + t * kThreads;
       if (c >= view.layer.channels) continue;
-      const double along = vector ? i.f(c) - j.b(c) : 1;
-      if (pair.i == n) f[t] += slope_f * along;
-      if (pair.j == n) b[t] += slope_b * along;
+      const double along = slopes.along(i.f(c) - j.b(c));
+      if (pair.i == n) f[t] += slopes.f * along;
+      if (pair.j == n) b[t] += slopes.b * along;
     }
   }
 };
+
+// The gradient of an entry of a loss, of which so many count.
+__device__ inline double gradient_of_entry(const Options& options, double count) {
+  return options.reduction == Reduction::kMean ? 1 / max(count, 1.0) : 1;
+}
+
+// Writes the slopes of a sample that counts, and returns its loss (L3), where its own pair is its only term.
+template <typename T>
+__device__ double slopes_of_own_pair(const SlopeWriter<T>& writer) {
+  const View<T>& view = writer.view;
+  const Sample<T>& sample = writer.sample;
+  double sums[3] = {0, 0, 0}; // the moments, and how many entries count
+  Moments::add_channels(view, writer.n, writer.n, sums);
+  for (int64_t m = threadIdx.x; m < view.pass.batch; m += kThreads)
+    sums[2] += view.counts(m);
+  block_sums(sums);
+  const Moments moments(sums[0], sums[1]);
+  const double D = moments.distance(view.options);
+  const double q = -view.options.log_scale * gradient_of_entry(view.options, sums[2]) / (D + view.options.eps);
+  const PairSlopes slopes(view.options, moments, q);
+  for (int64_t c = threadIdx.x; c < view.layer.channels; c += kThreads) {
+    const double along = slopes.along(sample.f(c) - sample.b(c));
+    writer.put(c, slopes.f * along, slopes.b * along);
+  }
+  return view.loss(D);
+}
 
 // Writes the slopes of one sample and sets `entry` to its loss without the pooled term, (L3) and (L4).
 template <typename T>
@@ -81,7 +116,7 @@ __device__ void slopes_of_sample(const SlopeWriter<T>& writer, double& entry) {
       totals[1] += view.pair(true, k).valid;
   }
   block_sums(totals);
-  const double of_entry = options.reduction == Reduction::kMean ? 1 / max(totals[0], 1.0) : 1;
+  const double of_entry = gradient_of_entry(options, totals[0]);
   const double of_pooled = totals[0] / max(totals[1], 1.0); // of a pair, times of_entry
 
   for (int64_t start = 0; start == 0 || start < view.layer.channels; start += kChannelsOfThread * kThreads) {
@@ -142,12 +177,14 @@ __device__ void slopes_over_batch(const SlopeWriter<T>& writer) {
 }
 
 // Writes the slopes of sample n; called by the whole block. Sets `entry` as slopes_of_sample does, but over the batch.
-template <typename T>
+template <bool kOwnPairs, typename T>
 __device__ void write_slopes(const View<T>& view, int64_t n, T* slopes, double& entry) {
   const Sample<T> sample = view.sample(n);
   const SlopeWriter<T> writer = {view, sample, n, slopes};
   if (!sample.counts) {
     writer.put_zeros();
+  } else if constexpr (kOwnPairs) {
+    entry = slopes_of_own_pair(writer);
   } else if (view.options.norm != Norm::kBatch) {
     slopes_of_sample(writer, entry);
   } else if (slopes) {

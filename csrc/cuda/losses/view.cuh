@@ -102,13 +102,23 @@ __device__ void block_sums(double (&values)[kCount]) {
   }
 }
 
-// The sums over channels from which a distance (L2) follows, in every thread of the block: Σ (f-b)² for the vector
-// norm, else x = Σ (f-b) and z = Σ (f+b).
+// The sums over channels from which a distance (L2) follows: Σ (f-b)² for the vector norm, else x = Σ (f-b) and
+// z = Σ (f+b).
 struct Moments {
   double sums[2] = {0, 0};
 
+  __device__ Moments(double first, double second) : sums{first, second} {}
+
+  // Of the whole block, in each of its threads.
   template <typename T>
   __device__ Moments(const View<T>& view, int64_t i, int64_t j) {
+    add_channels(view, i, j, sums);
+    block_sums(sums);
+  }
+
+  // Adds the channels of a thread.
+  template <typename T>
+  static __device__ void add_channels(const View<T>& view, int64_t i, int64_t j, double* sums) {
     const Sample<T> fg = view.sample(i), bg = view.sample(j);
     const bool vector = view.options.norm == Norm::kVector;
 #pragma unroll 4
@@ -117,7 +127,6 @@ struct Moments {
       sums[0] += vector ? (f - b) * (f - b) : f - b;
       sums[1] += f + b;
     }
-    block_sums(sums);
   }
 
   __device__ double distance(const Options& options) const {

@@ -60,10 +60,12 @@ struct NormGroups {
   }
   __device__ double scale(int64_t group) const { return inverse(group) * parameter(gamma, group % channels, 1); }
 
+  // The affine row of a channel under some statistics.
   template <typename Acc>
-  __device__ Affine<Acc> affine(int64_t group) const {
-    const double by = scale(group), shift = parameter(beta, group % channels, 0) - mean(group) * by;
-    return {static_cast<Acc>(by), static_cast<Acc>(shift), static_cast<Acc>(mean(group))};
+  __device__ Affine<Acc> affine(int64_t channel, double mean, double variance) const {
+    const double by = parameter(gamma, channel, 1) / sqrt(variance + eps);
+    const double shift = parameter(beta, channel, 0) - mean * by;
+    return {static_cast<Acc>(by), static_cast<Acc>(shift), static_cast<Acc>(mean)};
   }
 
   __device__ void move(void* running, int64_t channel, double value) const {
@@ -75,7 +77,7 @@ struct NormGroups {
 // The threads of a block that share a group: a warp under statistics of the samples, which take turns, else all.
 class Team {
  public:
-  __device__ Team(const NormGroups& groups, double* room) : by_sample_(groups.by_sample), room_(room) {}
+  __device__ Team(const NormGroups& groups, Partial* room) : by_sample_(groups.by_sample), room_(room) {}
 
   // Calls body with sample and group of each group of a channel that falls to this team.
   template <typename Body>
@@ -85,101 +87,102 @@ class Team {
       body(n * groups.channels + channel, (channel * groups.samples() + n) * groups.partials());
   }
 
-  // Adds up value(i) for i of [0, count); every thread returns the sum.
+  // Adds up both numbers of value(i) for i of [0, count); every thread returns the sums.
   template <typename Value>
-  __device__ double sum(int64_t count, Value value) const {
+  __device__ Partial sum(int64_t count, Value value) const {
     const int size = by_sample_ ? kWarp : kThreads;
-    double total = 0;
+    Partial total = {0, 0};
 #pragma unroll 4
-    for (int64_t i = threadIdx.x % size; i < count; i += size)
-      total += value(i);
-    total = lane_sum(total);
+    for (int64_t i = threadIdx.x % size; i < count; i += size) {
+      const Partial of_tile = value(i);
+      total.first += of_tile.first;
+      total.second += of_tile.second;
+    }
+    total = {lane_sum(total.first), lane_sum(total.second)};
     return by_sample_ ? total : over_warps(total);
   }
 
   // Adds up what the teams of a block found; every thread returns the sum.
-  __device__ double over_teams(double of_team) const { return by_sample_ ? over_warps(of_team) : of_team; }
+  __device__ Partial over_teams(const Partial& of_team) const { return by_sample_ ? over_warps(of_team) : of_team; }
 
   // One thread of the team, and of the block.
   __device__ bool is_first() const { return threadIdx.x % (by_sample_ ? kWarp : kThreads) == 0; }
 
  private:
-  __device__ double over_warps(double of_warp) const {
+  __device__ Partial over_warps(const Partial& of_warp) const {
     __syncthreads(); // others may still read the last numbers
     if (threadIdx.x % kWarp == 0) room_[threadIdx.x / kWarp] = of_warp;
     __syncthreads();
-    double total = 0;
-    for (int i = 0; i < kWarps; ++i)
-      total += room_[i];
+    Partial total = {0, 0};
+    for (int i = 0; i < kWarps; ++i) {
+      total.first += room_[i].first;
+      total.second += room_[i].second;
+    }
     return total;
   }
 
   bool by_sample_;
-  double* room_; // [kWarps], shared
+  Partial* room_; // [kWarps], shared
 };
 
 // Writes statistics (N1) and affine rows of a channel from means and sums of squared deviations of the tiles, by Chan's
 // formula for any number of parts; and moves the running statistics, for which samples count equally.
 template <typename Acc>
 __device__ void merge_moments(const NormGroups& groups, const Partial* partials, int64_t channel, Affine<Acc>* affine,
-                              double* room) {
+                              Partial* room) {
   const Team team(groups, room);
   const int64_t last = groups.pixels - static_cast<int64_t>(groups.tiles - 1) * groups.tile_pixels;
   auto pixels_of_tile = [&](int64_t i) {
     return static_cast<double>(static_cast<uint32_t>(i) % groups.tiles == groups.tiles - 1 ? last : groups.tile_pixels);
   };
-  double running_mean = 0, running_variance = 0;
+  Partial running = {0, 0}; // mean and variance
   team.for_each_group(groups, channel, [&](int64_t group, int64_t start) {
     const Partial* of_group = partials + start;
     const double origin = of_group[0].first;
-    const double off =
-        team.sum(groups.partials(), [&](int64_t i) { return pixels_of_tile(i) * (of_group[i].first - origin); });
-    const double mean = origin + off / groups.values();
-    const double square = team.sum(groups.partials(), [&](int64_t i) {
-      const double difference = of_group[i].first - mean;
-      return of_group[i].second + pixels_of_tile(i) * difference * difference;
+    const Partial sums = team.sum(groups.partials(), [&](int64_t i) -> Partial {
+      const double off = of_group[i].first - origin, shifted = pixels_of_tile(i) * off;
+      return {shifted, of_group[i].second + shifted * off};
     });
-    const double variance = square / groups.values();
-    running_mean += mean / groups.samples();
-    running_variance += variance / groups.samples();
+    const double off = sums.first / groups.values(), mean = origin + off;
+    const double difference = sums.second / groups.values() - off * off;
+    const double variance = difference < 0 ? 0 : difference; // NaN stays
+    running.first += mean / groups.samples();
+    running.second += variance / groups.samples();
     if (!team.is_first()) return;
     groups.statistics[group] = mean;
     groups.statistics[groups.count() + group] = variance;
-    affine[group] = groups.affine<Acc>(group);
+    affine[group] = groups.affine<Acc>(channel, mean, variance);
   });
   if (!groups.running_mean) return;
-  running_mean = team.over_teams(running_mean);
-  running_variance = team.over_teams(running_variance);
+  running = team.over_teams(running);
   if (threadIdx.x > 0) return;
-  groups.move(groups.running_mean, channel, running_mean);
-  groups.move(groups.running_variance, channel, running_variance * (groups.values() / (groups.values() - 1)));
+  groups.move(groups.running_mean, channel, running.first);
+  groups.move(groups.running_variance, channel, running.second * (groups.values() / (groups.values() - 1)));
 }
 
 // Writes the gradients (N4) of gamma and beta of a channel, unless null, and the terms of (N5), from the sums of h and
 // of h (u - mean) over the tiles.
 template <typename Acc>
 __device__ void merge_gradients(const NormGroups& groups, const Partial* partials, int64_t channel, Terms<Acc>* terms,
-                                void* grad_gamma, void* grad_beta, double* room) {
+                                void* grad_gamma, void* grad_beta, Partial* room) {
   const Team team(groups, room);
-  double of_gamma = 0, of_beta = 0;
+  Partial of_parameters = {0, 0}; // beta and gamma
   team.for_each_group(groups, channel, [&](int64_t group, int64_t start) {
-    const double inverse = groups.inverse(group);
+    const double inverse = groups.inverse(group), by = -groups.scale(group) / groups.values();
     // By how much the mean that the deviations were taken from was rounded.
     const double rounded = static_cast<Acc>(groups.mean(group)) - groups.mean(group);
-    const double A = team.sum(groups.partials(), [&](int64_t i) { return partials[start + i].first; });
-    const double products = team.sum(groups.partials(), [&](int64_t i) { return partials[start + i].second; });
-    const double B = (products + rounded * A) * inverse;
-    of_beta += A;
-    of_gamma += B;
+    const Partial sums = team.sum(groups.partials(), [&](int64_t i) { return partials[start + i]; });
+    const double A = sums.first, B = (sums.second + rounded * A) * inverse;
+    of_parameters.first += A;
+    of_parameters.second += B;
     if (!team.is_first() || groups.given) return;
-    const double by = -groups.scale(group) / groups.values(), linear = by * inverse * B;
+    const double linear = by * inverse * B;
     terms[group] = {static_cast<Acc>(linear), static_cast<Acc>(by * A + rounded * linear)};
   });
-  of_gamma = team.over_teams(of_gamma);
-  of_beta = team.over_teams(of_beta);
+  of_parameters = team.over_teams(of_parameters);
   if (threadIdx.x > 0) return;
-  if (grad_gamma) groups.set_parameter(grad_gamma, channel, of_gamma);
-  if (grad_beta) groups.set_parameter(grad_beta, channel, of_beta);
+  if (grad_gamma) groups.set_parameter(grad_gamma, channel, of_parameters.second);
+  if (grad_beta) groups.set_parameter(grad_beta, channel, of_parameters.first);
 }
 
 // Adds up the region sums of the tiles, a warp for each channel of a sample.

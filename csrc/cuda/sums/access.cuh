@@ -5,7 +5,8 @@
 
 namespace fdk::cuda {
 
-// Returns the layer whose range of blocks holds `block`.
+// Returns the layer whose range of blocks holds `block`: of those that begin with one block the last, as the others
+// have none.
 template <typename AnyWork>
 __device__ int layer_of_block(const AnyWork& work, uint32_t block) {
   int index = work.count - 1;
@@ -54,17 +55,30 @@ __device__ void with_mask_type(DType dtype, Body body) {
   }
 }
 
-// Calls body with a pack of as many elements as one access of the layer moves.
+// How a kernel accesses the elements of a map: so many at once, of which type, and what is contiguous. Each kind has
+// kernels of its own. Behind one that decides as it runs, threads of a small map wait for its code most of the time.
+template <typename Elements_, bool kAlongChannels_>
+struct MapKind {
+  using Elements = Elements_; // a Pack
+  static constexpr bool kAlongChannels = kAlongChannels_;
+};
+
+// Calls body with the kind of a map.
 template <typename Acc, typename Body>
-__device__ void with_pack(const LayerWork& layer, Body body) {
+void with_kind(const LayerWork& map, Body body) {
+  auto with_elements = [&](auto elements) {
+    using Elements = decltype(elements);
+    if (map.along_channels) return body(MapKind<Elements, true>());
+    body(MapKind<Elements, false>());
+  };
   auto with_type = [&](auto element) {
     using T = decltype(element);
     if constexpr (std::is_same_v<Acc, float>) {
-      if (layer.vector) return body(Pack<T, kVector<T>>());
+      if (map.vector) return with_elements(Pack<T, kVector<T>>());
     }
-    body(Pack<T, 1>());
+    with_elements(Pack<T, 1>());
   };
-  switch (layer.dtype) {
+  switch (map.dtype) {
     case DType::kBFloat16:
       return with_type(__nv_bfloat16());
     case DType::kFloat16:
@@ -74,6 +88,26 @@ __device__ void with_pack(const LayerWork& layer, Body body) {
       return;
     default:
       return with_type(float());
+  }
+}
+
+// Calls body(kind, work) for each kind among the layers, with a work that has blocks for the layers of this kind alone.
+template <typename Acc, typename Body>
+void for_each_kind(const Work& work, Body body) {
+  auto is_like = [](const LayerWork& a, const LayerWork& b) {
+    return a.dtype == b.dtype && a.vector == b.vector && a.along_channels == b.along_channels;
+  };
+  for (int32_t index = 0; index < work.count; ++index) {
+    const LayerWork* const layers = work.layers;
+    if (std::any_of(layers, layers + index, [&](const LayerWork& layer) { return is_like(layer, layers[index]); }))
+      continue;
+    Work of_kind = work;
+    of_kind.blocks = 0;
+    for (int32_t other = 0; other < work.count; ++other) {
+      of_kind.layers[other].first_block = static_cast<uint32_t>(of_kind.blocks);
+      if (is_like(layers[other], layers[index])) of_kind.blocks += layers[other].blocks;
+    }
+    with_kind<Acc>(layers[index], [&](auto kind) { body(kind, of_kind); });
   }
 }
 

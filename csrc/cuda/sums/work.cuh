@@ -25,7 +25,7 @@ constexpr int kSumLoads = std::is_same_v<Acc, float> ? 8 : 4;
 
 // Tiles of sums_kernel are long, to keep partial sums few, but short enough to add up in float32; and shorter where
 // there would be too few of them to occupy the multiprocessors.
-constexpr int kMaxTilePixels = 4096, kMinTilePixels = 512;  // of a warp, pixels contiguous
+constexpr int kMaxTilePixels = 4096, kMinTilePixels = 256;  // of a warp, pixels contiguous
 constexpr int kMaxThreadPixels = 64, kMinThreadPixels = 16; // of a thread, channels contiguous
 constexpr int64_t kManyWarps = 8192;
 constexpr int64_t kManyGradientWarps = 16384; // which are short
@@ -69,7 +69,7 @@ struct LayerWork {
   int64_t channel_start; // of the layer's channels in the sums
   int64_t partial_start; // of the layer's partial sums in the workspace
   DType dtype, mask_dtype;
-  uint32_t first_block;
+  uint32_t first_block, blocks;
   uint32_t tiles, groups; // of pixels and of channels
   int32_t channels;
   int32_t tile_pixels;
@@ -232,8 +232,10 @@ inline Work make_work(const Pyramid& pyramid, int64_t first, Kernel kernel) {
 
     const bool item_is_warp = work.along_channels == (kernel == Kernel::kMaskGradient);
     const int64_t items = pyramid.batch * work.tiles * work.groups;
+    const int64_t blocks = item_is_warp ? ceil_div<int64_t>(items, kWarps) : items;
     work.first_block = static_cast<uint32_t>(result.blocks);
-    result.blocks += item_is_warp ? ceil_div<int64_t>(items, kWarps) : items;
+    work.blocks = static_cast<uint32_t>(blocks);
+    result.blocks += blocks;
 
     work.partial_start = result.partials;
     if (kernel == Kernel::kSums && work.tiles > 1) {
