@@ -80,18 +80,17 @@ class Classes(NamedTuple):
         Returns:
             [E, ...] twice. The rest of a class is the sum of the other regions, never a difference.
         """
-        if self.mode == "multiclass":
-            # What comes before each class and what comes after it.
-            none = torch.zeros_like(regions[:1])
-            before, after = regions.cumsum(0), regions.flip(0).cumsum(0).flip(0)
-            classes, rest = regions, torch.cat([none, before[:-1]]) + torch.cat([after[1:], none])
-        else:
-            classes, rest = regions.chunk(2)
         if self.pairs is not None:
+            classes = regions if self.mode == "multiclass" else regions.chunk(2)[0]
             return (
                 torch.stack([classes[i] for i, _ in self.pairs]),
                 torch.stack([classes[j] for _, j in self.pairs]),
             )
+        if self.mode == "multiclass":
+            others = 1 - torch.eye(regions.shape[0], dtype=regions.dtype, device=regions.device)
+            classes, rest = regions, torch.tensordot(others, regions, 1)
+        else:
+            classes, rest = regions.chunk(2)
         first = 0 if self.include_background else 1
         return classes[first:], rest[first:]
 

@@ -66,31 +66,37 @@ def losses_of_regions(
         [L]; without reduction the entries [N, L, E], 0 where they do not count.
     """
     N = found.masses.shape[1]
-    masses = _sides(found.masses, classes)  # [2, N·E, L]
-    E = masses.shape[1] // N
-    # An entry counts where both of its sides hold pixels; without mass on either side it is left out.
-    counts = (masses != 0).all(0)
-    masses = torch.where(counts, masses, 0)
-    partners = _partners(pairing, E)
     if found.moments is not None and found.pivots is not None:
         moments = _moments(found.sums, found.moments, found.pivots, found.masses, pyramid, classes)
+        (masses,) = _sides(classes, found.masses)  # [2, N·E, L]
+        masses, partners = _counted(masses), _partners(pairing, masses.shape[1] // N)
         losses = loss_formulas.fisher_losses_of(moments, masses, pyramid, options, partners)
     else:
-        sums = _sides(found.sums, classes)  # [2, N·E, ΣC]
+        sums, masses = _sides(classes, found.sums, found.masses)  # [2, N·E, ΣC] and [2, N·E, L]
+        masses, partners = _counted(masses), _partners(pairing, masses.shape[1] // N)
         if options.reduction != "none" and not found.masses.requires_grad and not in_transform():
             narrow = sums.to(pyramid.dtype), masses.to(pyramid.dtype)
             call = (pyramid, options, partners, backend)
             losses = _LossesOfSums.apply(call, *narrow)
         else:
             losses = loss_formulas.losses_of(sums, masses, pyramid, options, partners)
+    E = masses.shape[1] // N
     losses = losses.to(pyramid.dtype)
     return losses if options.reduction != "none" else losses.unflatten(0, (N, E)).transpose(1, 2)
 
 
-def _sides(regions: Tensor, classes: Classes) -> Tensor:
-    """Foreground and background of all entries, [2, N·E, X], of values [R, N, X] that add up over regions."""
-    sides = torch.stack(classes.sides(wide(regions)))  # [2, E, N, X]
-    return sides.transpose(1, 2).flatten(1, 2)
+def _sides(classes: Classes, *regions: Tensor) -> tuple[Tensor, ...]:
+    """Foreground and background of all entries, [2, N·E, X] of each of some [R, N, X] that regions add up."""
+    wides = [wide(values) for values in regions]
+    rows = torch.cat(wides, dim=-1) if len(wides) > 1 else wides[0]
+    sides = torch.stack(classes.sides(rows)).transpose(1, 2).flatten(1, 2)  # [2, N·E, all X]
+    parts: tuple[Tensor, ...] = sides.split([values.shape[-1] for values in regions], dim=-1)
+    return parts
+
+
+def _counted(masses: Tensor) -> Tensor:
+    """Masses [2, N·E, L], 0 for entries that lack pixels on either side: these do not count."""
+    return torch.where((masses != 0).all(0), masses, 0)
 
 
 def _partners(pairing: Tensor | None, E: int) -> Tensor | None:
@@ -105,13 +111,13 @@ def _moments(
     sums: Tensor, moments: Tensor, pivots: Tensor, masses: Tensor, pyramid: Pyramid, classes: Classes
 ) -> Moments:
     """The moments of both sides of all entries about one number a sample and channel, (C7)."""
-    S, Q, p, M = wide(sums), wide(moments), wide(pivots), wide(masses)  # [R, N, ΣC], M [R, N, L]
-    M = for_channels(M, pyramid)  # [R, N, ΣC]
+    S, Q, p = wide(sums), wide(moments), wide(pivots)  # [R, N, ΣC]
+    M = for_channels(wide(masses), pyramid)  # [R, N, ΣC]
     present = (M.detach() != 0).to(S.dtype)
     shift = (p * present).sum(0) / present.sum(0).clamp(min=1)  # [N, ΣC]
     d = p - shift
-    first = _sides(S + d * M, classes)
-    second = _sides(Q + 2 * d * S + d.square() * M, classes)
+    (first,) = _sides(classes, S + d * M)
+    (second,) = _sides(classes, Q + 2 * d * S + d.square() * M)
     E = first.shape[1] // shift.shape[0]
     return Moments(first, second, shift.repeat_interleave(E, dim=0))
 
