@@ -102,6 +102,11 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
+def is_chosen() -> bool:
+    """Whether the user has said what `"auto"` means."""
+    return _selected != "auto"
+
+
 def auto_backend(device_type: str) -> str:
     """What `"auto"` takes for tensors on a device of that type: the fastest backend that is available."""
     preferred = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device_type, ())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
-from fdkernels.backend import resolve
+from fdkernels.backend import is_chosen, resolve
 from fdkernels.op.kernels import norm_kernels_of
 from fdkernels.op.norm_act import can_fuse, norm_act
 from fdkernels.op.norm_formula import Formula, Running
@@ -28,6 +28,8 @@ _KINDS: dict[type[nn.Module], tuple[bool, int]] = {
 }
 # What parameters and running statistics may be for the kernels.
 _KEPT = (torch.float32, torch.float64)
+# On a GPU torch's own operations take as long for maps of so many elements, and less of the host's time.
+_FEW_ON_GPU = 2**22
 
 
 def is_norm(module: nn.Module | None) -> TypeGuard[_NormBase]:
@@ -178,6 +180,8 @@ class NormAct(nn.Module):
             return "reference"
         if uses_input and x.numel() == x.shape[1] * (x.shape[0] if self.formula.instance else 1):
             return "reference"  # a single value, which torch refuses
+        if x.device.type == "cuda" and x.numel() <= _FEW_ON_GPU and not is_chosen():
+            return "reference"
         return resolve("auto", x.device)
 
     def _uses_input(self, kept: _Kept) -> bool:

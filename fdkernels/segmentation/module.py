@@ -139,7 +139,7 @@ class SegmentationModule(LightningModule):
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_network and self._compiled is None:
             self._compiled = _compile(self.model)
-        if self.fuse and not self.compile_network and self.trainer.strategy.root_device.type == "cpu":
+        if self.fuse and not self.compile_network:
             fdk.fuse_norms(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
