@@ -190,14 +190,19 @@ def _with_known(
     """Sums [2, N, ΣC] and masses [2, N, L]; of layers whose sums are known the features are not read."""
     pyramid = call.pyramid
     parts = list(known)
-    masses = [_masses(weights.select([index]), pyramid.dtype) for index in range(len(known))]
     missing = [index for index, sums in enumerate(known) if sums is None]
+    made: dict[int, Tensor] = {}  # layers of one size share their weights
+    masses: list[Tensor] = []
+    for index, fg in enumerate(weights.fg):
+        if id(fg) not in made:
+            made[id(fg)] = _masses(weights.select([index]), pyramid.dtype)
+        masses.append(made[id(fg)])
     if missing:
         read = [features[index] for index in missing], weights.select(missing), pyramid.select(missing)
         found = registered.sums(*read, None, None, False, call.backend)
         widths = [pyramid.channels[index] for index in missing]
-        for place, (index, part) in enumerate(zip(missing, found.sums.split(widths, dim=-1), strict=True)):
-            parts[index], masses[index] = part, found.masses[..., place]
+        for index, part in zip(missing, found.sums.split(widths, dim=-1), strict=True):
+            parts[index] = part
     sums = torch.cat([part.to(pyramid.dtype) for part in parts if part is not None], dim=-1)
     return Sums(sums, torch.stack(masses, dim=-1), None, None)
 
