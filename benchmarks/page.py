@@ -254,7 +254,7 @@ def tables(files: Sequence[ResultFile]) -> str:
         "Launches": lambda entry, name: str(entry["launches"][name]),
     }
     for machine in machines_of(files):
-        parts += [f"## Calls, {machine.name}\n", *_conditions(machine.file.head)]
+        parts += [f"## Calls, {machine.name}\n", *_conditions(machine.file)]
         modes = dict.fromkeys(mode for modes in machine.cases.values() for mode in modes)
         for mode in modes:
             parts += [f"### {mode.capitalize()}\n", _mode_table(machine, mode, timing), ""]
@@ -267,11 +267,12 @@ def tables(files: Sequence[ResultFile]) -> str:
     makers |= {"instructions": _instructions, "launches": _counted}
     for file in (file for file in files if file.kind in makers):
         made = makers[file.kind](file.entries)
-        parts += [f"## {file.kind.capitalize()}\n", *_conditions(file.head), made, ""]
+        parts += [f"## {file.kind.capitalize()}\n", *_conditions(file), made, ""]
     return "\n".join(parts)
 
 
-def _conditions(head: dict[str, Any]) -> list[str]:
+def _conditions(file: ResultFile) -> list[str]:
+    head = file.head
     about, build = head["machine"], head["machine"]["build"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     built = ", ".join([build["cpp_compiler"] or "no C++ compiler", *build["isa"], *build["cuda_archs"]])
@@ -282,7 +283,14 @@ def _conditions(head: dict[str, Any]) -> list[str]:
     if "clock" in head:
         load = " to ".join(f"{average:.3g}" for average in head["load"])
         when += f". Times are {head['clock']}; load average {load}"
-    return [*map(bullet, (where, f"{versions}; built with {built}", when)), ""]
+    said = [where, f"{versions}; built with {built}", when]
+    earlier: dict[str, list[str]] = {}
+    for entry in file.entries:
+        if "commit" in entry:
+            name = entry.get("case") or entry["network"]
+            earlier.setdefault(entry["commit"], []).append(f"`{name}` {entry['mode']}")
+    said += [f"Measured at {commit}: {', '.join(measured)}" for commit, measured in earlier.items()]
+    return [*map(bullet, said), ""]
 
 
 def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) -> str:
