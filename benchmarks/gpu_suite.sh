@@ -195,7 +195,7 @@ if wanted sanitizer; then
   for tool in memcheck racecheck initcheck synccheck; do
     if command -v compute-sanitizer >/dev/null; then
       # Each tensor an allocation of its own, whose bounds and writes the tool can see. Triton would compile under it.
-      step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      step "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$tool" --error-exitcode 1 "${calls[@]}" -k "not triton"
     else
       skip "$tool" "compute-sanitizer is missing"
