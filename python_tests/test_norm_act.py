@@ -274,3 +274,14 @@ def test_many_pixels_cost_no_digits(layout):
     expected = nn.BatchNorm2d(16).double()(x.double())
     found = fdk.NormAct(nn.BatchNorm2d(16))(lay_out(x, layout))
     assert (found - expected).abs().max() <= 2e-6
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_small_maps_on_a_gpu_are_left_to_torch_unless_a_backend_is_chosen():
+    module = fdk.NormAct(nn.BatchNorm2d(16), nn.ReLU()).cuda()
+    small, large = (torch.randn(4, 16, side, side, device="cuda", requires_grad=True) for side in (256, 512))
+    assert "NormActPass" not in module(small).grad_fn.name()
+    assert "NormActPass" in module(large).grad_fn.name()
+    with fdk.use_backend("triton"):
+        assert "NormActPass" in module(small).grad_fn.name()
