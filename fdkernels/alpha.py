@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fdkernels import checks
+from fdkernels.transforms import version_of
 
 __all__ = ["ALPHA_RULES", "AlphaWatch", "Rule", "bounds_of"]
 
@@ -81,7 +82,7 @@ class AlphaWatch:
 
         Fused optimizers and others count no change; theirs is seen where it took α out of its bounds.
         """
-        if self._version is not None and _version(alpha) != self._version:
+        if self._version is not None and version_of(alpha) != self._version:
             self._stepped = True
         elif self._passes and self._passes % rule.patience == 0 and not _is_captured(alpha):
             low, high = rule.bounds
@@ -90,7 +91,7 @@ class AlphaWatch:
 
     def after_projection(self, alpha: Tensor) -> None:
         """Leave the change of α [L] by the projection out of account."""
-        self._version = _version(alpha)
+        self._version = version_of(alpha)
 
     def pass_by(
         self,
@@ -210,12 +211,6 @@ class AlphaWatch:
 def _is_captured(tensor: Tensor) -> bool:
     """Whether the work on a tensor of any shape goes into a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place."""
-    version: int = tensor._version  # noqa: SLF001 -- documented by torch, under this name
-    return version
 
 
 def _reason(loss: float, target: float, rule: Rule) -> str:

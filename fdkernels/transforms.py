@@ -1,4 +1,4 @@
-"""What a tensor is under torch.func's transforms and forward-mode differentiation."""
+"""What torch knows of a tensor under names of its own: transforms around it, and changes in place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["in_transform", "innermost"]
+__all__ = ["in_transform", "innermost", "version_of"]
 
 
 def in_transform() -> bool:
@@ -25,3 +25,10 @@ def innermost(tensor: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often the tensor, of any shape, was modified in place; None where torch does not count that."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version  # noqa: SLF001 (public in the documentation of autograd, but for its name)

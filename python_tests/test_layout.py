@@ -39,7 +39,7 @@ ALLOWED = {
     "transforms": set(),
     "checks": {"transforms"},
     "geometry": {"checks"},
-    "alpha": {"checks"},
+    "alpha": {"checks", "transforms"},
     "conventions": {"checks"},
     "exchange": {"checks", "transforms"},
     "classes": {"checks", "transforms"},

@@ -18,6 +18,7 @@ from fdkernels.op.norm_formula import Formula, NormInputs, Running, is_dense, pl
 from fdkernels.op.pyramid import Weights, accumulate_dtype, describe
 from fdkernels.op.registered import may_call_directly
 from fdkernels.op.tapped import TapSlot
+from fdkernels.transforms import version_of
 
 __all__ = ["OWN_TAP", "NormActPass", "can_fuse", "norm_act", "own_tap"]
 
@@ -46,14 +47,14 @@ class OwnTap(NamedTuple):
 
     slot: TapSlot
     placeholder: Tensor
-    version: int
+    version: int | None
 
 
 def own_tap(features: Tensor) -> OwnTap | None:
     """What belongs to an output [N, C, *S] of `NormActPass`; None for others, and once changed in place."""
     found: OwnTap | None = getattr(features, OWN_TAP, None)
     # As by `out += residual` behind a block's last normalisation: the loss is of the sum.
-    return found if found is not None and found.version == features._version else None  # noqa: SLF001
+    return found if found is not None and found.version == version_of(features) else None
 
 
 def norm_act(
@@ -84,7 +85,7 @@ def norm_act(
     y: Tensor
     y, placeholder = NormActPass.apply(kernels, x, weight, bias, given, formula, slot, running, weights_of)
     if y.requires_grad:
-        setattr(y, OWN_TAP, OwnTap(slot, placeholder, y._version))  # noqa: SLF001 (documented but for its name)
+        setattr(y, OWN_TAP, OwnTap(slot, placeholder, version_of(y)))
     return y
 
 

@@ -10,15 +10,9 @@ from torch import Tensor
 
 from fdkernels.op.pyramid import Weights, accumulate_dtype
 from fdkernels.op.weights import weights_of
+from fdkernels.transforms import version_of
 
-__all__ = ["EarlyMask", "TakesMask", "version_of"]
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """How often the tensor, of any shape, was modified in place; None where torch does not count that."""
-    if torch.compiler.is_compiling() or tensor.is_inference():
-        return None
-    return tensor._version  # noqa: SLF001 (public in the documentation of autograd, but for its name)
+__all__ = ["EarlyMask", "TakesMask"]
 
 
 class _Key(NamedTuple):

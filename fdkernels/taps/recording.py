@@ -13,10 +13,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fdkernels.op.norm_act import OWN_TAP, own_tap
 from fdkernels.op.tapped import Tap, TapSlot
-from fdkernels.taps.early import version_of
 from fdkernels.taps.names import Place
 from fdkernels.taps.structures import pick, replaced
-from fdkernels.transforms import in_transform
+from fdkernels.transforms import in_transform, version_of
 
 
 class Output(NamedTuple):

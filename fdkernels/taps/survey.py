@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fdkernels.taps.names import own_name
 from fdkernels.taps.structures import tensors_in
+from fdkernels.transforms import version_of
 
 __all__ = ["Made", "Survey", "run_once"]
 
@@ -67,7 +68,7 @@ class Made:
     """
 
     tensor: Tensor
-    version: int
+    version: int | None
     maker: nn.Module
     taken: set[int]
     names: list[Name]
@@ -76,7 +77,7 @@ class Made:
     @property
     def is_changed_later(self) -> bool:
         """Whether it was modified in place by something else than a submodule, after all had returned it."""
-        return self.tensor._version != self.version  # noqa: SLF001 - torch's only name for it
+        return version_of(self.tensor) != self.version
 
     @property
     def is_dropout(self) -> bool:
@@ -148,7 +149,7 @@ class _Note:
             survey.returned.setdefault(self.path, set()).add(id(tensor))
             if id(tensor) in self.given:
                 continue
-            version = tensor._version  # noqa: SLF001 - torch's only name for it
+            version = version_of(tensor)
             made = survey.made.get(id(tensor))
             if made is None:
                 made = survey.made[id(tensor)] = Made(tensor, version, module, taken, [], [])

@@ -105,6 +105,7 @@ def gradient_kernel(
     DTYPE: tl.constexpr, MASK: tl.constexpr, BYTES: tl.constexpr, UNIT: tl.constexpr, DIMS: tl.constexpr,
     WIDE: tl.constexpr, HAS_BG: tl.constexpr, BLOCK_SHAPES: tl.constexpr, UPSTREAM: tl.constexpr,
 ):  # fmt: skip
+    """The gradient (R3) of all layers; a program writes a tile of one."""
     program = tl.program_id(0)
     layer = layer_of(starts, program)
     start, index, channel_start, features, upstream, fg, bg = entry_of_layer(tables, layer)
@@ -130,6 +131,7 @@ def mask_gradient_kernel(
     WIDE: tl.constexpr, HAS_BG: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """The gradients (R4) of the weights of all layers; a program writes a run of pixels."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     dtype: tl.constexpr = grad_sums_ptr.dtype.element_ty
     program = tl.program_id(0)

@@ -83,6 +83,7 @@ def losses_kernel(
     tables, N, L, K, total_channels, OPTIONS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_COUNT: tl.constexpr, BLOCK_SHAPES: tl.constexpr,
 ):  # fmt: skip
+    """Losses and slopes, (L1) to (F1): a program takes a sample of a layer, the last of a layer adds up."""
     layers: tl.constexpr = len(tables[0])
     program = tl.program_id(0) % layers
     n = (tl.program_id(0) // layers).to(tl.int64)

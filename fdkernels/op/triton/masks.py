@@ -91,6 +91,7 @@ def _weight_of(value, inside, DTYPE: tl.constexpr, IGNORE: tl.constexpr, TOLERAN
 
 @triton.jit
 def _store_weight(address, offsets, inside, weight, is_byte, DTYPE: tl.constexpr, BYTES: tl.constexpr):
+    """Store weights as bytes, where the size is one of bytes, or as numbers."""
     if BYTES != "none":
         byte = tl.where(weight != weight, _NO_WEIGHT, weight).to(tl.uint8)
         tl.store(as_pointer(address, tl.uint8, 1) + offsets, byte, mask=where_scalar(inside, is_byte))
@@ -104,6 +105,7 @@ def _copy_pixels(
     DTYPE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr, BYTES: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
+    """The weights of LANES pixels at the mask's own size."""
     at = program.to(tl.int64) * LANES + tl.arange(0, LANES)
     inside = at < pixels
     weight, valid = _weight_of(tl.load(mask_ptr + at, mask=inside, other=0), inside, DTYPE, IGNORE, TOLERANCE)
@@ -119,6 +121,7 @@ def _make_cells(
     DTYPE: tl.constexpr, MODE: tl.constexpr, IGNORE: tl.constexpr, TOLERANCE: tl.constexpr,
     BYTES: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, ROW: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
+    """The weights of a block of cells at another size."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     size_0 = sizes[0].to(index)
     size_1 = sizes[1].to(index)
@@ -190,6 +193,7 @@ def masks_kernel(
     BYTES: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_SHAPES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """The weights (M3) to (M5) of all sizes; a program makes a block of cells of one."""
     program = tl.program_id(0)
     layer = layer_of(starts, program)
     start, fg, bg, block_shape, is_byte = entry_of_layer(tables, layer)

@@ -140,6 +140,7 @@ def region_gradient_kernel(
     WIDE: tl.constexpr, SELECTS: tl.constexpr, UPSTREAM: tl.constexpr, FEATURES: tl.constexpr,
     R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_SHAPES: tl.constexpr,
 ):  # fmt: skip
+    """The gradient (C3) of all layers; a program writes a tile of one."""
     program = tl.program_id(0)
     layer = layer_of(starts, program)
     start, channel_start, grad, upstream, features, weights = entry_of_layer(tables, layer)
@@ -164,6 +165,7 @@ def region_weight_gradient_kernel(
     WIDE: tl.constexpr, SELECTS: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """The gradients (C4) of the weights of all layers; a program writes a run of pixels."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     dtype: tl.constexpr = grad_sums_ptr.dtype.element_ty
     TOGETHER: tl.constexpr = ALIGN if DTYPE.primitive_bitwidth * ALIGN <= 128 else 2  # that a thread loads

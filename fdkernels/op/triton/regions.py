@@ -164,6 +164,7 @@ def region_sums_kernel(
     WIDE: tl.constexpr, SELECTS: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_SHAPES: tl.constexpr,
 ):  # fmt: skip
+    """The partial sums (C1) and (C2) of all layers; a program sums a tile of one."""
     part = tl.program_id(0) % PARTS  # fastest: neighbours share the features in cache
     program = tl.program_id(0) // PARTS
     layer = layer_of(starts, program)

@@ -90,6 +90,7 @@ def second_pass_kernel(
     partial_ptr, sums_ptr, masses_ptr, rows, mass_rows, L, first_layer, total_channels, starts, tables,
     BLOCK_SHAPES: tl.constexpr,
 ):  # fmt: skip
+    """The second pass of the sums of all layers; a program adds up the tiles of some."""
     program = tl.program_id(0)
     layer = layer_of(starts, program)
     start, C, tiles, partial_start, channel_start, block_shape = entry_of_layer(tables, layer)

@@ -104,6 +104,7 @@ def sums_kernel(
     DTYPE: tl.constexpr, MASK: tl.constexpr, BYTES: tl.constexpr, UNIT: tl.constexpr, DIMS: tl.constexpr,
     WIDE: tl.constexpr, HAS_BG: tl.constexpr, BLOCK_SHAPES: tl.constexpr, BLOCK_COUNTER: tl.constexpr,
 ):  # fmt: skip
+    """The partial sums (R2) of all layers; a program sums a tile of one."""
     program = tl.program_id(0)
     if program == 0:  # zeros for `losses_kernel`, which counts finished samples there
         counter = tl.arange(0, BLOCK_COUNTER)
