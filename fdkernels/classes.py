@@ -87,8 +87,7 @@ class Classes(NamedTuple):
                 torch.stack([classes[j] for _, j in self.pairs]),
             )
         if self.mode == "multiclass":
-            others = 1 - torch.eye(regions.shape[0], dtype=regions.dtype, device=regions.device)
-            classes, rest = regions, torch.tensordot(others, regions, 1)
+            classes, rest = regions, _sums_of_others(regions)
         else:
             classes, rest = regions.chunk(2)
         first = 0 if self.include_background else 1
@@ -96,6 +95,24 @@ class Classes(NamedTuple):
 
 
 BINARY = Classes()
+
+
+def _sums_of_others(regions: Tensor) -> Tensor:
+    """The sum of all regions but each one, of values [R, ...].
+
+    In a circle these are the R - 1 that follow it, which doubling adds up in few operations: neither matrix
+    products nor cumulative sums, which torch refuses on a GPU where algorithms must be deterministic.
+    """
+    wanted, done, parts = regions.shape[0] - 1, 0, []
+    length, following = 1, regions.roll(-1, 0)  # the sum of the `length` regions that follow each
+    while done < wanted:
+        if wanted & length:
+            parts.append(following.roll(-done, 0) if done else following)
+            done += length
+        if done < wanted:
+            following = following + following.roll(-length, 0)
+            length *= 2
+    return sum(parts[1:], parts[0])
 
 
 def _checked_pairs(

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdkernels as fdk
 from cases import lay_out
+from fdkernels.classes import Classes
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "paper": lambda f, b, V, W, u: -((f / V[0] - b / W[0]).square().sum() + 1e-12).log(),
@@ -376,3 +378,54 @@ def test_the_channel_of_one_dimensional_indices_is_read_by_the_number_of_classes
     assert torch.equal(a, b)
     planes = functional.one_hot(indices, 3).movedim(-1, 1)
     assert torch.equal(fdk.feature_discrepancy_loss(features, planes, **given), a)
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 7, 8, 21])
+def test_the_rest_of_a_class_is_the_sum_of_all_others_and_sees_nothing_of_its_own(K):
+    regions = torch.randint(-99, 99, (K, 2, 3)).double()
+    regions[K // 2, 0, 0] = float("nan")
+    classes, rest = Classes.of("multiclass", K, True, None).sides(regions)
+    assert classes is regions or torch.equal(classes.nan_to_num(), regions.nan_to_num())
+    for k in range(K):
+        others = torch.cat([regions[:k], regions[k + 1 :]]).sum(0)
+        torch.testing.assert_close(rest[k], others, rtol=0, atol=0, equal_nan=True)
+    assert rest[:, 0, 0].isnan().sum() == K - 1
+
+
+class Names(TorchDispatchMode):
+    """The operations of torch that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# On a GPU torch refuses them under `use_deterministic_algorithms`, products unless a variable is set as well.
+REFUSED_WHERE_DETERMINISTIC = {
+    *("cumsum", "cumprod", "logcumsumexp", "bincount", "histc", "median", "kthvalue"),
+    *("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "scatter_reduce", "scatter_add", "put_"),
+}
+
+
+@pytest.mark.parametrize("exchange", ["none", "shuffle"])
+@pytest.mark.parametrize("convention", ["paper", "fisher"])
+@pytest.mark.parametrize("mode", ["binary", "multiclass", "multilabel"])
+def test_beside_kernels_nothing_runs_that_torch_refuses_where_algorithms_must_be_deterministic(
+    mode, convention, exchange
+):
+    if fdk.backends()["cpu"] is not None:
+        pytest.skip(f"backend 'cpu': {fdk.backends()['cpu']}")
+    planes = functional.one_hot(torch.randint(0, 3, (2, 6, 6)), 3).movedim(-1, 1)
+    mask = planes[:, :1] if mode == "binary" else planes
+    layers = [torch.randn(2, 5, size, size, requires_grad=True) for size in (6, 3)]
+    pairing = torch.tensor([1, 0]) if exchange == "shuffle" else None
+    with Names() as names:
+        fdk.feature_discrepancy_loss(
+            layers, mask, mode=mode, convention=convention, exchange=exchange, pairing=pairing
+        ).backward()
+    assert len(names.seen) > 3
+    assert names.seen & REFUSED_WHERE_DETERMINISTIC == set()
