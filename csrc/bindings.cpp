@@ -25,8 +25,8 @@ using Extents = std::array<int64_t, 3>; // of d0, d1, d2
 
 fdk::Losses as_losses(const fdk::Pyramid& pyramid, const fdk::Options& options, uintptr_t pairing, int64_t num_pairs,
                       uintptr_t losses, uintptr_t slopes) {
-  const fdk::Losses made = {options, static_cast<const int64_t*>(pointer(pairing)), num_pairs, pointer(losses),
-                            pointer(slopes)};
+  const fdk::Losses made = {
+      options, static_cast<const int64_t*>(pointer(pairing)), num_pairs, pointer(losses), pointer(slopes), nullptr};
   fdk::check_losses(pyramid, made);
   return made;
 }
@@ -152,20 +152,21 @@ void bind_cpu(py::module_& m) {
   m.def(
       "cpu_sums",
       [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,
-         const fdk::Options* options, uintptr_t pairing, int64_t num_pairs, uintptr_t losses, uintptr_t slopes,
-         int num_threads) {
+         const fdk::Options* options, uintptr_t pairing, int64_t num_pairs, uintptr_t losses, uintptr_t total,
+         uintptr_t slopes, int num_threads) {
         const fdk::Pyramid pyramid = fdk::as_pyramid(layers, batch, accumulate);
         fdk::check_weights(pyramid);
         fdk::Losses args = {};
         if (options != nullptr) {
           args = as_losses(pyramid, *options, pairing, num_pairs, losses, slopes);
+          args.total = pointer(total);
           fdk::check_pairing(pyramid, args);
         }
         const py::gil_scoped_release release;
         fdk::cpu::sums(pyramid, pointer(sums), pointer(masses), options != nullptr ? &args : nullptr, num_threads);
       },
       "layers"_a, "batch"_a, "accumulate"_a, "sums"_a, "masses"_a, "options"_a, "pairing"_a, "num_pairs"_a, "losses"_a,
-      "slopes"_a, "num_threads"_a);
+      "total"_a, "slopes"_a, "num_threads"_a);
   m.def(
       "cpu_losses",
       [](const Words& layers, int64_t batch, fdk::DType accumulate, uintptr_t sums, uintptr_t masses,

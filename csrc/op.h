@@ -159,6 +159,7 @@ struct Losses {
   int64_t num_pairs; // N or K; pooled pairs with a negative entry do not count
   void* losses;      // [L]
   void* slopes;      // [2, N, total_channels], gradient of each layer's loss with respect to its sums; or null
+  void* total;       // the sum of the losses, which `sums` on the CPU writes; or null
 };
 
 } // namespace fdk

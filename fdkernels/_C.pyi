@@ -123,6 +123,7 @@ def cpu_sums(
     pairing: int,
     num_pairs: int,
     losses: int,
+    total: int,
     slopes: int,
     num_threads: int,
 ) -> None: ...

@@ -101,7 +101,7 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not layers:
         raise ValueError("features must contain at least one layer, got an empty sequence")
     for index, layer in enumerate(layers):
-        _check_layer("features" if len(layers) == 1 else f"features[{index}]", layer)
+        _check_layer(layer, index, layers)
     first = layers[0]
     for index, layer in enumerate(layers[1:], start=1):
         if layer.dim() != first.dim():
@@ -122,20 +122,23 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return layers
 
 
-def _check_layer(name: str, layer: object) -> None:
+def _check_layer(layer: object, index: int, layers: Sequence[object]) -> None:
+    def name() -> str:
+        return "features" if len(layers) == 1 else f"features[{index}]"
+
     if not isinstance(layer, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(layer).__name__}")
+        raise TypeError(f"{name()} must be a tensor, got {type(layer).__name__}")
     if layer.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {layer.layout}")
+        raise TypeError(f"{name()} must be a dense tensor, got layout {layer.layout}")
     if layer.dtype not in _FEATURE_DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {short(layer.dtype)}")
+        raise TypeError(f"{name()} must be float32, float64, bfloat16 or float16, got {short(layer.dtype)}")
     if not 3 <= layer.dim() <= 5:
         raise ValueError(
-            f"{name} must have shape [N, C, *S] with 1 to 3 spatial dimensions, got {list(layer.shape)}"
+            f"{name()} must have shape [N, C, *S] with 1 to 3 spatial dimensions, got {list(layer.shape)}"
         )
     if not layer.numel() and 0 in layer.shape[1:]:  # a batch without samples has a loss of 0
         raise ValueError(
-            f"{name} must have at least one channel and one pixel, got shape {list(layer.shape)}"
+            f"{name()} must have at least one channel and one pixel, got shape {list(layer.shape)}"
         )
 
 
@@ -174,7 +177,7 @@ def check_mask(
         if in_transform():
             check_mask_values(innermost(checked).detach(), ignore_index, None)
         else:
-            check_mask_values(checked.detach(), ignore_index, accepts)
+            check_mask_values(checked.detach() if checked.requires_grad else checked, ignore_index, accepts)
     return checked
 
 

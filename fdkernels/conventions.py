@@ -99,13 +99,13 @@ class Convention:
                 f"masked_background=False, got {self.region_weight!r} and {self.masked_background}"
             )
 
-    def options(self, exchange: str, reduction: str, eps: float) -> Options:
-        """The options of a call under this convention."""
+    def options(self, exchange: str, reduction: str, eps: float, factor: float = 1.0) -> Options:
+        """The options of a call under this convention, whose losses are multiplied by a factor."""
         return Options(
             region_weight=self.region_weight,
             masked_background=self.masked_background,
             norm=self.norm,
-            log_scale=float(self.log_scale),
+            log_scale=float(self.log_scale) * factor,
             eps=float(eps),
             exchange=exchange,
             reduction=reduction,

@@ -142,6 +142,7 @@ def losses_per_layer(
     partners: Partners,
     tapped: bool = False,
     taps: FeatureTaps | None = None,
+    combines: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute the loss of each layer from checked arguments.
 
@@ -151,10 +152,11 @@ def losses_per_layer(
         settings, partners: what to compute.
         tapped: whether to return the layers, too, as `tap` does.
         taps: those that recorded the layers, if any.
+        combines: whether the mean or sum over the layers will do, where one pass gives it.
 
     Returns:
-        [L], without reduction [N, L], of several classes [N, L, E], or [ΣC] (over a group this rank's rows),
-        and under `tapped` an alias of each layer, else an empty list.
+        [L], with `combines` perhaps [], without reduction [N, L], of several classes [N, L, E], or [ΣC] (over
+        a group this rank's rows), and under `tapped` an alias of each layer, else an empty list.
     """
     device, batch = layers[0].device, layers[0].shape[0]
     placeholders = None
@@ -168,7 +170,8 @@ def losses_per_layer(
     total = batch if ranks is None else ranks.total
     pairing = draw_pairing(settings.exchange, total, device, *partners, ranks)
     run = _of_two_regions if has_two_regions(settings) else _of_several_regions
-    losses, aliases = run(layers, planes, settings, Batch(ranks, pairing, placeholders, tapped, early))
+    shared = Batch(ranks, pairing, placeholders, tapped, early, combines)
+    losses, aliases = run(layers, planes, settings, shared)
     if ranks is not None and losses.dim() > 1:
         losses = losses[ranks.own]
     return losses, aliases
@@ -183,6 +186,7 @@ class Batch(NamedTuple):
         placeholders: the slots and placeholders of fused taps, or None.
         tapped: whether the layers are returned, too.
         early: the mask, where it was known before the features were made.
+        combines: whether the mean or sum over the layers will do.
     """
 
     ranks: Ranks | None
@@ -190,6 +194,7 @@ class Batch(NamedTuple):
     placeholders: tuple[Any, ...] | None
     tapped: bool
     early: EarlyMask | None = None
+    combines: bool = False
 
 
 def _of_two_regions(
@@ -199,7 +204,7 @@ def _of_two_regions(
     shared: Batch,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses of foreground and background, over a group of all samples, and the tapped layers."""
-    ranks, pairing, placeholders, tapped, early = shared
+    ranks, pairing, placeholders, tapped, early, combines = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     pyramid = describe(layers)
     sizes = [layer.shape[2:] for layer in layers]
@@ -208,11 +213,15 @@ def _of_two_regions(
         weights = weights_of(
             planes.values, sizes, pyramid.dtype, resize_of(settings), planes.ignored, backend
         )
-    options = settings.convention.options(settings.exchange, settings.reduction, settings.eps)
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
     has_slopes = settings.reduction != "none" and not planes.values.requires_grad
-    call = Call(backend, pyramid, options if has_slopes else None, ranks, tapped)
+    adds_up = combines and has_slopes and placeholders is None
+    adds_up = adds_up and not torch.compiler.is_compiling() and not in_transform()
+    is_mean = adds_up and settings.reduction == "mean"  # of the layers, too
+    share = 1 / len(layers) if is_mean else 1.0
+    options = settings.convention.options(settings.exchange, settings.reduction, settings.eps, share)
+    call = Call(backend, pyramid, options if has_slopes else None, ranks, tapped, adds_up)
     if in_transform():
         outputs = run_transformed(call, layers, weights, pairing)
     elif placeholders is None:
@@ -236,7 +245,7 @@ def _of_several_regions(
     shared: Batch,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses of several classes, or of second moments, as `_of_two_regions` returns its own."""
-    ranks, pairing, placeholders, tapped, _ = shared
+    ranks, pairing, placeholders, tapped, *_ = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     classes, convention, pyramid = settings.classes, settings.convention, describe(layers)
     sizes = [layer.shape[2:] for layer in layers]

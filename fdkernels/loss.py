@@ -134,7 +134,8 @@ def feature_discrepancy_loss(
     layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     taps = features if isinstance(features, FeatureTaps) else None
-    per_layer, _ = losses_per_layer(layers, planes, settings, partners, taps=taps)
+    combines = layer_weights is None
+    per_layer, _ = losses_per_layer(layers, planes, settings, partners, taps=taps, combines=combines)
     return _combine(per_layer, layers, layer_weights, reduction)
 
 
@@ -198,7 +199,8 @@ def tap(
     settings.check()
     layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
-    per_layer, tapped = losses_per_layer(layers, planes, settings, partners, tapped=True)
+    combines = layer_weights is None
+    per_layer, tapped = losses_per_layer(layers, planes, settings, partners, tapped=True, combines=combines)
     if layers[0].dim() - 1 == channel_dim % layers[0].dim():
         tapped = [layer.movedim(1, -1) for layer in tapped]
     loss = _combine(per_layer, layers, layer_weights, reduction)
@@ -211,7 +213,12 @@ def _combine(
     layer_weights: Tensor | Sequence[float] | None,
     reduction: str,
 ) -> Tensor:
-    """Weigh and reduce the losses [L], or entries [N, L], [N, L, E] or [ΣC], to the result of a call."""
+    """Weigh and reduce the losses [L], or entries [N, L], [N, L, E] or [ΣC], to the result of a call.
+
+    A number [] is the result already.
+    """
+    if per_layer.dim() == 0:
+        return per_layer
     weights = checks.check_layer_weights(layer_weights, layers)
     if weights is not None:
         weights = weights.to(per_layer.dtype)

@@ -300,3 +300,36 @@ def test_one_pixel_by_hand(backend, device, rank):
     assert loss.item() == pytest.approx(-math.log(2.5))
     (grad,) = torch.autograd.grad(loss, features)
     assert grad.flatten().tolist() == pytest.approx([-0.6, 0.2])
+
+
+@pytest.mark.parametrize("exchange", oracles.EXCHANGES)
+@pytest.mark.parametrize("convention", ["paper", "lemma7", "released"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_number_of_a_pass_is_that_of_weighted_layers(
+    backend, device, layers, reduction, convention, exchange
+):
+    """Without weights a pass adds up the layers itself, with them torch does."""
+    torch.manual_seed(2)
+    features = [
+        torch.randn(3, 4, 6 - i, 5, dtype=torch.float64, device=device).requires_grad_()
+        for i in range(layers)
+    ]
+    mask = (torch.rand(3, 1, 6, 5, device=device) > 0.6).float()
+    each = 1 / layers if reduction == "mean" else 1.0
+    weights = torch.full((layers,), each, dtype=torch.float64, device=device)
+    pairing = PAIRINGS[exchange]
+    options = {"convention": convention, "exchange": exchange, "eps": 1e-3, "reduction": reduction}
+    options |= {"pairing": None if pairing is None else pairing.to(device), "aspect": "any"}
+
+    def derivatives(layer_weights: Tensor | None) -> list[Tensor]:
+        loss = fdk.feature_discrepancy_loss(
+            features, mask, layer_weights=layer_weights, backend=backend, **options
+        )
+        plain = torch.autograd.grad(3 * loss, features, retain_graph=True)
+        first = torch.autograd.grad(3 * loss, features, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), features)
+        return [loss.detach(), *plain, *(grad.detach() for grad in first), *second]
+
+    for found, expected in zip(derivatives(None), derivatives(weights), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

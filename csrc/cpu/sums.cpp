@@ -2,6 +2,7 @@
 // partial sums in a fixed order.
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "losses.h"
@@ -145,6 +146,13 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
     if (losses != nullptr) losses_of_layer(pyramid, l, cuts[l].first_channel, sums, masses, *losses);
   };
   parallel_for(pyramid.num_layers, room.back() < kNumbersPerThread ? 1 : threads, finish_layer);
+  if (losses == nullptr || losses->total == nullptr) return;
+  with_type(pyramid.accumulate, [&](auto zero) {
+    using T = decltype(zero);
+    const T* of_layers = static_cast<const T*>(losses->losses);
+    *static_cast<T*>(losses->total) =
+        static_cast<T>(std::accumulate(of_layers, of_layers + pyramid.num_layers, double(0)));
+  });
 }
 
 namespace {

@@ -33,6 +33,7 @@ class Call(NamedTuple):
         options: how sums become losses, with a reduction; None for sums and masses alone.
         ranks: those whose samples are one batch, or None.
         tap: whether the features are returned, too, and take the gradient of what uses them.
+        adds_up: whether the losses of the layers are returned as their sum.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class Call(NamedTuple):
     options: Options | None = None
     ranks: Ranks | None = None
     tap: bool = False
+    adds_up: bool = False
 
 
 class Kept(NamedTuple):
@@ -66,9 +68,9 @@ class Pass(torch.autograd.Function):
                 that has as many arguments as parameters.)
 
         Returns:
-            losses [L] and sums [2, N, ΣC] or, without `call.options`, sums and masses [2, N, L]; under
-            `call.tap` followed by the features. A compiled graph has no sums beside losses: it would hand
-            zeros to the backward of an unused output.
+            losses [L], under `call.adds_up` their sum [], and sums [2, N, ΣC] or, without `call.options`,
+            sums and masses [2, N, L]; under `call.tap` followed by the features. A compiled graph has no sums
+            beside losses: it would hand zeros to the backward of an unused output.
         """
         pairing, *rest = tensors
         num_layers = len(call.pyramid.layers)
@@ -92,15 +94,18 @@ class Pass(torch.autograd.Function):
             if not ctx.mask_gradient:
                 ctx.mark_non_differentiable(out.masses)
             return out.sums, out.masses, *aliases
-        return (out.losses, out.sums, *aliases) if ctx.keeps_sums else (out.losses, *aliases)
+        losses = out.losses
+        if call.adds_up:
+            losses = losses.sum() if out.total is None else out.total
+        return (losses, out.sums, *aliases) if ctx.keeps_sums else (losses, *aliases)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """Write the gradients of the features, and of weights that require one.
 
         Args:
-            grad_outputs: of losses [L] and sums [2, N, ΣC], or of sums and masses [2, N, L]; then of the
-                tapped features.
+            grad_outputs: of losses [L] or [] and sums [2, N, ΣC], or of sums and masses [2, N, L]; then of
+                the tapped features.
         """
         call: Call = ctx.call
         pyramid, num_layers = call.pyramid, len(call.pyramid.layers)
@@ -111,6 +116,8 @@ class Pass(torch.autograd.Function):
             grad_losses, grad_sums, *upstream = grad_outputs
         else:
             grad_losses, *upstream = grad_outputs
+        if grad_losses is not None and call.adds_up:
+            grad_losses = grad_losses.expand(num_layers)
         slopes, sums, masses, pairing, *rest = ctx.saved_tensors
         kept = Kept(slopes, sums, masses, pairing)
         ends = num_layers, num_layers * (2 if ctx.has_bg else 1)

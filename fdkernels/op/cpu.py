@@ -61,6 +61,7 @@ def sums(
 ) -> Sums:
     """Sum the layers [N, C_l, *S_l] of a pyramid by (R2), and make losses (L1) to (L6) of the sums."""
     out = packing.empty_sums(features, pyramid, options, with_slopes)
+    total = None if options is None else out.sums.new_empty(())
     pairing, pairing_pointer, num_pairs = packing.contiguous(pairing)
     # By position, in the order of the stub: keywords would take 2 % of a small call.
     _C.cpu_sums(
@@ -73,10 +74,11 @@ def sums(
         pairing_pointer,
         num_pairs,
         packing.pointer(out.losses),
+        packing.pointer(total),
         packing.pointer(out.slopes),
         torch.get_num_threads(),
     )
-    return out
+    return Sums(out.sums, out.masses, out.losses, out.slopes, total)
 
 
 def losses(

@@ -140,12 +140,14 @@ class Sums(NamedTuple):
         masses: M of (R2) [2, N, L].
         losses: [L]; None without options.
         slopes: ∂L_l/∂S (F1) [2, N, ΣC]; None without options or where not asked for.
+        total: Σ_l L_l, [], from kernels that add it up; else None.
     """
 
     sums: Tensor
     masses: Tensor
     losses: Tensor | None
     slopes: Tensor | None
+    total: Tensor | None = None
 
 
 def describe(features: Sequence[Tensor]) -> Pyramid:
