@@ -47,7 +47,8 @@ words[at["size"] : at["size"] + 3] = 1, 8, 8
 words[at["stride"] : at["stride"] + 3] = 64, 8, 1
 sums, masses = torch.empty(2 * 2), torch.empty(2)
 C.cpu_sums(layers=words, batch=1, accumulate=C.DType.float32, sums=sums.data_ptr(),
-    masses=masses.data_ptr(), options=None, pairing=0, num_pairs=0, losses=0, total=0, slopes=0, num_threads=1)
+    masses=masses.data_ptr(), options=None, pairing=0, num_pairs=0, losses=0, total=0, slopes=0,
+    num_threads=1)
 """
 
 
