@@ -143,7 +143,7 @@ def test_the_same_bits_in_any_order_of_blocks(emulated, launches, norm, exchange
         launches.order(order)
         got = run_sums(emulated, inputs, options, pairing)
         alone = run_losses(emulated, got.sums, got.masses, inputs.pyramid, options, pairing)
-        results.append([*got, *alone])
+        results.append([*got[:4], *alone])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
