@@ -197,21 +197,24 @@ def _with_known(
     """Sums [2, N, ΣC] and masses [2, N, L]; of layers whose sums are known the features are not read."""
     pyramid = call.pyramid
     parts = list(known)
+    masses: list[Tensor | None] = [None] * len(known)
     missing = [index for index, sums in enumerate(known) if sums is None]
     made: dict[int, Tensor] = {}  # layers of one size share their weights
-    masses: list[Tensor] = []
-    for index, fg in enumerate(weights.fg):
+    for index, (fg, sums) in enumerate(zip(weights.fg, known, strict=True)):
+        if sums is None:
+            continue  # the kernel gives the masses, too
         if id(fg) not in made:
             made[id(fg)] = _masses(weights.select([index]), pyramid.dtype)
-        masses.append(made[id(fg)])
+        masses[index] = made[id(fg)]
     if missing:
         read = [features[index] for index in missing], weights.select(missing), pyramid.select(missing)
         found = registered.sums(*read, None, None, False, call.backend)
         widths = [pyramid.channels[index] for index in missing]
-        for index, part in zip(missing, found.sums.split(widths, dim=-1), strict=True):
-            parts[index] = part
-    sums = torch.cat([part.to(pyramid.dtype) for part in parts if part is not None], dim=-1)
-    return Sums(sums, torch.stack(masses, dim=-1), None, None)
+        for place, (index, part) in enumerate(zip(missing, found.sums.split(widths, dim=-1), strict=True)):
+            parts[index], masses[index] = part, found.masses[..., place]
+    all_sums = torch.cat([part.to(pyramid.dtype) for part in parts if part is not None], dim=-1)
+    of_layers = [of_layer for of_layer in masses if of_layer is not None]
+    return Sums(all_sums, torch.stack(of_layers, dim=-1), None, None)
 
 
 def _masses(weights: Weights, dtype: torch.dtype) -> Tensor:
