@@ -22,6 +22,18 @@ hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("loca
 hypothesis.settings.load_profile("ci" if os.environ.get("CI", "false") != "false" else "local")
 
 
+class _TorchRandom:
+    """Torch's random numbers as hypothesis takes them, so that an example that failed fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()  # hypothesis keeps no reference of its own
+hypothesis.register_random(_TORCH_RANDOM)
+
+
 def pytest_report_header() -> list[str]:
     states = (
         f"{name}: {'available' if reason is None else reason}" for name, reason in fdk.backends().items()

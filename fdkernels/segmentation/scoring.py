@@ -128,15 +128,37 @@ def discrepancy_losses(features: Sequence[Tensor], mask: Tensor, convention: str
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Turn off gradients and, on a GPU, use full float32 and one algorithm for every batch size."""
+    """Turn off gradients and, on a GPU, convolve each image by itself in full float32.
+
+    cuDNN chooses its algorithm by the shape of the batch, and in full float32 at 512² some took 50 GiB to
+    work in; torch's own convolutions take image by image.
+    """
     with (
         torch.inference_mode(),
-        torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-        ),
+        torch.backends.cudnn.flags(enabled=False),
+        _full_float32_products(),
         torch.autocast(device.type, enabled=False),
     ):
         yield
+
+
+@contextmanager
+def _full_float32_products() -> Iterator[None]:
+    """Keep matrix products on a GPU from TensorFloat-32, whatever `set_float32_matmul_precision` says."""
+    products = torch.backends.cuda.matmul
+    name: str
+    full: bool | str
+    name, full = "allow_tf32", False
+    try:
+        before = getattr(products, name)
+    except RuntimeError:  # torch refuses to read it where the newer name was set otherwise
+        name, full = "fp32_precision", "ieee"
+        before = getattr(products, name)
+    setattr(products, name, full)
+    try:
+        yield
+    finally:
+        setattr(products, name, before)
 
 
 def score(

@@ -10,7 +10,14 @@ import oracles
 from fdkernels import models
 from fdkernels.segmentation.data import DATASETS, SegmentationDataset
 from fdkernels.segmentation.metrics import sample_scores
-from fdkernels.segmentation.scoring import SYMMETRIES, Candidate, discrepancy_losses, score, symmetric
+from fdkernels.segmentation.scoring import (
+    SYMMETRIES,
+    Candidate,
+    discrepancy_losses,
+    repeatable,
+    score,
+    symmetric,
+)
 from tiny_data import write_tiny_tnbc
 
 CPU = torch.device("cpu")
@@ -168,3 +175,49 @@ def test_the_network_sees_each_symmetry_with_its_mask(candidate, network):
     expected = sample_scores(turned, symmetric(item["mask"][None], "left"))
     assert rows[1].symmetry == "left"
     assert rows[1].scores["dice"] == expected["dice"].item()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_full_float32_holds_while_scoring_alone(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with repeatable(CPU):
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.enabled
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.enabled
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has the older name alone"
+)
+def test_full_float32_holds_where_the_newer_name_was_set():
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        with repeatable(CPU):
+            assert products.fp32_precision == "ieee"
+            assert not products.allow_tf32
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_on_a_gpu_a_batch_changes_no_bit_and_takes_little_memory():
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    network = models.create("unet", base_channels=16).to(device).eval()
+    images = torch.rand(4, 3, 256, 256, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    with repeatable(device):
+        together = network(images)
+        peak = torch.cuda.max_memory_allocated()
+        alone = torch.cat([network(image[None]) for image in images])
+    assert torch.equal(together, alone)
+    assert peak < 2**30
