@@ -1,7 +1,7 @@
 """Repeat the study of ../study.md: `python docs/study/repeat.py --data FOLDER --output FOLDER`.
 
 FOLDER of --data holds tnbc, busi, dsb2018 and monuseg in the layouts of their downloads. An experiment that
-was broken off goes on where it was; finished ones are left as they are.
+was broken off goes on where it was; finished ones are left as they are. `--only wide` is what needs a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ SETTINGS = (
     *("--epochs-warm", "80", "--epochs-active", "40", "--lr", "1e-3"),
     *("--precision", "bf16-mixed", "--channels-last", "--workers", "0", "--seeds", "3"),
 )
+# The paper's width, rate and epochs, at the size that six minutes of a GPU allow.
+WIDE_SETTINGS = (
+    *("--size", "256", "--base-channels", "64", "--batch-size", "4"),
+    *("--epochs-warm", "100", "--epochs-active", "75", "--lr", "1e-4"),
+    *("--precision", "bf16-mixed", "--channels-last", "--workers", "0", "--seeds", "3"),
+    *("--no-tensorboard", "--accelerator", "cuda", "--jobs", "14"),
+)
+WIDE = "wide"
 # They train no arm that `conventions` has not trained.
 DERIVED = ("ablation", "alpha", "correlation", "shift")
 # Of `ablation` with the default convention and rule, beside what `conventions` has trained.
@@ -80,7 +88,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def run(
-    experiment: str, part: Part, data: Path, output: Path, more: tuple[str, ...] = (), variant: str = ""
+    experiment: str,
+    part: Part,
+    data: Path,
+    output: Path,
+    more: tuple[str, ...] = (),
+    variant: str = "",
+    settings: tuple[str, ...] = SETTINGS,
 ) -> Path:
     """Run an experiment to its end; return its folder, named after the variant if there is one."""
     folder = output / part.name(variant or experiment)
@@ -90,7 +104,7 @@ def run(
     command = (
         *(sys.executable, "-m", "fdkernels", "experiment", experiment),
         *("--dataset", part.dataset, "--data", str(data / part.dataset), "--model", part.model),
-        *("--output", str(folder), *SETTINGS, *resume, *more),
+        *("--output", str(folder), *settings, *resume, *more),
     )
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -102,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the four data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder of the experiments")
-    parser.add_argument("--only", help="such as tnbc-unet; without it all parts and the addition")
+    parser.add_argument("--only", help="such as tnbc-unet, addition or wide; without it all of the CPU")
     arguments = parser.parse_args()
     linked = arguments.output / "data"
     link_data(arguments.data, linked)
@@ -117,6 +131,9 @@ def main() -> None:
         for variant, options in VARIANTS.items():
             found = run("ablation", part, linked, arguments.output, (*reuse, *options), variant)
             shutil.copyfile(found / "scores.csv", HERE / f"{part.name(variant)}.csv")
+    if arguments.only == WIDE:
+        found = run("ablation", PARTS[0], linked, arguments.output, variant=WIDE, settings=WIDE_SETTINGS)
+        shutil.copyfile(found / "scores.csv", HERE / f"{PARTS[0].name(WIDE)}.csv")
     if arguments.only in (None, "addition"):
         novel = ("--novel-dataset", "monuseg", "--novel-data", str(linked / "monuseg"))
         addition = run("addition", PARTS[0], linked, arguments.output, novel)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repeat import PARTS, VARIANTS, Part, is_finished
+from repeat import PARTS, VARIANTS, WIDE, Part, is_finished
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 20  # epochs over which validation is averaged
@@ -50,11 +50,11 @@ def validation(run: Path) -> list[float]:
     return found
 
 
-def plateau(folder: Path) -> str:
+def plateau(folder: Path, arm: str) -> str:
     """Validation Dice of the arm without the loss, averaged over its runs and windows of epochs."""
-    curves = [validation(run) for run in sorted((folder / "runs" / "none").glob("seed*/fold*"))]
+    curves = [validation(run) for run in sorted((folder / "runs" / arm).glob("seed*/fold*"))]
     epochs = min(map(len, curves))
-    starts = range(0, epochs - WINDOW + 1, WINDOW)
+    starts = range(epochs % WINDOW, epochs - WINDOW + 1, WINDOW)
     windows = [[statistics.fmean(curve[start : start + WINDOW]) for curve in curves] for start in starts]
     gains = [late - early for early, late in zip(*windows[-2:], strict=True)]
     error = statistics.stdev(gains) / len(gains) ** 0.5
@@ -107,18 +107,18 @@ def comparison_rows(folder: Path) -> list[list[str]]:
 
 
 def features(folder: Path) -> str:
-    """Norm and relative discrepancy of the features, and L_fd, of the arms with and without the loss."""
+    """Norm, relative discrepancy, share of the foreground and L_fd, of the arms with and without the loss."""
     results = read(folder)
     of_arms, losses = results["features"], results["discrepancy_loss"]
     layers = list(losses["with"])
     rows = []
     for layer in layers:
         row = [layer]
-        for measured in ("norm", "relative_discrepancy"):
+        for measured in ("norm", "relative_discrepancy", "foreground_share"):
             row += [f"{of_arms[arm][layer][measured]:.3g}" for arm in ("without", "with")]
         row += [f"{losses[arm][layer]:.2f}" for arm in ("without", "with")]
         rows.append(row)
-    names = ("‖F‖", "relative discrepancy", "L_fd")
+    names = ("‖F‖", "relative discrepancy", "share of foreground", "L_fd")
     header = ["layer", *(f"{name}, {arm}" for name in names for arm in ("without", "with"))]
     return table(header, rows)
 
@@ -159,7 +159,7 @@ def section(part: Part, output: Path) -> list[str]:
     conventions = output / part.name("conventions")
     if not is_finished(conventions):
         return []
-    parts = [f"## {part.dataset}, {part.model}", plateau(conventions), comparisons(conventions)]
+    parts = [f"## {part.dataset}, {part.model}", plateau(conventions, "none"), comparisons(conventions)]
     of_variants = variants(output, part)
     parts += ["### Ceilings of α, and the exchange", of_variants] if of_variants else []
     for experiment, (title, make) in SECTIONS.items():
@@ -167,6 +167,21 @@ def section(part: Part, output: Path) -> list[str]:
         if is_finished(folder):
             parts += [f"### {title}", make(folder)]
     return parts
+
+
+def wide_section(output: Path) -> list[str]:
+    """What is known at the paper's width."""
+    part = PARTS[0]
+    folder = output / part.name(WIDE)
+    if not is_finished(folder):
+        return []
+    return [
+        f"## {part.dataset}, {part.model}, of width 64 at 256²",
+        plateau(folder, "without"),
+        comparisons(folder),
+        "### Features without and with the loss at width 64",
+        features(folder),
+    ]
 
 
 def main() -> None:
@@ -177,6 +192,7 @@ def main() -> None:
     parts = ["# Tables of the study", "Written by tables.py. [../study.md](../study.md) says what they show."]
     for part in PARTS:
         parts += section(part, output)
+    parts += wide_section(output)
     (HERE / "tables.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
