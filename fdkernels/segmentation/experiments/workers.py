@@ -139,13 +139,23 @@ def _serve(connection: Connection, slot: int) -> None:
         except EOFError:
             return
         try:
-            carry_out(EXPERIMENTS[name], run, first, lambda epochs: connection.send(("trained", epochs)))
+            carry_out(EXPERIMENTS[name], run, first, lambda epochs: _tell(connection, "trained", epochs))
+        except torch.OutOfMemoryError as error:
+            _tell(connection, "failed", f"{error} Go on with --resume, with fewer --jobs")
         except _SENTENCES as error:
-            connection.send(("failed", str(error)))
+            _tell(connection, "failed", str(error))
         except Exception:  # noqa: BLE001 -- of whatever kind, the first process tells of it
-            connection.send(("failed", traceback.format_exc()))
+            _tell(connection, "failed", traceback.format_exc())
         else:
-            connection.send(("finished", None))
+            _tell(connection, "finished", None)
+
+
+def _tell(connection: Connection, kind: str, value: Any) -> None:
+    """Send word to the first process; end at once where it is gone (`_end_with_parent` may be late)."""
+    try:
+        connection.send((kind, value))
+    except BrokenPipeError:
+        os._exit(1)
 
 
 def _visible_devices() -> list[str] | None:
