@@ -102,9 +102,9 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-def is_chosen() -> bool:
-    """Whether the user has said what `"auto"` means."""
-    return _selected != "auto"
+def selected() -> str:
+    """What the user has said `"auto"` means, itself where nothing was said."""
+    return _selected
 
 
 def auto_backend(device_type: str) -> str:

@@ -153,6 +153,28 @@ def test_the_same_in_triton_with_pixels_to_ignore():
     assert not {"sums_kernel", "gradient_kernel"} & set(names)
 
 
+def test_after_the_first_pass_masks_of_all_sizes_are_made_together():
+    net, images, mask = fused_network()
+    crit = fdk.FeatureDiscrepancyLoss(2, alpha_init=0.5, ignore_index=255)
+    taps = fdk.FeatureTaps(net, NAMES[:2], fused=True)
+    mask, other = mask.to(torch.uint8), (torch.rand(mask.shape) > 0.3).to(torch.uint8)
+    found = []
+    for given, wanted in ((mask, 2), (other, 1), (mask[:2], 2), (mask, 1)):
+        with recorded_calls("cpu") as calls:
+            with taps.mask(given, ignore_index=255):
+                net(images[: len(given)])
+            found.append(crit(taps))
+            assert calls.take() == ["masks"] * wanted + ["losses"]
+    torch.testing.assert_close(found[3], found[0])
+    torch.testing.assert_close(found[1], crit(net_features(net, images), other))
+
+
+def net_features(net: nn.Module, images: Tensor) -> list[Tensor]:
+    with fdk.FeatureTaps(net, NAMES[:2]) as taps:
+        net(images)
+        return taps.features
+
+
 def test_a_layer_that_ends_otherwise_is_read():
     net, images, mask = fused_network()
     taps = fdk.FeatureTaps(net, NAMES, fused=True)

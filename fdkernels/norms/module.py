@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
-from fdkernels.backend import is_chosen, resolve
+from fdkernels.backend import resolve, selected
 from fdkernels.op.kernels import norm_kernels_of
-from fdkernels.op.norm_act import can_fuse, norm_act
+from fdkernels.op.norm_act import NormCall, can_fuse, norm_act
 from fdkernels.op.norm_formula import Formula, Running
+from fdkernels.op.registered import may_call_directly
 from fdkernels.taps.early import EarlyMask
 from fdkernels.transforms import in_transform
 
@@ -30,6 +31,8 @@ _KINDS: dict[type[nn.Module], tuple[bool, int]] = {
 _KEPT = (torch.float32, torch.float64)
 # On a GPU torch's own operations take as long for maps of so many elements, and less of the host's time.
 _FEW_ON_GPU = 2**22
+# Kinds of inputs whose backend a module remembers; few modules see more.
+_MOST_KINDS = 32
 
 
 def is_norm(module: nn.Module | None) -> TypeGuard[_NormBase]:
@@ -73,6 +76,10 @@ class _Kept(NamedTuple):
                 return False
             dtype = tensor.dtype
         return True
+
+
+# Shape, strides, dtype and device of an input; whether it is its own statistics; what "auto" means.
+_Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool, str]
 
 
 class NormAct(nn.Module):
@@ -136,10 +143,11 @@ class NormAct(nn.Module):
         self.formula = Formula(instance, norm.eps, *known, activation_first)
         self.training = norm.training
         self._early: EarlyMask | None = None
+        self._backends: dict[_Kind, str] = {}
 
     def take_mask(self, early: EarlyMask | None) -> None:
         """Let calls compute region sums under this mask, as `taps.mask` says; None ends that."""
-        self._early = early
+        self.__dict__["_early"] = early  # nn.Module would look for a parameter of that name
 
     @property
     def eps(self) -> float:
@@ -152,12 +160,14 @@ class NormAct(nn.Module):
         Raises:
             ValueError: another number of dimensions or of channels, or a single value a channel in training.
         """
-        self._check(x)
+        if torch.compiler.is_compiling() or in_transform() or not may_call_directly((x,)):
+            self._check(x)
+            return self._plain(x)
         kept = self._kept()
-        uses_input = self._uses_input(kept)
-        backend = self._backend(x, kept, uses_input)
+        uses_input = self._uses_input(kept.running is not None)
+        backend = self._backend(x, uses_input)
         kernels = norm_kernels_of(backend)
-        if kernels is None:
+        if kernels is None or not kept.is_readable(x):
             return self._plain(x)
         given = None if uses_input or kept.running is None else torch.stack(kept.running).double()
         running = None
@@ -167,28 +177,41 @@ class NormAct(nn.Module):
                 running = Running(*kept.running, factor)
         early = self._early
         weights_of = None if early is None else partial(early.weights_of, backend=backend)
-        return norm_act(kernels, x, kept.weight, kept.bias, given, self.formula, running, weights_of)
+        call = NormCall(kernels, self.formula, given, running, weights_of)
+        return norm_act(call, x, kept.weight, kept.bias)
 
     def _kept(self) -> _Kept:
-        mean, variance = self.running_mean, self.running_var
-        running = None if mean is None or variance is None else (mean, variance)
-        return _Kept(self.weight, self.bias, running)
+        # By attribute each would be looked up in Python; a parametrization puts its own in their place.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        mean, variance = buffers["running_mean"], buffers["running_var"]
+        return _Kept(weight, bias, None if mean is None or variance is None else (mean, variance))
 
-    def _backend(self, x: Tensor, kept: _Kept, uses_input: bool) -> str:
-        """The backend for [N, C, *S]: the reference where kernels do not take it, or torch would refuse."""
-        if torch.compiler.is_compiling() or in_transform() or not can_fuse(x) or not kept.is_readable(x):
+    def _backend(self, x: Tensor, uses_input: bool) -> str:
+        """The backend for [N, C, *S], which is checked where none of its kind was seen before."""
+        kind = x.shape, x.stride(), x.dtype, x.device, uses_input, selected()
+        backend = self._backends.get(kind)
+        if backend is None:
+            self._check(x)
+            if len(self._backends) == _MOST_KINDS:
+                self._backends.clear()
+            backend = self._backends[kind] = self._choose_backend(x, uses_input)
+        return backend
+
+    def _choose_backend(self, x: Tensor, uses_input: bool) -> str:
+        """The reference where kernels do not take [N, C, *S], or torch would refuse it."""
+        if not can_fuse(x):
             return "reference"
         if uses_input and x.numel() == x.shape[1] * (x.shape[0] if self.formula.instance else 1):
             return "reference"  # a single value, which torch refuses
-        if x.device.type == "cuda" and x.numel() <= _FEW_ON_GPU and not is_chosen():
+        if x.device.type == "cuda" and x.numel() <= _FEW_ON_GPU and selected() == "auto":
             return "reference"
         return resolve("auto", x.device)
 
-    def _uses_input(self, kept: _Kept) -> bool:
+    def _uses_input(self, has_running: bool) -> bool:
         """Whether the statistics are those of the input."""
-        return kept.running is None or (
-            self.training and (not self.formula.instance or self.track_running_stats)
-        )
+        return not has_running or (self.training and (not self.formula.instance or self.track_running_stats))
 
     def _check(self, x: Tensor) -> None:
         ranks = (2, 3) if self.dimensions == 3 else (self.dimensions,)
@@ -203,10 +226,9 @@ class NormAct(nn.Module):
 
     def _plain(self, x: Tensor) -> Tensor:
         """Run torch's own operations on [N, C, *S]."""
-        kept = self._kept()
         value = self.formula.activate(x) if self.formula.activation_first else x
+        use_input = self._uses_input(self.running_mean is not None)
         if self.formula.instance:
-            use_input = self._uses_input(kept)
             momentum = 0.0 if self.momentum is None else self.momentum
             unbatched = value.dim() == self.dimensions - 1
             value = functional.instance_norm(
@@ -229,7 +251,7 @@ class NormAct(nn.Module):
                 self.running_var if updates else None,
                 self.weight,
                 self.bias,
-                self._uses_input(kept),
+                use_input,
                 factor,
                 self.eps,
             )
@@ -238,11 +260,12 @@ class NormAct(nn.Module):
     def _count(self) -> float:
         """Count a batch where running statistics are updated; how much of the new ones they take."""
         factor = 0.0 if self.momentum is None else self.momentum
-        counts = not self.formula.instance and self.training and self.track_running_stats
-        if counts and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
+        if self.training and self.track_running_stats and not self.formula.instance:
+            tracked = self.num_batches_tracked
+            if tracked is not None:
+                tracked.add_(1)
+                if self.momentum is None:
+                    factor = 1.0 / float(tracked)
         return factor
 
     def extra_repr(self) -> str:
@@ -261,7 +284,7 @@ class NormAct(nn.Module):
         return ", ".join(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_early": None}
+        return {**self.__dict__, "_early": None, "_backends": {}}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any

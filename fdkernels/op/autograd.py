@@ -212,7 +212,7 @@ def _with_known(
         widths = [pyramid.channels[index] for index in missing]
         for place, (index, part) in enumerate(zip(missing, found.sums.split(widths, dim=-1), strict=True)):
             parts[index], masses[index] = part, found.masses[..., place]
-    all_sums = torch.cat([part.to(pyramid.dtype) for part in parts if part is not None], dim=-1)
+    all_sums = torch.cat([part for part in parts if part is not None], dim=-1).to(pyramid.dtype)
     of_layers = [of_layer for of_layer in masses if of_layer is not None]
     return Sums(all_sums, torch.stack(of_layers, dim=-1), None, None)
 

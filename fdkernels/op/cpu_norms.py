@@ -8,7 +8,7 @@ from torch import Tensor
 from fdkernels import _C
 from fdkernels.op import norm_packing, packing
 from fdkernels.op.norm_formula import Formula, NormInputs, Running
-from fdkernels.op.pyramid import Weights, accumulate_dtype
+from fdkernels.op.pyramid import Weights
 
 __all__ = ["norm_backward", "norm_forward"]
 
@@ -32,7 +32,7 @@ def norm_forward(
         packing.pointer(sums),
         torch.get_num_threads(),
     )
-    return y, statistics, None if sums is None else sums.to(accumulate_dtype([x]))
+    return y, statistics, sums
 
 
 def norm_backward(

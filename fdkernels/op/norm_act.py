@@ -16,20 +16,17 @@ from torch import Tensor
 from fdkernels.op.kernels import NormKernels
 from fdkernels.op.norm_formula import Formula, NormInputs, Running, is_dense, plain
 from fdkernels.op.pyramid import Weights, accumulate_dtype, describe
-from fdkernels.op.registered import may_call_directly
 from fdkernels.op.tapped import TapSlot
 from fdkernels.transforms import version_of
 
-__all__ = ["OWN_TAP", "NormActPass", "can_fuse", "norm_act", "own_tap"]
+__all__ = ["OWN_TAP", "NormActPass", "NormCall", "can_fuse", "norm_act", "own_tap"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether kernels take the input [N, C, *S]: dense, seen by no compiler."""
-    if not 3 <= x.dim() <= 5 or x.numel() == 0 or not may_call_directly([x]):
-        return False
-    return x.dtype in _DTYPES and is_dense(x)
+    """Whether kernels take such an input [N, C, *S]: dense and not empty."""
+    return 3 <= x.dim() <= 5 and x.numel() > 0 and x.dtype in _DTYPES and is_dense(x)
 
 
 # The attribute of an output that `NormActPass` taps itself.
@@ -57,33 +54,39 @@ def own_tap(features: Tensor) -> OwnTap | None:
     return found if found is not None and found.version == version_of(features) else None
 
 
-def norm_act(
-    kernels: NormKernels,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    given: Tensor | None,
-    formula: Formula,
-    running: Running | None = None,
-    weights_of: Callable[[Tensor], Weights | None] | None = None,
-) -> Tensor:
+class NormCall(NamedTuple):
+    """What a call computes beside its input, γ and β.
+
+    Attributes:
+        kernels: that compute.
+        formula: what to compute.
+        given: mean and variance to use, [2, C] in float64; None takes those of the input.
+        running: the statistics to move, where they are not given ones.
+        weights_of: gives the weights [N, P] of the two regions for the output, where they are known.
+    """
+
+    kernels: NormKernels
+    formula: Formula
+    given: Tensor | None = None
+    running: Running | None = None
+    weights_of: Callable[[Tensor], Weights | None] | None = None
+
+
+def norm_act(call: NormCall, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Normalise and activate an input that `can_fuse` takes.
 
     Args:
-        kernels: that compute.
+        call: what to compute.
         x: [N, C, *S].
         weight, bias: [C], γ and β, or None for 1 and 0.
-        given: mean and variance to use, [2, C] in float64; None takes those of the input.
-        formula: what to compute.
-        running: the statistics to move, where they are not given ones.
-        weights_of: gives the weights [N, P] of the two regions for the output, where they are known.
 
     Returns:
         The output [N, C, *S] in the dtype and layout of x.
     """
     slot = TapSlot()
+    slot.takes_factor = False
     y: Tensor
-    y, placeholder = NormActPass.apply(kernels, x, weight, bias, given, formula, slot, running, weights_of)
+    y, placeholder = NormActPass.apply(call, slot, x, weight, bias)
     if y.requires_grad:
         setattr(y, OWN_TAP, OwnTap(slot, placeholder, version_of(y)))
     return y
@@ -94,24 +97,16 @@ class NormActPass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: NormKernels,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        given: Tensor | None,
-        formula: Formula,
-        slot: TapSlot,
-        running: Running | None,
-        weights_of: Callable[[Tensor], Weights | None] | None,
+        ctx: Any, call: NormCall, slot: TapSlot, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the output [N, C, *S] and the placeholder [2, N, C]."""
-        slot.early = None if weights_of is None else weights_of(x)
+        kernels, formula, given, running, weights_of = call
+        if weights_of is not None:
+            slot.early = weights_of(x)
         inputs = NormInputs(x, weight, bias, given, given is not None)
         y, ctx.statistics, slot.sums = kernels.norm_forward(inputs, formula, running, slot.early)
         ctx.save_for_backward(x, weight, bias)
-        ctx.kernels = kernels
-        ctx.formula, ctx.is_given, ctx.slot = formula, given is not None, slot
+        ctx.kernels, ctx.formula, ctx.is_given, ctx.slot = kernels, formula, inputs.given, slot
         ctx.set_materialize_grads(False)
         placeholder = x.new_empty((2, *x.shape[:2]), dtype=accumulate_dtype([x]))
         return y, placeholder
@@ -125,24 +120,27 @@ class NormActPass(torch.autograd.Function):
             g: of the placeholder, [2, N, C], by which (R3) is added.
         """
         x, weight, bias = ctx.saved_tensors
-        nothing = None, None, None, None, None
         slot: TapSlot = ctx.slot
         if g is not None and (slot.regions is not None or torch.is_grad_enabled()):
             # A pass of its own for several classes and moments, and for second derivatives.
             grad_y, g = slot.gradient(g, grad_y, describe([x])), None
         if grad_y is None and g is None:
-            return None, None, None, None, *nothing
+            return None, None, None, None, None
         if grad_y is not None and torch.is_grad_enabled():
-            return None, *_derivable(ctx, x, weight, bias, grad_y), *nothing
+            return None, None, *_derivable(ctx, x, weight, bias, grad_y)
         grad_y = torch.zeros_like(x) if grad_y is None else _like(grad_y, x)
         slopes, regions = None, None
         if g is not None:
-            slopes, regions = g if slot.factor is None else g * slot.factor.to(g.dtype), slot.weights
+            slopes, regions = g, slot.weights
         inputs = NormInputs(x, weight, bias, ctx.statistics, ctx.is_given)
         added = None if slopes is None or regions is None else (slopes, regions)
         kernels: NormKernels = ctx.kernels
-        needs = ctx.needs_input_grad[1:4]
-        return None, *kernels.norm_backward(inputs, ctx.formula, grad_y, added, needs), *nothing
+        needs = ctx.needs_input_grad[_FIRST_INPUT:]
+        return None, None, *kernels.norm_backward(inputs, ctx.formula, grad_y, added, needs)
+
+
+# Where the input, γ and β stand among the arguments of `NormActPass.forward`.
+_FIRST_INPUT = 2
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:
@@ -159,7 +157,7 @@ def _derivable(
     inputs = [
         (place, tensor)
         for place, tensor in enumerate((x, weight, bias))
-        if tensor is not None and ctx.needs_input_grad[1 + place]
+        if tensor is not None and ctx.needs_input_grad[_FIRST_INPUT + place]
     ]
     with torch.enable_grad():
         given = ctx.statistics if ctx.is_given else None

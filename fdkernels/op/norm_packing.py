@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +28,12 @@ def arguments(
     kept = weight if weight is not None else bias
     if kept is None and running is not None:
         kept = running.mean
-    pyramid = describe([x])
+    known = _known(x.shape, x.stride(), x.dtype, formula)
     return (
-        packing.norm_words(x, grad_y, regions, pyramid),
+        packing.norm_words(known.words, x, grad_y, regions),
         x.shape[0],
-        packing.DTYPES[pyramid.dtype],
-        _formula(formula),
+        known.accumulate,
+        known.formula,
         given,
         packing.pointer(weight),
         packing.pointer(bias),
@@ -53,7 +54,7 @@ def room_for_statistics(inputs: NormInputs, formula: Formula) -> Tensor:
     if statistics is not None:
         return statistics
     shape = (2, *x.shape[:2]) if formula.instance else (2, x.shape[1])
-    return torch.empty(shape, dtype=torch.float64, device=x.device)
+    return x.new_empty(shape, dtype=torch.float64)
 
 
 def empty_gradients(
@@ -78,12 +79,28 @@ def put_slopes(
     return slopes.to(accumulate_dtype([inputs.x])).contiguous(), regions
 
 
-@lru_cache(maxsize=64)
-def _formula(formula: Formula) -> _C.NormFormula:
-    return _C.NormFormula(
+class _Known(NamedTuple):
+    """What all calls of one formula with inputs of one kind share.
+
+    Attributes:
+        words: the layer, with 0 for what a call fills in.
+        accumulate: dtype of sums.
+        formula: as the kernels take it.
+    """
+
+    words: list[int]
+    accumulate: _C.DType
+    formula: _C.NormFormula
+
+
+@lru_cache(maxsize=256)
+def _known(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, formula: Formula) -> _Known:
+    pyramid = describe([torch.empty_strided(shape, stride, dtype=dtype, device="meta")])
+    compiled = _C.NormFormula(
         activation=_C.Activation.__members__[formula.activation],
         slope=formula.slope,
         activation_first=formula.activation_first and formula.activation != "none",
         instance=formula.instance,
         eps=formula.eps,
     )
+    return _Known(packing.features_words(pyramid), packing.DTYPES[pyramid.dtype], compiled)

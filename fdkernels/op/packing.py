@@ -28,6 +28,7 @@ __all__ = [
     "empty_sums",
     "empty_weight_gradients",
     "empty_weights",
+    "features_words",
     "gradient_words",
     "gradients_words",
     "mask_arguments",
@@ -80,7 +81,7 @@ _WORD_OF_DTYPE = {dtype: int(code) for dtype, code in DTYPES.items()}
 # Offsets of the words of a `Layer`, of a `RegionLayer` and of a `MaskSize`, and their number.
 _LAYER, _LAYER_WORDS = _C.layer_fields, _C.layer_words
 _FEATURES, _FG, _BG, _MASK_DTYPE = (_LAYER[field] for field in ("features", "fg", "bg", "mask_dtype"))
-_GRAD_FG, _GRAD_BG = _LAYER["grad_fg"], _LAYER["grad_bg"]
+_GRAD_FG, _GRAD_BG, _UPSTREAM = (_LAYER[field] for field in ("grad_fg", "grad_bg", "upstream"))
 _REGION, _REGION_WORDS = _C.region_layer_fields, _C.region_layer_words
 _SIZE, _SIZE_WORDS = _C.mask_size_fields, _C.mask_size_words
 _SIZE_FG, _SIZE_BG = _SIZE["fg"], _SIZE["bg"]
@@ -162,17 +163,20 @@ def gradient_words(
     for index, added in enumerate(upstream):
         if added is not None:
             start = index * _LAYER_WORDS
-            words[start + _LAYER["upstream"]] = added.data_ptr()
+            words[start + _UPSTREAM] = added.data_ptr()
             _put_strides(words, start, "upstream_", added.stride())
     return words
 
 
-def norm_words(x: Tensor, grad: Tensor | None, weights: Weights | None, pyramid: Pyramid) -> list[int]:
-    """Pack the input [N, C, *S] of a normalisation, the gradient that arrives, and weights [N, P]."""
-    words = features_words(pyramid).copy() if weights is None else sums_words([x], weights, pyramid)
+def norm_words(empty: list[int], x: Tensor, grad: Tensor | None, weights: Weights | None) -> list[int]:
+    """Pack the input [N, C, *S] of a normalisation, the gradient that arrives, and weights [N, P].
+
+    `empty` are the `features_words` of the input.
+    """
+    words = empty.copy() if weights is None else _with_pointers(empty, [x], weights)
     words[_FEATURES] = x.data_ptr()
     if grad is not None:
-        words[_LAYER["upstream"]] = grad.data_ptr()
+        words[_UPSTREAM] = grad.data_ptr()
     return words
 
 

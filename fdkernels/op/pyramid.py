@@ -237,8 +237,10 @@ def select_layers(sums: Tensor, pyramid: Pyramid, indices: Sequence[int]) -> Ten
 
 def accumulate_dtype(features: Sequence[Tensor]) -> torch.dtype:
     """float64 if any layer [N, C_l, *S_l] is float64, else float32: the dtype of sums, masses and losses."""
-    wide = any(layer.dtype == torch.float64 for layer in features)
-    return torch.float64 if wide else torch.float32
+    for layer in features:
+        if layer.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def weight_dtype(mask: torch.dtype, is_full_size: bool, dtype: torch.dtype, mask_resize: str) -> torch.dtype:

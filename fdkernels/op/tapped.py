@@ -28,6 +28,7 @@ class TapSlot:
     Attributes:
         weights: those of the layer.
         factor: [1], by which g is multiplied, or None.
+        takes_factor: whether the backward of the tap multiplies by it; otherwise g comes multiplied.
         backend: the name of the backend.
         regions: of the layer, in place of weights and factor, and their gradient [R or 2R, N, C].
         features: under regions with pivots those of the layer, else empty.
@@ -38,6 +39,7 @@ class TapSlot:
     weights: Weights
     factor: Tensor | None
     backend: str
+    takes_factor: bool = True
     regions: tuple[Regions, Tensor] | None = None
     features: Sequence[Tensor] = ()
     early: Weights | None = None
@@ -136,6 +138,12 @@ class FromTaps(torch.autograd.Function):
         weights = Weights(rest[: len(ctx.slots)], rest[len(ctx.slots) :])
         kept = Kept(slopes, sums, masses, pairing)
         g, factor = gradient_of_sums(ctx, kept, grad_losses, grad_sums)
+        if (
+            g is not None
+            and factor is not None
+            and not all(slot is None or slot.takes_factor for slot in ctx.slots)
+        ):
+            g, factor = g * registered.expand_factor(factor.to(g.dtype), call.pyramid), None
         for index, slot in enumerate(ctx.slots):
             if slot is not None:
                 slot.weights, slot.backend = weights.select([index]), call.backend

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fdkernels import checks
 from fdkernels.conventions import MASK_RESIZES
-from fdkernels.taps.early import EarlyMask, TakesMask
+from fdkernels.taps.early import AskedSizes, EarlyMask, TakesMask
 from fdkernels.taps.names import Place, find, in_place_around, last_of, own_name
 from fdkernels.taps.recording import Change, Enter, Keep, Leave, Recording, describe_without_grad
 
@@ -100,9 +100,11 @@ class FeatureTaps:
         self._recording = Recording(self.names, calls, fused)
         self._handles = _set_hooks(self._recording, modules, places)
         self._is_copy = False
-        # Whatever ends the tapped modules; weak, as the taps do not keep a network alive.
-        self._ends = [weakref.ref(last_of(modules[place.path])) for place in places]
+        # What ends the tapped modules; weak, as the taps do not keep a network alive.
+        ends = [last_of(modules[place.path]) for place in places]
+        self._takers = [weakref.ref(end) for end in ends if fused and isinstance(end, TakesMask)]
         self._early: EarlyMask | None = None
+        self._asked = AskedSizes()
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     @property
@@ -176,13 +178,9 @@ class FeatureTaps:
             ValueError: unknown `mask_resize`.
         """
         checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
-        self._early = early = EarlyMask(mask, mask_resize, ignore_index)
-        takers: list[TakesMask] = []
-        if self._recording.fused:
-            for ref in self._ends:
-                end: object = ref()
-                if isinstance(end, TakesMask):
-                    takers.append(end)
+        asked = self._asked.of(mask) if isinstance(mask, Tensor) else None  # the loss refuses what is none
+        self._early = early = EarlyMask(mask, mask_resize, ignore_index, asked)
+        takers = [taker for ref in self._takers if (taker := ref()) is not None]
         for taker in takers:
             taker.take_mask(early)
         try:
@@ -229,7 +227,7 @@ class FeatureTaps:
         self._recording = Recording(*state)
         self._handles = []
         self._is_copy = True
-        self._ends, self._early = [], None
+        self._takers, self._early, self._asked = [], None, AskedSizes()
 
 
 def _set_hooks(

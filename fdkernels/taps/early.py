@@ -12,11 +12,24 @@ from fdkernels.op.pyramid import Weights, accumulate_dtype
 from fdkernels.op.weights import weights_of
 from fdkernels.transforms import version_of
 
-__all__ = ["EarlyMask", "TakesMask"]
+__all__ = ["AskedSizes", "EarlyMask", "TakesMask"]
+
+# Shapes of masks whose sizes are remembered.
+_MOST_SHAPES = 32
 
 
 class _Key(NamedTuple):
+    """Of weights: what the features [N, C, *S] and the call that asked for them have in common.
+
+    Attributes:
+        batch, size, device: of the features.
+        dtype: the accumulation dtype.
+        backend: by which they are made.
+    """
+
+    batch: int
     size: torch.Size
+    device: torch.device
     dtype: torch.dtype
     backend: str
 
@@ -28,12 +41,17 @@ class EarlyMask:
         mask: [N, 1, *S0] or [N, *S0]; it is checked when the loss is computed.
         mask_resize: `"area"`, `"max"` or `"nearest"`.
         ignore_index: the mask value of pixels to leave out, or None.
+        asked: what was asked of masks of this shape in earlier passes, and is made together once the first of
+            it is asked for; what is asked of this one is added.
     """
 
-    def __init__(self, mask: Tensor, mask_resize: str, ignore_index: float | None) -> None:
+    def __init__(
+        self, mask: Tensor, mask_resize: str, ignore_index: float | None, asked: set[_Key] | None = None
+    ) -> None:
         self.mask, self.mask_resize, self.ignore_index = mask, mask_resize, ignore_index
         self._version = version_of(mask)
-        self._made: dict[_Key, Weights] = {}
+        self._made: dict[_Key, Weights | None] = {}
+        self._asked = set() if asked is None else asked
 
     def is_of(self, values: Tensor, mask_resize: str, ignore_index: float | None) -> bool:
         """Whether a loss has the same mask, values [N, 1, *S0], unchanged since, and resizes it likewise."""
@@ -44,16 +62,26 @@ class EarlyMask:
 
     def weights_of(self, x: Tensor, backend: str) -> Weights | None:
         """The weights [N, P] for features of the size of x, [N, C, *S]; None where they cannot fit."""
-        mask = self.mask.unsqueeze(1) if self.mask.dim() == x.dim() - 1 else self.mask
-        fits = mask.dim() == x.dim() and mask.shape[:2] == (x.shape[0], 1) and mask.device == x.device
-        if not fits or mask.numel() == 0 or mask.requires_grad or mask.is_complex():
-            return None  # the loss says what is wrong, or computes what the kernels do not
-        key = _Key(x.shape[2:], accumulate_dtype([x]), backend)
+        shape = x.shape
+        key = _Key(shape[0], shape[2:], x.device, accumulate_dtype((x,)), backend)
         if key not in self._made:
-            self._made[key] = weights_of(
-                mask, [key.size], key.dtype, self.mask_resize, self.ignore_index, backend
-            )
+            self._make(key)
         return self._made[key]
+
+    def _make(self, key: _Key) -> None:
+        """Make the weights for a key, and with them those for its like that earlier passes asked for."""
+        rank = 2 + len(key.size)
+        mask = self.mask.unsqueeze(1) if self.mask.dim() == rank - 1 else self.mask
+        fits = mask.dim() == rank and mask.shape[:2] == (key.batch, 1) and mask.device == key.device
+        if not fits or mask.numel() == 0 or mask.requires_grad or mask.is_complex():
+            self._made[key] = None  # the loss says what is wrong, or computes what the kernels do not
+            return
+        self._asked.add(key)
+        alike = (one for one in self._asked if one._replace(size=key.size) == key)
+        keys = [one for one in alike if len(one.size) == rank - 2 and one not in self._made]
+        sizes = [one.size for one in keys]
+        made = weights_of(mask, sizes, key.dtype, self.mask_resize, self.ignore_index, key.backend)
+        self._made |= {one: made.select([index]) for index, one in enumerate(keys)}
 
     def weights_of_all(self, layers: Sequence[Tensor], dtype: torch.dtype, backend: str) -> Weights | None:
         """The weights [N, P_l] of layers [N, C_l, *S_l], those that were made early among them.
@@ -70,6 +98,19 @@ class EarlyMask:
             [weights.fg[0] for weights in found if weights is not None],
             [weights.bg[0] for weights in found if weights is not None and weights.bg],
         )
+
+
+class AskedSizes:
+    """What the features of a network asked of masks, by the shape of the mask, from pass to pass."""
+
+    def __init__(self) -> None:
+        self._of_shape: dict[torch.Size, set[_Key]] = {}
+
+    def of(self, mask: Tensor) -> set[_Key]:
+        """What was asked of masks of the shape of this one, of any shape."""
+        if mask.shape not in self._of_shape and len(self._of_shape) == _MOST_SHAPES:
+            self._of_shape.clear()
+        return self._of_shape.setdefault(mask.shape, set())
 
 
 @runtime_checkable
