@@ -96,9 +96,9 @@ class Step:
         """Everything but the optimizer; the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.total()
-        loss.backward()
         if self.taps is not None:
-            self.taps.clear()
+            self.taps.clear()  # as the trainers do, so that backward frees features as it goes
+        loss.backward()
         return loss
 
     def outcome(self) -> tuple[float, Tensor]:
