@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from benchmarks import cases, counts
+from benchmarks import cases, counts, instructions
 from benchmarks.cases import named_case
 from benchmarks.counts import byte_counts, peak_bytes, tap_bytes
 from fdkernels import backends
@@ -20,24 +20,24 @@ def plain_case(name):
 def test_instructions_of_a_call_are_the_difference_of_k_and_2k_calls():
     # Before the first mark, then for each figure k calls, 2k calls, and what lies between them and the next.
     totals = [9999, 100, 1040, 2040, 50, 640, 1240]
-    found = counts.per_call(totals, ["a", "b"])
+    found = instructions.per_call(totals, ["a", "b"])
     assert found == [{"figure": "a", "instructions": 250}, {"figure": "b", "instructions": 150}]
 
 
 def test_marks_that_callgrind_did_not_see_are_an_error():
     with pytest.raises(RuntimeError, match=r"callgrind must see 3 marks, .* got 2"):
-        counts.per_call([1, 2], ["a"])
+        instructions.per_call([1, 2], ["a"])
 
 
 def test_the_total_of_a_dump_is_read():
-    assert counts.total_of("events: Ir\nfn=(1)\n1 5\n\ntotals: 12345\n") == 12345
+    assert instructions.total_of("events: Ir\nfn=(1)\n1 5\n\ntotals: 12345\n") == 12345
     with pytest.raises(RuntimeError, match="a dump of callgrind must have a line"):
-        counts.total_of("")
+        instructions.total_of("")
 
 
 def test_the_change_of_each_figure_is_printed(capsys):
     entries = [{"figure": "a", "instructions": 110}, {"figure": "b", "instructions": 7}]
-    assert counts.compare({"a": 100, "c": 1}, entries) == [pytest.approx(10)]
+    assert instructions.compare({"a": 100, "c": 1}, entries) == [pytest.approx(10)]
     printed = capsys.readouterr().out
     assert "+10.00%" in printed
     assert "new" in printed
@@ -59,22 +59,22 @@ def test_a_rise_beyond_the_limit_fails(monkeypatch, tmp_path, capsys, limit, sta
     monkeypatch.setattr(shutil, "which", lambda name: "valgrind")
     monkeypatch.setattr(cases, "header", lambda command, device: {})
     for now, expected in ((100, 0), (110, status)):
-        monkeypatch.setattr(counts, "count_instructions", lambda valgrind, now=now: counted(now))
+        monkeypatch.setattr(instructions, "count", lambda valgrind, now=now: counted(now))
         assert counts.main(["instructions", f"--output={path}", f"--limit={limit}"]) == expected
     assert json.loads(path.read_text())["measurements"] == counted(110)
     assert ("risen by more than 9 %" in capsys.readouterr().err) == (status == 1)
 
 
 def test_the_driver_marks_each_figure_three_times():
-    calls, k = [], counts.CALLS
-    assert counts.drive(lambda: calls.append("mark"), {"a": lambda: calls.append("a")}) == ["a"]
-    warm = ["a"] * counts.WARM_CALLS
+    calls, k = [], instructions.CALLS
+    assert instructions.drive(lambda: calls.append("mark"), {"a": lambda: calls.append("a")}) == ["a"]
+    warm = ["a"] * instructions.WARM_CALLS
     assert calls == [*warm, "mark", *["a"] * k, "mark", *["a"] * 2 * k, "mark"]
 
 
 @pytest.mark.skipif(backends()["cpu"] is not None, reason=f"backend cpu: {backends()['cpu']}")
 def test_every_figure_can_be_called_and_is_one_of_the_last_count():
-    figures = counts.figures()
+    figures = instructions.figures()
     for function in figures.values():
         function()
     counted = json.loads((counts.RESULTS / "instructions-x86_64.json").read_text())["measurements"]
