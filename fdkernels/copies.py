@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fdkernels.layer_losses import Settings
+from fdkernels.settings import Settings
 
 __all__ = ["HoldsGroup"]
 

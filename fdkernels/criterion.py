@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fdkernels import checks
 from fdkernels.alpha import ALPHA_RULES, AlphaWatch, Rule, bounds_of
-from fdkernels.classes import Classes
-from fdkernels.conventions import Convention, get_convention
+from fdkernels.conventions import Convention
 from fdkernels.copies import HoldsGroup
-from fdkernels.layer_losses import Partners, Settings, check_features_and_mask, losses_per_layer
+from fdkernels.layer_losses import Partners, check_features_and_mask, losses_per_layer
+from fdkernels.settings import Settings, settings_of
 from fdkernels.taps import FeatureTaps
 from fdkernels.transforms import in_transform
 
@@ -107,11 +107,8 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
         super().__init__()
         if isinstance(num_layers, bool) or not isinstance(num_layers, int):
             raise TypeError(f"num_layers must be an integer, got {type(num_layers).__name__}")
-        for name, count in (
-            ("num_layers", num_layers),
-            ("ramp_steps", ramp_steps),
-            ("patience", patience),
-        ):
+        counts = {"num_layers": num_layers, "ramp_steps": ramp_steps, "patience": patience}
+        for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         checks.one_of("alpha_rule", alpha_rule, ALPHA_RULES)
@@ -125,8 +122,8 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
         self.alpha_init = float(alpha_init)
         self.alpha_max = float(alpha_max)
         self.ramp_steps = ramp_steps
-        self.settings = Settings(
-            convention=get_convention(convention),
+        self.settings = settings_of(
+            convention=convention,
             exchange=exchange,
             mask_resize=mask_resize,
             ignore_index=ignore_index,
@@ -136,9 +133,11 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
             backend=backend,
             aspect=aspect,
             channel_dim=channel_dim,
-            classes=Classes.of(mode, num_classes, include_background, pairs),
+            mode=mode,
+            num_classes=num_classes,
+            include_background=include_background,
+            pairs=pairs,
         )
-        self.settings.check()
         start = torch.full((num_layers,), 0.0 if alpha_rule == "ramp" else self.alpha_init)
         if alpha_rule == "ramp":
             self.register_buffer("alpha", start)

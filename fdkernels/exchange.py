@@ -36,11 +36,10 @@ def draw_pairing(
         None for `"none"`; int64 [N] for `"shuffle"`, the sample whose foreground meets background n; int64
         [K, 2] for `"pooled"`, rows with -1 being unused.
     """
-    checks.one_of("exchange", exchange, ("none", "shuffle", "pooled"))
-    _check_batch(exchange, batch)
     _check_generator(generator)
     if exchange == "none":
         return None
+    _check_batch(exchange, batch)
     if pairing is not None:
         checked = _check_pairing(pairing, exchange, batch, device)
         if exchange == "pooled" and domains is not None:
@@ -176,8 +175,8 @@ def _check_pairs_cross(pairing: Tensor, domains: Tensor) -> None:
 
 
 def _check_batch(exchange: str, batch: int) -> None:
-    """Raise ValueError if an exchange term is requested for a batch of fewer than two samples."""
-    if exchange != "none" and batch < 2:
+    """Raise ValueError for a batch of fewer than two samples."""
+    if batch < 2:
         raise ValueError(
             f"exchange={exchange!r} pairs samples, so the batch must have at least 2, got {batch}; "
             "drop the last incomplete batch or use exchange='none'"

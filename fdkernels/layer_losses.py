@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fdkernels import backend as backends
 from fdkernels import checks, geometry
-from fdkernels.classes import BINARY, Classes, Planes, check_class_mask
-from fdkernels.conventions import EXCHANGES, MASK_RESIZES, REDUCTIONS, Convention
+from fdkernels.classes import Planes, check_class_mask
 from fdkernels.exchange import Ranks, draw_pairing, gather_batch, ranks_of
 from fdkernels.op.autograd import Call, run_pass
 from fdkernels.op.entries import GatheredSums, losses_of_regions
@@ -22,58 +20,12 @@ from fdkernels.op.region_pass import RegionCall, pivots_of, regions_of, run_regi
 from fdkernels.op.tapped import FromTaps, RegionsFromTaps
 from fdkernels.op.transformed import refuse_group, run_transformed
 from fdkernels.op.weights import weights_of
+from fdkernels.settings import Settings, has_two_regions, resize_of
 from fdkernels.taps import FeatureTaps
 from fdkernels.taps.early import EarlyMask
 from fdkernels.transforms import in_transform
 
-__all__ = ["Partners", "Settings", "check_features_and_mask", "losses_per_layer", "region_sums_of"]
-
-
-class Settings(NamedTuple):
-    """The arguments of `feature_discrepancy_loss` that stay the same from call to call, by their names.
-
-    `classes` holds `mode`, `num_classes`, `include_background` and `pairs`.
-    """
-
-    convention: Convention
-    exchange: str
-    mask_resize: str | None
-    ignore_index: float | None
-    eps: float
-    reduction: str
-    group: dist.ProcessGroup | None
-    backend: str
-    aspect: str = "same"
-    channel_dim: int = 1
-    classes: Classes = BINARY
-
-    def check(self) -> None:
-        """Raise TypeError or ValueError for a setting that does not exist."""
-        checks.one_of("exchange", self.exchange, EXCHANGES)
-        checks.one_of("reduction", self.reduction, REDUCTIONS)
-        checks.non_negative("eps", self.eps)
-        checks.one_of("backend", self.backend, ("auto", *backends.BACKENDS))
-        checks.one_of("aspect", self.aspect, geometry.ASPECTS)
-        if self.mask_resize is not None:
-            checks.one_of("mask_resize", self.mask_resize, MASK_RESIZES)
-        if self.classes.is_binary:
-            return
-        what = f"mode={self.classes.mode!r}"
-        if self.convention.norm == "batch" or self.convention.masked_background:
-            raise ValueError(f"convention={self.convention.name!r} is for mode='binary', got {what}")
-        if self.exchange == "pooled":
-            raise ValueError(f"exchange='pooled' is for mode='binary', got {what}")
-
-
-# Functions and no properties: Dynamo of torch before 2.9 does not look up those of a named tuple.
-def resize_of(settings: Settings) -> str:
-    """How the mask is resized to a layer."""
-    return settings.mask_resize or settings.convention.mask_resize
-
-
-def has_two_regions(settings: Settings) -> bool:
-    """Whether the kernels of two regions serve: one class, and no second moments."""
-    return settings.classes.is_binary and settings.convention.norm != "fisher"
+__all__ = ["Partners", "check_features_and_mask", "losses_per_layer", "region_sums_of"]
 
 
 class Partners(NamedTuple):

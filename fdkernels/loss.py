@@ -10,17 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdkernels import checks
-from fdkernels.classes import Classes
-from fdkernels.conventions import CONVENTIONS, MASK_RESIZES, Convention, get_convention
+from fdkernels.conventions import MASK_RESIZES, Convention
 from fdkernels.layer_losses import (
     Partners,
-    Settings,
     check_features_and_mask,
     losses_per_layer,
     region_sums_of,
 )
 from fdkernels.op.pyramid import describe
 from fdkernels.op.registered import expand_factor
+from fdkernels.settings import settings_of
 from fdkernels.taps import FeatureTaps
 
 __all__ = ["RegionSums", "feature_discrepancy_loss", "region_sums", "tap"]
@@ -117,8 +116,8 @@ def feature_discrepancy_loss(
         "Causal frameworks and feature discrepancy loss", eq. 1 and 2, Definitions 4 and 6, Algorithm 1; the
         later version is arXiv:2507.19575.
     """
-    settings = Settings(
-        convention=get_convention(convention),
+    settings = settings_of(
+        convention=convention,
         exchange=exchange,
         mask_resize=mask_resize,
         ignore_index=ignore_index,
@@ -128,9 +127,11 @@ def feature_discrepancy_loss(
         backend=backend,
         aspect=aspect,
         channel_dim=channel_dim,
-        classes=Classes.of(mode, num_classes, include_background, pairs),
+        mode=mode,
+        num_classes=num_classes,
+        include_background=include_background,
+        pairs=pairs,
     )
-    settings.check()
     layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     taps = features if isinstance(features, FeatureTaps) else None
@@ -183,8 +184,8 @@ def tap(
     Raises:
         TypeError, ValueError, RuntimeError: as for `feature_discrepancy_loss`.
     """
-    settings = Settings(
-        convention=get_convention(convention),
+    settings = settings_of(
+        convention=convention,
         exchange=exchange,
         mask_resize=mask_resize,
         ignore_index=ignore_index,
@@ -194,9 +195,11 @@ def tap(
         backend=backend,
         aspect=aspect,
         channel_dim=channel_dim,
-        classes=Classes.of(mode, num_classes, include_background, pairs),
+        mode=mode,
+        num_classes=num_classes,
+        include_background=include_background,
+        pairs=pairs,
     )
-    settings.check()
     layers, planes = check_features_and_mask(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     combines = layer_weights is None
@@ -289,8 +292,8 @@ def region_sums(
         RuntimeError: the backend is not available.
     """
     checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
-    settings = Settings(
-        convention=CONVENTIONS["paper"],
+    settings = settings_of(
+        convention="paper",
         exchange="none",
         mask_resize=mask_resize,
         ignore_index=ignore_index,
@@ -300,9 +303,11 @@ def region_sums(
         backend=backend,
         aspect=aspect,
         channel_dim=channel_dim,
-        classes=Classes.of(mode, num_classes, include_background, pairs),
+        mode=mode,
+        num_classes=num_classes,
+        include_background=include_background,
+        pairs=pairs,
     )
-    settings.check()
     layers, planes = check_features_and_mask(features, mask, settings)
     sums, masses = region_sums_of(layers, planes, settings)
     results = [

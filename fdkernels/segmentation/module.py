@@ -13,12 +13,12 @@ from torch import Tensor
 
 import fdkernels as fdk
 from fdkernels import models
-from fdkernels.layer_losses import resize_of
 from fdkernels.models import SegmentationNetwork
 from fdkernels.segmentation.config import TrainingConfig
 from fdkernels.segmentation.data import derive_seed
 from fdkernels.segmentation.metrics import OverlapScores
 from fdkernels.segmentation.objective import SegmentationLoss
+from fdkernels.settings import resize_of
 
 
 class NotFiniteError(RuntimeError):
