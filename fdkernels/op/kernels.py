@@ -113,7 +113,7 @@ class NormKernels(Protocol):
 
         Returns:
             The output [N, C, *S] laid out like x; the statistics, as `NormInputs` has them; and the region
-            sums [2, N, C] of the output, in the accumulation dtype, where there are weights [N, P].
+            sums [2, N, C] of the output, in the accumulation dtype or float64, where there are weights [N, P].
         """
 
     def norm_backward(
