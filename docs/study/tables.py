@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repeat import PARTS, VARIANTS, WIDE, Part, is_finished
+from repeat import PARTS, VARIANTS, WIDE, WIDE_PARTS, Part, is_finished
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 20  # epochs over which validation is averaged
@@ -169,9 +169,8 @@ def section(part: Part, output: Path) -> list[str]:
     return parts
 
 
-def wide_section(output: Path) -> list[str]:
+def wide_section(part: Part, output: Path) -> list[str]:
     """What is known at the paper's width."""
-    part = PARTS[0]
     folder = output / part.name(WIDE)
     if not is_finished(folder):
         return []
@@ -179,7 +178,7 @@ def wide_section(output: Path) -> list[str]:
         f"## {part.dataset}, {part.model}, of width 64 at 256²",
         plateau(folder, "without"),
         comparisons(folder),
-        "### Features without and with the loss at width 64",
+        f"### Features without and with the loss at width 64, {part.dataset}",
         features(folder),
     ]
 
@@ -192,7 +191,8 @@ def main() -> None:
     parts = ["# Tables of the study", "Written by tables.py. [../study.md](../study.md) says what they show."]
     for part in PARTS:
         parts += section(part, output)
-    parts += wide_section(output)
+    for part in WIDE_PARTS:
+        parts += wide_section(part, output)
     (HERE / "tables.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
