@@ -112,8 +112,8 @@ class NormKernels(Protocol):
         """Compute statistics (N1) and output (N2) of x [N, C, *S], and move the running statistics.
 
         Returns:
-            The output [N, C, *S] laid out like x; the statistics, as `NormInputs` has them; and the region
-            sums [2, N, C] of the output, in the accumulation dtype or float64, where there are weights [N, P].
+            The output [N, C, *S] laid out like x; the statistics, as `NormInputs` has them; and, where there
+            are weights [N, P], the region sums [2, N, C] of the output, in the accumulation dtype or float64.
         """
 
     def norm_backward(
