@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from fdkernels import backend as backends
 from fdkernels import checks, geometry
 from fdkernels.classes import BINARY, Classes
 from fdkernels.conventions import EXCHANGES, MASK_RESIZES, REDUCTIONS, Convention, get_convention
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Settings", "has_two_regions", "resize_of", "settings_of"]
 
@@ -64,12 +67,28 @@ def has_two_regions(settings: Settings) -> bool:
     return settings.classes.is_binary and settings.convention.norm != "fisher"
 
 
-def settings_of(group: dist.ProcessGroup | None = None, **given: Any) -> Settings:
+class _Given(TypedDict):
+    convention: str | Convention
+    exchange: str
+    mask_resize: str | None
+    ignore_index: float | None
+    eps: float
+    reduction: str
+    backend: str
+    aspect: str
+    channel_dim: int
+    mode: str
+    num_classes: int | None
+    include_background: bool
+    pairs: Sequence[tuple[int, int]] | None
+
+
+def settings_of(group: dist.ProcessGroup | None = None, **given: Unpack[_Given]) -> Settings:
     """The checked settings of a call.
 
     Args:
         group: as for `fdkernels.feature_discrepancy_loss`.
-        **given: its other settings, all of them, by their names.
+        **given: its other settings, by their names.
 
     Raises:
         TypeError, ValueError: a setting that does not exist.
@@ -78,7 +97,7 @@ def settings_of(group: dist.ProcessGroup | None = None, **given: Any) -> Setting
     return settings if group is None else settings._replace(group=group)
 
 
-def _of_call(given: dict[str, Any]) -> Settings:
+def _of_call(given: _Given) -> Settings:
     # torch.compile would trace the function behind the cache and warn.
     if torch.compiler.is_compiling():
         return _made(**given)
