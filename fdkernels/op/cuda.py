@@ -11,6 +11,7 @@ from fdkernels import _C
 from fdkernels.conventions import Options
 from fdkernels.op import packing
 from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights, describe
+from fdkernels.op.stream import current_stream
 
 __all__ = [
     "gradient",
@@ -41,7 +42,7 @@ def masks(
         packing.DTYPES[dtype],
         words,
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return weights
 
@@ -73,7 +74,7 @@ def sums(
         packing.pointer(out.slopes),
         packing.allocate_in(workspace, device),
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return out
 
@@ -103,7 +104,7 @@ def losses(
         slopes=slopes.data_ptr(),
         allocate=packing.allocate_in(workspace, device),
         device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=current_stream(device),
     )
     return losses, slopes
 
@@ -130,7 +131,7 @@ def gradient(
         packing.pointer(factor),
         0 if factor is None else factor.stride(0),
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return grads
 
@@ -148,7 +149,7 @@ def mask_gradient(grad_sums: Tensor, weights: Weights, features: Sequence[Tensor
         accumulate=packing.DTYPES[grad_sums.dtype],
         grad_sums=grad_sums.data_ptr(),
         device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=current_stream(device),
     )
     return grads
 
@@ -169,7 +170,7 @@ def region_sums(features: Sequence[Tensor], regions: Regions, pyramid: Pyramid) 
         masses.data_ptr(),
         packing.allocate_in(workspace, device),
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return sums, masses
 
@@ -195,7 +196,7 @@ def region_gradient(
         *packing.region_arguments(regions, grad_sums.dtype),
         grad_sums.data_ptr(),
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return grads
 
@@ -213,6 +214,6 @@ def region_weight_gradient(grad_sums: Tensor, regions: Regions, features: Sequen
         *packing.region_arguments(regions, grad_sums.dtype),
         grad_sums.data_ptr(),
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return grads

@@ -9,6 +9,7 @@ from fdkernels import _C
 from fdkernels.op import norm_packing, packing
 from fdkernels.op.norm_formula import Formula, NormInputs, Running
 from fdkernels.op.pyramid import Weights, accumulate_dtype
+from fdkernels.op.stream import current_stream
 
 __all__ = ["norm_backward", "norm_forward"]
 
@@ -33,7 +34,7 @@ def norm_forward(
         packing.pointer(sums),
         packing.allocate_in(workspace, x.device),
         x.device.index,
-        torch.cuda.current_stream(x.device).cuda_stream,
+        current_stream(x.device),
     )
     return y, statistics, sums
 
@@ -63,6 +64,6 @@ def norm_backward(
         packing.pointer(grads[2]),
         packing.allocate_in(workspace, device),
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return grads

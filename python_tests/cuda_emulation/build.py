@@ -18,12 +18,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-import torch
 
 import fdkernels
 import fdkernels.op
@@ -97,7 +96,7 @@ def emulate() -> Emulation:
                 norms: Any = copy_of("cuda_norms")
     for kernels in (backend, norms):
         kernels._C = _WithoutDevice(module)
-        kernels.torch = _TorchWithoutStreams()
+        kernels.current_stream = lambda device: 0
     return Emulation(module, packing, backend, norms)
 
 
@@ -116,13 +115,6 @@ class _WithoutDevice:
             return function(*arguments[:-2], 0, arguments[-1])  # the last two are device and stream
 
         return call
-
-
-class _TorchWithoutStreams:
-    cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=0))
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch, name)
 
 
 def copy_of(name: str) -> ModuleType:
