@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fdkernels as fdk
+from fdkernels.op.stream import current_stream
 
 pytestmark = [
     pytest.mark.cuda,
@@ -76,6 +77,11 @@ def stream() -> Iterator[torch.cuda.Stream]:
     with torch.cuda.stream(stream):
         yield stream
     torch.cuda.synchronize()
+
+
+def test_kernels_are_launched_on_the_stream_that_torch_names(stream):
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert current_stream(device) == torch.cuda.current_stream(device).cuda_stream == stream.cuda_stream
 
 
 def test_a_call_waits_for_the_current_stream(gpu_backend, options, stream):
