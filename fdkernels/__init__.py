@@ -17,7 +17,7 @@ from fdkernels.checks import debug
 from fdkernels.conventions import CONVENTIONS, Convention
 from fdkernels.criterion import FeatureDiscrepancyLoss
 from fdkernels.loss import RegionSums, feature_discrepancy_loss, region_sums, tap
-from fdkernels.norms import NormAct, fuse_norms
+from fdkernels.norms import NormAct, fuse_norms, unfuse_norms
 from fdkernels.taps import FeatureTaps
 from fdkernels.taps.suggest import suggest_taps
 
@@ -37,6 +37,7 @@ __all__ = [
     "region_sums",
     "suggest_taps",
     "tap",
+    "unfuse_norms",
     "use_backend",
 ]
 

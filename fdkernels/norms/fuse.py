@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fdkernels.norms.module import NormAct, activation_of, is_norm
 from fdkernels.taps.names import find, is_chain
 
-__all__ = ["fuse_norms"]
+__all__ = ["fuse_norms", "unfuse_norms"]
 
 # What a report on a whole network names, whether it can be fused or not.
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, NormAct)
@@ -32,8 +32,8 @@ def fuse_norms(model: nn.Module, names: Sequence[str] | None = None) -> dict[str
 
     Parameters and buffers are shared under their names: `state_dict()`, optimizers and checkpoints, earlier
     ones too, stay as they are. The activation's place is taken by an `nn.Identity`. Fuse before torch.compile
-    and after `SyncBatchNorm.convert_sync_batchnorm`, which does not know `NormAct`; neither does
-    `torch.optim.swa_utils.update_bn`.
+    and after `SyncBatchNorm.convert_sync_batchnorm`, which does not know `NormAct`. Neither do
+    `torch.optim.swa_utils.update_bn` and exporters that look for a BatchNorm: call `unfuse_norms` before.
 
     Args:
         model: any network.
@@ -55,6 +55,60 @@ def fuse_norms(model: nn.Module, names: Sequence[str] | None = None) -> dict[str
     modules, places = find(model, tuple(names))
     shared = _shared(_places_of(modules))
     return {name: _fuse(modules, place.path, shared) for name, place in zip(names, places, strict=True)}
+
+
+def unfuse_norms(model: nn.Module) -> dict[str, str]:
+    """Put torch's own normalisation and activation back in the place of each `NormAct`, in place.
+
+    ::
+
+        average = torch.optim.swa_utils.AveragedModel(model)
+        fdk.unfuse_norms(average)
+        torch.optim.swa_utils.update_bn(loader, average)
+
+    For code that looks for a BatchNorm: `update_bn`, `SyncBatchNorm.convert_sync_batchnorm`, exporters.
+    Parameters and buffers are shared under their names, as by `fuse_norms`, which may follow again. An
+    activation takes the place of the `nn.Identity` beside it.
+
+    Args:
+        model: any network.
+
+    Returns:
+        By the path of each `NormAct` what took its place, or why it was left alone.
+    """
+    report = {}
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent._modules.items()):  # noqa: SLF001 -- named_children leaves out repeated ones
+            if isinstance(child, NormAct):
+                report[f"{path}.{name}" if path else name] = _unfuse(parent, name, child)
+    return report
+
+
+def _unfuse(parent: nn.Module, name: str, fused: NormAct) -> str:
+    """Put the pair of a child back; say what was done."""
+    if _has_hooks(fused):
+        return "left alone: it has hooks, which would not run"
+    norm, activation = fused.apart()
+    kinds = [type(norm).__name__]
+    if activation is not None:
+        place = _identity_beside(parent, name, fused.formula.activation_first)
+        if place is None:
+            kind = type(activation).__name__
+            return f"left alone: no nn.Identity stands beside it in an nn.Sequential, to become its {kind}"
+        setattr(parent, place, activation)
+        kinds.insert(0 if fused.formula.activation_first else 1, type(activation).__name__)
+    setattr(parent, name, norm)
+    return f"unfused: {' + '.join(kinds)}"
+
+
+def _identity_beside(parent: nn.Module, name: str, before: bool) -> str | None:
+    """The name of the nn.Identity that runs next before, or behind, a child of a chain."""
+    if not is_chain(parent):
+        return None
+    names = [*parent._modules]  # noqa: SLF001
+    place = names.index(name) + (-1 if before else 1)
+    beside = 0 <= place < len(names) and isinstance(parent[place], nn.Identity)
+    return names[place] if beside else None
 
 
 def _fuse_all(modules: dict[str, nn.Module]) -> dict[str, str]:

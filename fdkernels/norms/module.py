@@ -145,6 +145,22 @@ class NormAct(nn.Module):
         self._early: EarlyMask | None = None
         self._backends: dict[_Kind, str] = {}
 
+    def apart(self) -> tuple[nn.Module, nn.Module | None]:
+        """Make torch's own normalisation, which shares parameters and buffers, and its activation, if any."""
+        options: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum, "device": "meta"}
+        options |= {"affine": self.weight is not None, "track_running_stats": self.track_running_stats}
+        kinds = _INSTANCE_NORMS if self.formula.instance else _BATCH_NORMS
+        norm = kinds[self.dimensions - 3](self.num_features, **options)
+        for name in ("weight", "bias"):
+            norm.register_parameter(name, getattr(self, name))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            norm.register_buffer(name, getattr(self, name))
+        norm.train(self.training)
+        if self.formula.activation == "none":
+            return norm, None
+        slope, is_relu = self.formula.slope, self.formula.activation == "relu"
+        return norm, (nn.ReLU() if is_relu else nn.LeakyReLU(slope)).train(self.training)
+
     def take_mask(self, early: EarlyMask | None) -> None:
         """Let calls compute region sums under this mask, as `taps.mask` says; None ends that."""
         self.__dict__["_early"] = early  # nn.Module would look for a parameter of that name
