@@ -58,6 +58,9 @@ class SegmentationModule(LightningModule):
         alpha_lr: Adam's learning rate for alpha.
         channels_last: keep weights, images and features in torch's channels_last memory format.
         compile_network: run the network, with its taps, through `torch.compile`.
+        fuse: run `fdkernels.fuse_norms` on a network that is not compiled, when training or a test begins.
+        sync_batchnorm: whether Lightning makes batch norms those of all processes, where there are several;
+            they are then not fused.
 
     Raises:
         NotFiniteError: the training loss of an epoch is not finite, or the network puts out NaN in a test.
@@ -78,6 +81,7 @@ class SegmentationModule(LightningModule):
         channels_last: bool = False,
         compile_network: bool = False,
         fuse: bool = False,
+        sync_batchnorm: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,12 +91,14 @@ class SegmentationModule(LightningModule):
         self.channels_last = channels_last
         self.compile_network = compile_network
         self.fuse = fuse
+        self.sync_batchnorm = sync_batchnorm
         self.objective = SegmentationLoss()
         self.val_scores = OverlapScores()
         self.test_scores = OverlapScores()
         self._group: dist.ProcessGroup | None = None
         self._layer_losses: list[Tensor] = []
         self._compiled: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
+        self._taps: fdk.FeatureTaps | None = None
         if criterion is not None:
             # [L], the mean over the batches of the last epoch; kept in checkpoints.
             self.register_buffer("epoch_layer_losses", torch.zeros(len(model.tap_names)))
@@ -125,13 +131,13 @@ class SegmentationModule(LightningModule):
             alpha_lr=config.alpha_lr,
             channels_last=config.channels_last,
             compile_network=config.compile,
-            # Lightning converts batch norms after `setup`, and would no longer find those that are fused.
-            fuse=config.fuse and not config.sync_batchnorm,
+            fuse=config.fuse,
+            sync_batchnorm=syncs_batchnorm(config),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled runs this network, not that of a copy; `setup` makes both anew.
-        return super().__getstate__() | {"_compiled": None, "_group": None}
+        return super().__getstate__() | {"_compiled": None, "_group": None, "_taps": None}
 
     def setup(self, stage: str) -> None:
         self._group = dist.group.WORLD if self.trainer.world_size > 1 else None
@@ -139,8 +145,13 @@ class SegmentationModule(LightningModule):
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_network and self._compiled is None:
             self._compiled = _compile(self.model)
-        if self.fuse and not self.compile_network:
+        # Lightning converts batch norms after this, and would no longer find those that are fused.
+        synced = self.sync_batchnorm and self._group is not None
+        if self.fuse and not self.compile_network and not synced:
             fdk.fuse_norms(self.model)
+
+    def teardown(self, stage: str) -> None:
+        self._remove_taps()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [
@@ -166,13 +177,18 @@ class SegmentationModule(LightningModule):
         image = self._laid_out(image)
         if self._compiled is not None:
             return self._compiled(image)
-        # The hooks live for this pass alone, so that no feature map outlives the step and
-        # evaluation pays nothing for them.
         assert self.criterion is not None
-        resize = resize_of(self.criterion.settings)
-        taps = fdk.FeatureTaps(self.model, self.model.tap_names, fused=self.criterion.is_active)
-        with taps, taps.mask(mask, mask_resize=resize):
-            return self.model(image), taps
+        if self._taps is None:
+            is_active = self.criterion.is_active
+            self._taps = fdk.FeatureTaps(self.model, self.model.tap_names, fused=is_active)
+        with self._taps.mask(mask, mask_resize=resize_of(self.criterion.settings)):
+            return self.model(image), self._taps
+
+    def _remove_taps(self) -> None:
+        """Take the hooks away until the next training pass sets them anew; evaluation does without."""
+        if self._taps is not None:
+            self._taps.close()
+            self._taps = None
 
     def _laid_out(self, image: Tensor) -> Tensor:
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
@@ -199,6 +215,8 @@ class SegmentationModule(LightningModule):
                 # Of the batches whose gradients make one step, one counts.
                 count_step=batch_idx % self.trainer.accumulate_grad_batches == 0,
             )
+            if self._taps is not None:
+                self._taps.clear()  # so that backward frees the features as it goes
             if self.criterion.layer_losses is not None:
                 self._layer_losses.append(self.criterion.layer_losses)
         for name, value in (("loss", loss), ("segmentation_loss", segmentation_loss)):
@@ -254,6 +272,9 @@ class SegmentationModule(LightningModule):
             self.log(f"alpha/{name}", alphas[index])
             self.log(f"discrepancy_loss/{name}", self.epoch_layer_losses[index])
 
+    def on_validation_epoch_start(self) -> None:
+        self._remove_taps()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.val_scores.update(*self._counted(batch))
 
@@ -283,6 +304,13 @@ class SegmentationModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         dice = self.trainer.callback_metrics.get("val/dice")
         checkpoint["validation_dice"] = None if dice is None else float(dice)
+
+
+def syncs_batchnorm(config: TrainingConfig) -> bool:
+    """Take the choice of the configuration, else True on GPUs: on a CPU torch has no such layer."""
+    if config.sync_batchnorm is not None:
+        return config.sync_batchnorm
+    return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def _compile(model: SegmentationNetwork) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
@@ -322,4 +350,4 @@ class SeedSteps(Callback):
         self._seeder(derive_seed(self.seed, trainer.current_epoch, 2, batch_idx, trainer.global_rank))
 
 
-__all__ = ["NotFiniteError", "SeedSteps", "SegmentationModule"]
+__all__ = ["NotFiniteError", "SeedSteps", "SegmentationModule", "syncs_batchnorm"]

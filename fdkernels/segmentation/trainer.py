@@ -18,7 +18,7 @@ from fdkernels.segmentation.checkpoints import WholeFiles
 from fdkernels.segmentation.config import TrainingConfig, check_processes
 from fdkernels.segmentation.console import quiet_lightning
 from fdkernels.segmentation.fields import FieldError
-from fdkernels.segmentation.module import SegmentationModule
+from fdkernels.segmentation.module import SegmentationModule, syncs_batchnorm
 
 
 def check_possible(config: TrainingConfig) -> None:
@@ -84,16 +84,9 @@ def make_trainer(config: TrainingConfig, callbacks: Sequence[Callback], **settin
         limit_train_batches=config.limit_batches,
         limit_val_batches=config.limit_batches,
         limit_test_batches=config.limit_batches,
-        sync_batchnorm=_syncs_batchnorm(config),
+        sync_batchnorm=syncs_batchnorm(config),
         **settings,
     )
-
-
-def _syncs_batchnorm(config: TrainingConfig) -> bool:
-    """Take the choice of the configuration, else True on GPUs: on a CPU torch has no such layer."""
-    if config.sync_batchnorm is not None:
-        return config.sync_batchnorm
-    return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
 class _KeepSignals(Callback):

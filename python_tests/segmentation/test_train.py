@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,12 +350,63 @@ def test_fused_normalisations_train_to_the_same_losses(config, run, tmp_path, mo
             assert _logged(folder, phase, column) == wanted
 
 
-def test_norms_that_are_to_be_synchronised_are_not_fused(config):
-    modules = [
-        SegmentationModule.from_config(dataclasses.replace(config, sync_batchnorm=sync))
-        for sync in (None, False, True)
-    ]
-    assert [module.fuse for module in modules] == [True, True, False]
+@pytest.mark.parametrize(
+    ("sync", "gpus", "processes", "fused"),
+    [
+        (None, True, 2, False),
+        (None, True, 1, True),
+        (None, False, 2, True),
+        (False, True, 2, True),
+        (True, False, 2, False),
+        (True, True, 1, True),
+    ],
+)
+def test_norms_that_are_to_be_synchronised_are_not_fused(config, monkeypatch, sync, gpus, processes, fused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(SegmentationModule, "trainer", SimpleNamespace(world_size=processes))
+    asked = dataclasses.replace(config, sync_batchnorm=sync, accelerator="auto")
+    module = SegmentationModule.from_config(asked)
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD="all processes"))
+    module.setup("fit")
+    assert any(isinstance(child, fdk.NormAct) for child in module.modules()) == fused
+
+
+def test_taps_are_set_once_an_epoch_and_not_while_evaluating(config, tmp_path, monkeypatch):
+    made = []
+
+    class Counted(fdk.FeatureTaps):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            made.append(self)
+
+    class Look(Callback):
+        def __init__(self):
+            self.hooks = {"training": [], "evaluating": []}
+
+        def see(self, module, when):
+            found = sum(len(child._forward_hooks) for child in module.model.modules())
+            self.hooks[when].append(found)
+
+        def on_train_batch_end(self, trainer, module, *_):
+            self.see(module, "training")
+            (taps,) = made[-1:]
+            assert taps.given_mask is None
+            with pytest.raises(RuntimeError):  # neither do they hold features
+                _ = taps.features
+
+        def on_validation_batch_start(self, trainer, module, *_):
+            self.see(module, "evaluating")
+
+        def on_test_batch_start(self, trainer, module, *_):
+            self.see(module, "evaluating")
+
+    monkeypatch.setattr(fdk, "FeatureTaps", Counted)
+    look = Look()
+    run = dataclasses.replace(config, output=str(tmp_path / "run"))
+    train(run, callbacks=[look], progress=False)
+    assert len(made) == run.epochs_warm + run.epochs_active
+    assert look.hooks["evaluating"] == [0] * len(look.hooks["evaluating"])
+    assert min(look.hooks["training"]) > 0
 
 
 def test_a_run_from_before_norms_were_fused_goes_on_without():
