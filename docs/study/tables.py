@@ -183,6 +183,30 @@ def wide_section(part: Part, output: Path) -> list[str]:
     ]
 
 
+def addition_section(output: Path) -> list[str]:
+    """What images of a second data set do, with the loss and without."""
+    part = PARTS[0]
+    folder = output / part.name("addition")
+    if not is_finished(folder):
+        return []
+    results = read(folder)
+    means = [[f"`{arm}`", f"{of['all']['dice']:.4f}"] for arm, of in results["means"].items()]
+    rows = [
+        [
+            f"`{one['arm']}` against `{one['baseline']}`",
+            f"{signed(one['mean'])} {within(one['interval'])}",
+            "–" if one["p_holm"] is None else f"{one['p_holm']:.2g}",
+        ]
+        for one in results["comparisons"]
+        if (one["set"], one["score"]) == ("all", "dice")
+    ]
+    return [
+        f"## {part.dataset}, {part.model}, with images of monuseg",
+        table(["arm", "Dice, all"], means),
+        table(["arm", "ΔDice, all", "p (Holm)"], rows),
+    ]
+
+
 def main() -> None:
     """Write the tables of every experiment that is finished."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -193,6 +217,7 @@ def main() -> None:
         parts += section(part, output)
     for part in WIDE_PARTS:
         parts += wide_section(part, output)
+    parts += addition_section(output)
     (HERE / "tables.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
