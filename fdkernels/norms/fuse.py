@@ -89,16 +89,15 @@ def _unfuse(parent: nn.Module, name: str, fused: NormAct) -> str:
     if _has_hooks(fused):
         return "left alone: it has hooks, which would not run"
     norm, activation = fused.apart()
-    kinds = [type(norm).__name__]
+    activation_first = fused.formula.activation_first
     if activation is not None:
-        place = _identity_beside(parent, name, fused.formula.activation_first)
+        place = _identity_beside(parent, name, activation_first)
         if place is None:
             kind = type(activation).__name__
             return f"left alone: no nn.Identity stands beside it in an nn.Sequential, to become its {kind}"
         setattr(parent, place, activation)
-        kinds.insert(0 if fused.formula.activation_first else 1, type(activation).__name__)
     setattr(parent, name, norm)
-    return f"unfused: {' + '.join(kinds)}"
+    return f"unfused: {_kinds_of(norm, activation, activation_first)}"
 
 
 def _identity_beside(parent: nn.Module, name: str, before: bool) -> str | None:
@@ -146,6 +145,12 @@ def _shared(places: dict[nn.Module, list[str]]) -> set[nn.Module]:
     }
 
 
+def _kinds_of(norm: nn.Module, activation: nn.Module | None, activation_first: bool) -> str:
+    """A normalisation and its activation, if any, by their classes, in their order."""
+    pair = [norm] if activation is None else [activation, norm] if activation_first else [norm, activation]
+    return " + ".join(type(module).__name__ for module in pair)
+
+
 class _Pair(NamedTuple):
     """Where a normalisation and its activation stand in their nn.Sequential.
 
@@ -164,11 +169,8 @@ class _Pair(NamedTuple):
     @property
     def kinds(self) -> str:
         """Both by their classes, in their order."""
-        norm = type(self.parent[self.norm]).__name__
-        if self.activation is None:
-            return norm
-        activation = type(self.parent[self.activation]).__name__
-        return f"{activation} + {norm}" if self.activation_first else f"{norm} + {activation}"
+        activation = None if self.activation is None else self.parent[self.activation]
+        return _kinds_of(self.parent[self.norm], activation, self.activation_first)
 
     def fuse(self) -> None:
         """Replace both."""

@@ -178,8 +178,7 @@ class FeatureTaps:
             ValueError: unknown `mask_resize`.
         """
         checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
-        asked = self._asked.of(mask) if isinstance(mask, Tensor) else None  # the loss refuses what is none
-        self._early = early = EarlyMask(mask, mask_resize, ignore_index, asked)
+        self._early = early = EarlyMask(mask, mask_resize, ignore_index, self._asked.of(mask))
         takers = [taker for ref in self._takers if (taker := ref()) is not None]
         for taker in takers:
             taker.take_mask(early)

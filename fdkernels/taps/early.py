@@ -45,13 +45,11 @@ class EarlyMask:
             it is asked for; what is asked of this one is added.
     """
 
-    def __init__(
-        self, mask: Tensor, mask_resize: str, ignore_index: float | None, asked: set[_Key] | None = None
-    ) -> None:
+    def __init__(self, mask: Tensor, mask_resize: str, ignore_index: float | None, asked: set[_Key]) -> None:
         self.mask, self.mask_resize, self.ignore_index = mask, mask_resize, ignore_index
         self._version = version_of(mask)
         self._made: dict[_Key, Weights | None] = {}
-        self._asked = set() if asked is None else asked
+        self._asked = asked
 
     def is_of(self, values: Tensor, mask_resize: str, ignore_index: float | None) -> bool:
         """Whether a loss has the same mask, values [N, 1, *S0], unchanged since, and resizes it likewise."""
