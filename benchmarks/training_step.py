@@ -123,13 +123,13 @@ class Step:
             else:
                 logits = self.model(self.images)
         loss = self.objective(logits, self.mask)
-        if self.contender in LOSSLESS:
+        if self.taps is None:
             return loss
         if self.contender != PLAIN:
-            fused = self.contender in (TAP, FREE)
-            return loss + self.criterion(self.taps if fused else self.taps.features, self.mask)
+            return loss + self.criterion(self.taps, self.mask)
         for alpha, layer in zip(self.criterion.alpha.unbind(), self.taps.features, strict=True):
             loss = loss + alpha.detach() * plain([layer], PeerMask(self.mask.to(layer.dtype), None))
+        self.taps.clear()  # or a compiled graph would put them out
         return loss
 
 

@@ -51,7 +51,7 @@ def check_features_and_mask(
                 "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); "
                 "got None"
             )
-    given = checks.as_layers(features.features if isinstance(features, FeatureTaps) else features)
+    given = checks.as_layers(features.features_for_loss() if isinstance(features, FeatureTaps) else features)
     layers = geometry.channels_first(given, settings.channel_dim)
     ignore_index = settings.ignore_index
     if settings.classes.is_binary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -285,6 +286,49 @@ def test_a_training_step_with_taps_and_the_criterion(compiled):
         torch.testing.assert_close(got, wanted)
         for grad, other in zip(torch.autograd.grad(got, parameters), expected, strict=True):
             torch.testing.assert_close(grad, other)
+
+
+def maps_put_out(make_loss: Callable[[fdk.FeatureTaps, Tensor], Tensor]) -> int:
+    """How many feature maps the compiled graph of a network and its loss puts out."""
+    found = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        found.append(sum(node.meta["example_value"].dim() == 4 for node in output.args[0]))
+        return graph
+
+    net = Net()
+    with fdk.FeatureTaps(net, ["enc1", "enc2"]) as taps:
+
+        def step(images: Tensor, mask: Tensor) -> Tensor:
+            return net(images).square().mean() + make_loss(taps, mask)
+
+        torch.compile(step, backend=keep, fullgraph=True)(torch.randn(3, 1, 8, 8), torch.rand(3, 8, 8))
+    return found[-1]
+
+
+def test_a_graph_does_not_put_out_the_features_of_a_loss_that_takes_the_taps():
+    assert maps_put_out(fdk.feature_discrepancy_loss) == 0
+    assert maps_put_out(fdk.FeatureDiscrepancyLoss(2, alpha_init=0.5)) == 0
+    frozen = fdk.FeatureDiscrepancyLoss(2, active=False)
+    assert maps_put_out(frozen) == 0
+    assert maps_put_out(lambda taps, mask: fdk.feature_discrepancy_loss(taps.features, mask)) == 2
+
+
+def test_features_that_a_compiled_loss_let_go_of_cannot_be_read_until_the_next_pass():
+    net, images, mask = Net(), torch.randn(3, 1, 8, 8), torch.rand(3, 8, 8)
+    with fdk.FeatureTaps(net, ["enc1", "enc2"]) as taps:
+
+        def step(images: Tensor, mask: Tensor) -> Tensor:
+            return net(images).square().mean() + fdk.feature_discrepancy_loss(taps, mask)
+
+        fast = torch.compile(step, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            fast(images, mask)
+            with pytest.raises(RuntimeError, match=r"lets go of their features.*read taps.features before"):
+                _ = taps.features
+        net(images)
+        torch.testing.assert_close(taps.features[0], net.enc1(images))
 
 
 def test_taps_on_a_compiled_network_by_the_names_of_the_network():

@@ -317,3 +317,29 @@ def test_a_tap_behind_a_change_in_place_of_a_fused_output(change):
 
     for found, wanted in zip(gradients(fused), gradients(net), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("compiles", ["network", "network and loss"])
+def test_the_mask_is_given_to_compiled_networks_too(compiles):
+    torch.compiler.reset()
+    net, mask, images = Net().double(), mask_of("float"), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    fdk.fuse_norms(net)
+    parameters = list(net.parameters())
+    with fdk.FeatureTaps(net, NAMES, fused=True) as taps:
+
+        def total(network: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
+            with taps.mask(mask):
+                out = network(images)
+            return out.square().mean() + fdk.feature_discrepancy_loss(taps, mask)
+
+        wanted = total(net, images, mask)
+        expected = torch.autograd.grad(wanted, parameters)
+        fast, network = total, net
+        if compiles == "network":
+            network = torch.compile(net, backend="aot_eager", fullgraph=True)
+        else:
+            fast = torch.compile(total, backend="aot_eager", fullgraph=True)
+        got = fast(network, images, mask)
+    torch.testing.assert_close(got, wanted)
+    for grad, other in zip(torch.autograd.grad(got, parameters), expected, strict=True):
+        torch.testing.assert_close(grad, other)

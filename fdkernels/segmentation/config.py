@@ -177,7 +177,7 @@ class TrainingConfig:
     )
     precision: str = option("32-true, bf16-mixed or 16-mixed.", "32-true", choices=_PRECISIONS)
     channels_last: bool = option("Keep images and features in the channels_last format.", False)
-    compile: bool = option("Run the network through torch.compile.", False)
+    compile: bool = option("Run the network and its loss through torch.compile.", False)
     fuse: bool = option("Normalise, activate and compute the loss in shared passes, without compile.", True)
     tensorboard: bool = option("Write logs for TensorBoard beside the CSV files.", True)
     limit_batches: int | None = option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class SegmentationModule(LightningModule):
         lr: Adam's learning rate for the network.
         alpha_lr: Adam's learning rate for alpha.
         channels_last: keep weights, images and features in torch's channels_last memory format.
-        compile_network: run the network, with its taps, through `torch.compile`.
+        compile_network: run the network and the loss of its taps through `torch.compile`.
         fuse: run `fdkernels.fuse_norms` on a network that is not compiled, when training or a test begins.
         sync_batchnorm: whether Lightning makes batch norms those of all processes, where there are several;
             they are then not fused.
@@ -97,7 +97,7 @@ class SegmentationModule(LightningModule):
         self.test_scores = OverlapScores()
         self._group: dist.ProcessGroup | None = None
         self._layer_losses: list[Tensor] = []
-        self._compiled: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
+        self._compiled: _Compiled | None = None
         self._taps: fdk.FeatureTaps | None = None
         if criterion is not None:
             # [L], the mean over the batches of the last epoch; kept in checkpoints.
@@ -144,7 +144,7 @@ class SegmentationModule(LightningModule):
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_network and self._compiled is None:
-            self._compiled = _compile(self.model)
+            self._compiled = _Compiled(self.model, self.criterion, self._group is not None)
         # Lightning converts batch norms after this, and would no longer find those that are fused.
         synced = self.sync_batchnorm and self._group is not None
         if self.fuse and not self.compile_network and not synced:
@@ -164,25 +164,24 @@ class SegmentationModule(LightningModule):
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits [N, 1, H, W] of `image` [N, 3, H, W]."""
         image = self._laid_out(image)
-        logits: Tensor = self.model(image) if self._compiled is None else self._compiled(image)[0]
+        logits: Tensor = self.model(image) if self._compiled is None else self._compiled.logits(image)
         return logits
 
-    def _forward_with_features(
-        self, image: Tensor, mask: Tensor
-    ) -> tuple[Tensor, list[Tensor] | fdk.FeatureTaps]:
-        """Compute the logits [N, 1, H, W], and the features of the layers as the criterion takes them.
-
-        The mask is [N, 1, H, W].
-        """
+    def _forward_with_loss(
+        self, criterion: fdk.FeatureDiscrepancyLoss, image: Tensor, mask: Tensor, options: _LossOptions
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the logits of images and masks [N, ?, H, W], [N, 1, H, W], and the loss, a scalar."""
         image = self._laid_out(image)
         if self._compiled is not None:
-            return self._compiled(image)
-        assert self.criterion is not None
+            return self._compiled.logits_and_loss(image, mask, options)
         if self._taps is None:
-            is_active = self.criterion.is_active
-            self._taps = fdk.FeatureTaps(self.model, self.model.tap_names, fused=is_active)
-        with self._taps.mask(mask, mask_resize=resize_of(self.criterion.settings)):
-            return self.model(image), self._taps
+            self._taps = fdk.FeatureTaps(self.model, self.model.tap_names, fused=criterion.is_active)
+        taps = self._taps
+        with taps.mask(mask, mask_resize=resize_of(criterion.settings)):
+            logits: Tensor = self.model(image)
+        loss: Tensor = criterion(taps, mask, **options)
+        taps.clear()  # so that backward frees the features as it goes
+        return logits, loss
 
     def _remove_taps(self) -> None:
         """Take the hooks away until the next training pass sets them anew; evaluation does without."""
@@ -202,21 +201,20 @@ class SegmentationModule(LightningModule):
             segmentation_loss: Tensor = self.objective(self(batch["image"]), batch["mask"], group=self._group)
             loss = segmentation_loss
         else:
-            logits, features = self._forward_with_features(batch["image"], batch["mask"])
-            segmentation_loss = self.objective(logits, batch["mask"], group=self._group)
             # Samples of one domain alone cannot be paired across domains.
             alone = self.criterion.exchange == "pooled" and not batch.get("mixed", True)
-            loss = segmentation_loss + self.criterion(
-                features,
-                batch["mask"],
-                domains=self._domains(batch),
-                exchange="none" if alone else None,
-                group=self._group,
+            options: _LossOptions = {
+                "domains": self._domains(batch),
+                "exchange": "none" if alone else None,
+                "group": self._group,
                 # Of the batches whose gradients make one step, one counts.
-                count_step=batch_idx % self.trainer.accumulate_grad_batches == 0,
+                "count_step": batch_idx % self.trainer.accumulate_grad_batches == 0,
+            }
+            logits, discrepancy = self._forward_with_loss(
+                self.criterion, batch["image"], batch["mask"], options
             )
-            if self._taps is not None:
-                self._taps.clear()  # so that backward frees the features as it goes
+            segmentation_loss = self.objective(logits, batch["mask"], group=self._group)
+            loss = segmentation_loss + discrepancy
             if self.criterion.layer_losses is not None:
                 self._layer_losses.append(self.criterion.layer_losses)
         for name, value in (("loss", loss), ("segmentation_loss", segmentation_loss)):
@@ -313,23 +311,58 @@ def syncs_batchnorm(config: TrainingConfig) -> bool:
     return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _compile(model: SegmentationNetwork) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-    """Compile the network so that it returns logits [N, 1, H, W] and the features of its taps."""
-    # Compiled code holds the hooks that are there when it is made: these stay for good.
-    taps = fdk.FeatureTaps(model, model.tap_names)
+class _LossOptions(TypedDict):
+    """What a step tells the criterion beside features and mask."""
 
-    def tapped(image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        logits = model(image)
-        return logits, list(taps.features)
+    domains: Tensor | None
+    exchange: str | None
+    group: dist.ProcessGroup | None
+    count_step: bool
 
-    compiled = torch.compile(tapped)
 
-    def run(image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        logits, features = compiled(image)
-        taps.clear()
-        return logits, features
+class _Compiled:
+    """A network, and the loss of its taps in one graph with it, through `torch.compile`.
 
-    return run
+    Args:
+        model: the network.
+        criterion: the loss; None for `logits` alone.
+        in_group: whether the loss is that of several ranks, which tell each other their numbers on the host:
+            no graph holds it then, and that of the network puts out the features.
+    """
+
+    def __init__(
+        self, model: SegmentationNetwork, criterion: fdk.FeatureDiscrepancyLoss | None, in_group: bool
+    ) -> None:
+        self.model, self.criterion = model, criterion
+        # Compiled code holds the hooks that are there when it is made: these stay for good.
+        self._taps = None if criterion is None else fdk.FeatureTaps(model, model.tap_names)
+        self._loss_of_taps = torch.compiler.disable(self._compute_loss) if in_group else self._compute_loss
+        self._logits, self._logits_and_loss = torch.compile(self._run), torch.compile(self._run_with_loss)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Compute the logits [N, 1, H, W] of images [N, 3, H, W]."""
+        return self._logits(image)
+
+    def logits_and_loss(self, image: Tensor, mask: Tensor, options: _LossOptions) -> tuple[Tensor, Tensor]:
+        """Compute the logits [N, 1, H, W] of images [N, 3, H, W], and the loss under masks, a scalar."""
+        return self._logits_and_loss(image, mask, options)
+
+    def _run(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.model(image)
+        if self._taps is not None:
+            self._taps.clear()  # so that the graph does not put out the features
+        return logits
+
+    def _run_with_loss(self, image: Tensor, mask: Tensor, options: _LossOptions) -> tuple[Tensor, Tensor]:
+        logits: Tensor = self.model(image)
+        return logits, self._loss_of_taps(mask, options)
+
+    def _compute_loss(self, mask: Tensor, options: _LossOptions) -> Tensor:
+        assert self.criterion is not None
+        assert self._taps is not None
+        loss: Tensor = self.criterion(self._taps, mask, **options)
+        self._taps.clear()
+        return loss
 
 
 class SeedSteps(Callback):

@@ -56,7 +56,10 @@ class FeatureTaps:
       seen only where a sibling of the tapped module (or of a module that holds it) makes it.
     - Under torch.utils.checkpoint set `use_reentrant=False`: with True the features have no gradient, and
       reading them for a loss is refused.
-    - torch.compile sees taps that are set before the first compiled call.
+    - torch.compile sees taps that are set before the first compiled call. Compile network and loss
+      together and give the loss the taps, `crit(taps, mask)`: the features then stay inside the graph. A
+      graph that puts them out, as that of the network alone, or that of a loss of `taps.features`, which
+      stay readable, takes up to 1.4 times as long on a CPU.
     - A network with taps can be copied, averaged, pickled and saved at any time: the copy has no taps. A
       copy of the taps themselves has no network, and says so when it is read.
 
@@ -115,7 +118,8 @@ class FeatureTaps:
 
         Raises:
             RuntimeError: a submodule did not run in that pass, or several times with `calls="once"`; or its
-                output has been modified in place since, as by the in-place activation that follows it.
+                output has been modified in place since, as by the in-place activation that follows it; or
+                a loss inside torch.compile took the taps.
         """
         if self._is_copy:
             raise RuntimeError(
@@ -124,6 +128,16 @@ class FeatureTaps:
             )
         self._recording.check()
         return [output.features for outputs in self._recording.outputs for output in outputs]
+
+    def features_for_loss(self) -> list[Tensor]:
+        """`features`, [N, C, *S] each, of which a graph that holds network and loss then lets go.
+
+        What a graph puts out cannot share passes with what reads it, and gets a gradient of zeros.
+        """
+        features = self.features
+        if torch.compiler.is_compiling():
+            self._recording.release()
+        return features
 
     def take_placeholders(self) -> tuple[Any, ...] | None:
         """The slots and the placeholders of the fused taps as `FromTaps` takes them, once a forward pass.
@@ -179,7 +193,7 @@ class FeatureTaps:
         """
         checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
         self._early = early = EarlyMask(mask, mask_resize, ignore_index, self._asked.of(mask))
-        takers = [taker for ref in self._takers if (taker := ref()) is not None]
+        takers = [] if torch.compiler.is_compiling() else _alive(self._takers)
         for taker in takers:
             taker.take_mask(early)
         try:
@@ -227,6 +241,10 @@ class FeatureTaps:
         self._handles = []
         self._is_copy = True
         self._takers, self._early, self._asked = [], None, AskedSizes()
+
+
+def _alive(refs: Sequence[weakref.ref[Any]]) -> list[TakesMask]:
+    return [taker for ref in refs if (taker := ref()) is not None]
 
 
 def _set_hooks(

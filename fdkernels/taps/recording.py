@@ -57,6 +57,8 @@ class Recording:
         is_open: whether a part that is called by itself goes on with the pass.
         calls_itself: whether the outermost module called itself.
         why_missing: why a submodule may not have run; None before the first pass.
+        is_compiled: whether the pass runs in a compiled graph.
+        is_released: whether a loss in such a graph has let go of the outputs.
         with_grad: whether gradients were enabled where the pass began.
     """
 
@@ -71,7 +73,15 @@ class Recording:
         self.counts = [0] * len(self.names)
         self.changed_by: list[str | None] = [None] * len(self.names)
         self.is_open = self.calls_itself = self.with_grad = False
+        self.is_compiled = self.is_released = False
         self.why_missing: str | None = None
+
+    def release(self) -> None:
+        """Let go of the outputs of a pass in a compiled graph; it stays the last pass."""
+        if not self.is_compiled:
+            return
+        self.outputs = [[] for _ in self.names]
+        self.is_released = True
 
     def check(self) -> None:
         """Refuse to hand out what is not of one pass, or not what the submodules returned; end the pass.
@@ -80,6 +90,12 @@ class Recording:
             RuntimeError: as `FeatureTaps.features` says.
         """
         in_parts, self.is_open = self.is_open, False
+        if self.is_released:
+            raise RuntimeError(
+                "inside torch.compile a loss that takes the taps lets go of their features, which the graph "
+                "then need not put out; read taps.features before the loss, inside the compiled function as "
+                "well, and give the loss that list"
+            )
         missing = [name for name, count in zip(self.names, self.counts, strict=True) if not count]
         if missing:
             raise RuntimeError(self._describe_missing(missing))
@@ -202,6 +218,7 @@ class Enter(_Hook):
             )
         if not recording.is_open:
             recording.with_grad = torch.is_grad_enabled()
+            recording.is_compiled = torch.compiler.is_compiling()
         recording.is_open = recording.is_running = True
         recording.outermost = self.path
 
