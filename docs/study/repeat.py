@@ -31,8 +31,10 @@ WIDE_SETTINGS = (
     *("--no-tensorboard", "--accelerator", "cuda", "--jobs", "14"),
 )
 WIDE = "wide"
-# They train no arm that `conventions` has not trained.
-DERIVED = ("ablation", "alpha", "correlation", "shift")
+# In this order, as each takes the runs of those before; `conventions` has all of their arms, and six more.
+EXPERIMENTS = ("ablation", "alpha", "correlation", "shift", "conventions")
+# Whose scores are put beside this file; those of a part's `conventions` hold all the others.
+SCORED = ("ablation", "alpha", "conventions")
 # Of `ablation` with the default convention and rule, beside what `conventions` has trained.
 VARIANTS = {
     "alpha-0.1": ("--alpha-max", "0.1"),
@@ -124,11 +126,12 @@ def main() -> None:
     for part in PARTS:
         if arguments.only not in (None, part.name("")[:-1]):
             continue
-        conventions = run("conventions", part, linked, arguments.output)
-        shutil.copyfile(conventions / "scores.csv", HERE / f"{part.name('conventions')}.csv")
-        reuse = "--reuse", str(conventions)
-        for experiment in DERIVED:
-            run(experiment, part, linked, arguments.output, reuse)
+        reuse: tuple[str, ...] = ()
+        for experiment in EXPERIMENTS:
+            found = run(experiment, part, linked, arguments.output, reuse)
+            reuse = (*reuse, "--reuse", str(found))
+            if experiment in SCORED:
+                shutil.copyfile(found / "scores.csv", HERE / f"{part.name(experiment)}.csv")
         for variant, options in VARIANTS.items():
             found = run("ablation", part, linked, arguments.output, (*reuse, *options), variant)
             shutil.copyfile(found / "scores.csv", HERE / f"{part.name(variant)}.csv")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -124,14 +125,15 @@ def features(folder: Path) -> str:
 
 
 def alphas(folder: Path) -> str:
-    """The final α of each layer under each rule, mean over the runs."""
-    final = read(folder)["final"]
+    """The final α of each layer under each rule, and Dice, means over the runs."""
+    results = read(folder)
+    final, means = results["final"], results["means"]
     layers = list(next(iter(final.values()))["alpha"])
     rows = [
-        [f"`{rule}`", *(f"{of['alpha'][layer]['mean']:.3f}" for layer in layers)]
+        [f"`{rule}`", *(f"{of['alpha'][layer]['mean']:.3f}" for layer in layers), f"{means[rule]['dice']:.3f}"]
         for rule, of in final.items()
     ]
-    return table(["rule", *layers], rows)
+    return table(["rule", *layers, "Dice, all"], rows)
 
 
 def correlations(folder: Path) -> str:
@@ -156,10 +158,12 @@ SECTIONS = {
 
 def section(part: Part, output: Path) -> list[str]:
     """What is known of a data set with a network."""
-    conventions = output / part.name("conventions")
-    if not is_finished(conventions):
+    # The ablation is the first of a part to finish, and the conventions, which hold its arms, the last.
+    compared = {output / part.name("conventions"): "none", output / part.name("ablation"): "without"}
+    folder = next((one for one in compared if is_finished(one)), None)
+    if folder is None:
         return []
-    parts = [f"## {part.dataset}, {part.model}", plateau(conventions, "none"), comparisons(conventions)]
+    parts = [f"## {part.dataset}, {part.model}", plateau(folder, compared[folder]), comparisons(folder)]
     of_variants = variants(output, part)
     parts += ["### Ceilings of α, and the exchange", of_variants] if of_variants else []
     for experiment, (title, make) in SECTIONS.items():
@@ -207,18 +211,27 @@ def addition_section(output: Path) -> list[str]:
     ]
 
 
+def in_parts(page: str) -> dict[str, str]:
+    """The parts of a page by their headings, each with the heading."""
+    return {part.partition("\n")[0]: part for part in re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]}
+
+
 def main() -> None:
-    """Write the tables of every experiment that is finished."""
+    """Write the tables of every part that FOLDER holds; those of others stay as they are on the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the experiments")
     output = parser.parse_args().output
-    parts = ["# Tables of the study", "Written by tables.py. [../study.md](../study.md) says what they show."]
-    for part in PARTS:
-        parts += section(part, output)
-    for part in WIDE_PARTS:
-        parts += wide_section(part, output)
-    parts += addition_section(output)
-    (HERE / "tables.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+    lines = ["# Tables of the study", "Written by tables.py. [../study.md](../study.md) says what they show."]
+    sections = [section(part, output) for part in PARTS]
+    sections += [wide_section(part, output) for part in WIDE_PARTS]
+    page = HERE / "tables.md"
+    made = ["\n\n".join(one) + "\n\n" for one in (*sections, addition_section(output)) if one]
+    parts = in_parts(page.read_text("utf-8")) | in_parts("".join(made))
+    # The networks of all data sets, before what was tried beside.
+    order = [f"## {part.dataset}, {part.model}" for part in PARTS]
+    first = {heading: parts.pop(heading) for heading in order if heading in parts}
+    text = "".join((first | parts).values()).rstrip()
+    page.write_text("\n\n".join([*lines, text]) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
