@@ -130,7 +130,11 @@ def alphas(folder: Path) -> str:
     final, means = results["final"], results["means"]
     layers = list(next(iter(final.values()))["alpha"])
     rows = [
-        [f"`{rule}`", *(f"{of['alpha'][layer]['mean']:.3f}" for layer in layers), f"{means[rule]['dice']:.3f}"]
+        [
+            f"`{rule}`",
+            *(f"{of['alpha'][layer]['mean']:.3f}" for layer in layers),
+            f"{means[rule]['dice']:.3f}",
+        ]
         for rule, of in final.items()
     ]
     return table(["rule", *layers, "Dice, all"], rows)

@@ -16,6 +16,7 @@ constexpr int64_t kGroup = 4;
 constexpr int64_t kShortRow = 1024;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
 template <class T>
 struct Is;

@@ -1,41 +1,12 @@
 // The sums of a tile and the masses of a sample (R2).
 #pragma once
 
+#include "load_features.h"
 #include "runs.h"
+#include "sums_by_channels.h"
 
 namespace fdk::cpu {
 namespace {
-
-// Loads a vector of features stored as S and widens them to T in registers.
-template <class S, class T>
-inline Vector<T> load_features(const S* source, T) {
-  T lanes[kLanes<T>];
-  for (int64_t i = 0; i < kLanes<T>; ++i)
-    lanes[i] = static_cast<T>(source[i]);
-  return load_vector(lanes);
-}
-inline Vector<float> load_features(const float* source, float) { return load_vector(source); }
-inline Vector<double> load_features(const double* source, double) { return load_vector(source); }
-#if defined(FDK_ISA_AVX512)
-inline Vector<float> load_features(const BFloat16* source, float) {
-  constexpr __mmask16 kAll = 0xFFFF;
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  return (Vector<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, bits), 16);
-}
-inline Vector<float> load_features(const Float16* source, float) {
-  constexpr __mmask16 kAll = 0xFFFF;
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  return (Vector<float>)_mm512_maskz_cvtph_ps(kAll, bits);
-}
-#elif defined(FDK_ISA_AVX2)
-inline Vector<float> load_features(const BFloat16* source, float) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
-  return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-}
-inline Vector<float> load_features(const Float16* source, float) {
-  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
-}
-#endif
 
 // Adds `count` pixels, from pixel p of the sample on, to the sums of kChannels channels, with pixels along the vector.
 template <int kChannels, class T, class S, class M, bool kHasBg>
@@ -93,8 +64,8 @@ void sums_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M,
   T buffer[kGroup][kRun];
   const Rows rows(layer.size, layer.stride);
   const int64_t element = element_size(layer.dtype);
-  // Rows that need no conversion are read in longer runs.
-  const int64_t run = layer.dtype == Is<T>::kDType && rows.stride == 1 ? 2 * kRun : kRun;
+  // Rows that are read in place are read in longer runs: a lane adds up 256 pixels, or with short vectors 512.
+  const int64_t run = rows.stride == 1 ? max(2 * kRun, 256 * kLanes<T>) : kRun;
   const char* sample = static_cast<const char*>(layer.features) + tile.n * layer.stride_n * element;
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
     count = min(min(run, tile.pixel_end - p), rows.rest_of_row(p));
@@ -126,153 +97,6 @@ void sums_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M,
   }
 }
 
-// Loads two adjacent vectors of features.
-template <class S, class T>
-inline void load_pair(const S* source, T, Vector<T>& first, Vector<T>& second) {
-  first = load_features(source, T());
-  second = load_features(source + kLanes<T>, T());
-}
-// For bfloat16 they are split into even and odd elements: a bfloat16 is the upper half of a float, so a shift and a
-// mask convert the two in each 32-bit word without shuffles.
-inline void load_pair(const BFloat16* source, float, Vector<float>& even, Vector<float>& odd) {
-  Vector<uint32_t> bits, low, high;
-  std::memcpy(&bits, source, sizeof(bits));
-  low = bits << 16;
-  high = bits & 0xFFFF0000u;
-  std::memcpy(&even, &low, sizeof(even));
-  std::memcpy(&odd, &high, sizeof(odd));
-}
-// Returns the position of channel i among the sums of its two vectors.
-template <class S>
-inline int64_t place_in_pair(const S*, int64_t i, double) {
-  return i;
-}
-template <class S>
-inline int64_t place_in_pair(const S*, int64_t i, float) {
-  return i;
-}
-inline int64_t place_in_pair(const BFloat16*, int64_t i, float) { return i % 2 * kLanes<float> + i / 2; }
-
-// Adds kPixels pixels to the sums of all channels, with channels along the vector. The sums stay in the L1 cache; each
-// pair of vectors is loaded and stored once for kPixels pixels.
-template <int kPixels, class S, class T>
-inline void add_pixels(const S* const pixels[kPixels], const T* w, const T* u, int64_t channels, T* fg, T* bg) {
-  using V = Vector<T>;
-  constexpr int64_t kPair = 2 * kLanes<T>;
-  V ws[kPixels], us[kPixels];
-  for (int k = 0; k < kPixels; ++k) {
-    ws[k] = w[k] - V{};
-    us[k] = u[k] - V{};
-  }
-  int64_t c = 0;
-  for (; c + kPair <= channels; c += kPair) {
-    V f0 = load_vector(fg + c), f1 = load_vector(fg + c + kLanes<T>);
-    V b0 = load_vector(bg + c), b1 = load_vector(bg + c + kLanes<T>);
-    for (int k = 0; k < kPixels; ++k) {
-      // The prefetches of all k together walk through memory in order.
-      prefetch(reinterpret_cast<const char*>(pixels[0] + kPixels * c + k * kPair) + kPrefetchBytesByChannels);
-      V x0, x1;
-      load_pair(pixels[k] + c, T(), x0, x1);
-      f0 += ws[k] * x0;
-      f1 += ws[k] * x1;
-      b0 += us[k] * x0;
-      b1 += us[k] * x1;
-    }
-    store_vector(fg + c, f0);
-    store_vector(fg + c + kLanes<T>, f1);
-    store_vector(bg + c, b0);
-    store_vector(bg + c + kLanes<T>, b1);
-  }
-  for (; c < channels; ++c) {
-    for (int k = 0; k < kPixels; ++k) {
-      const T x = static_cast<T>(pixels[k][c]);
-      fg[c] += w[k] * x;
-      bg[c] += u[k] * x;
-    }
-  }
-}
-
-// Adds a run of pixels that are `stride` apart. With background weights, ignored pixels are skipped and not read.
-template <bool kHasBg, class S, class T>
-inline void add_run(const S* first, int64_t stride, const T* w, const T* u, int64_t count, int64_t channels, T* fg,
-                    T* bg) {
-  constexpr int kPixels = 4;
-  const S* pixels[kPixels];
-  int64_t i = 0;
-  if constexpr (!kHasBg) {
-    for (; i + kPixels <= count; i += kPixels) {
-      for (int k = 0; k < kPixels; ++k)
-        pixels[k] = first + (i + k) * stride;
-      add_pixels<kPixels>(pixels, w + i, u + i, channels, fg, bg);
-    }
-    for (; i < count; ++i) {
-      pixels[0] = first + i * stride;
-      add_pixels<1>(pixels, w + i, u + i, channels, fg, bg);
-    }
-    return;
-  }
-  T fg_weights[kPixels], bg_weights[kPixels];
-  int taken = 0;
-  for (; i < count; ++i) {
-    if (!is_valid(w[i], u[i])) continue;
-    pixels[taken] = first + i * stride;
-    fg_weights[taken] = w[i];
-    bg_weights[taken] = u[i];
-    if (++taken < kPixels) continue;
-    add_pixels<kPixels>(pixels, fg_weights, bg_weights, channels, fg, bg);
-    taken = 0;
-  }
-  for (int k = 0; k < taken; ++k)
-    add_pixels<1>(pixels + k, fg_weights + k, bg_weights + k, channels, fg, bg);
-}
-
-// Adds the sums of a run to `sums`, bringing channels back into their order.
-template <class S, class T>
-inline void add_sums(const T* fg, const T* bg, int64_t channels, TileSums sums) {
-  constexpr int64_t kPair = 2 * kLanes<T>;
-  for (int64_t c = 0; c < channels; ++c) {
-    const int64_t pair = c / kPair * kPair;
-    const int64_t at =
-        pair + kPair <= channels ? pair + place_in_pair(static_cast<const S*>(nullptr), c - pair, T()) : c;
-    sums.fg[c] += fg[at];
-    sums.bg[c] += bg[at];
-  }
-}
-
-template <class S, class T, bool kHasBg>
-void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
-  Weights<T> weights;
-  T fg[kMaxTileChannels], bg[kMaxTileChannels];
-  const Rows rows(layer.size, layer.stride);
-  const int64_t channels = tile.channel_end - tile.channel_begin;
-  const S* sample =
-      static_cast<const S*>(layer.features) + tile.n * layer.stride_n + tile.channel_begin * layer.stride_c;
-  for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
-    // One accumulator adds up every pixel of a run, so runs are shorter than along pixels.
-    count = min(min(kRun / 4, tile.pixel_end - p), rows.rest_of_row(p));
-    weights.load_run(layer, tile.n, p, count);
-    for (int64_t c = 0; c < channels; ++c)
-      fg[c] = bg[c] = T(0);
-    const S* first = sample + rows.offset(p);
-    add_run<kHasBg>(first, rows.stride, weights.fg, weights.bg, count, channels, fg, bg);
-    add_sums<S>(fg, bg, channels, sums);
-  }
-}
-
-template <class S, class T>
-void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
-  layer.bg == nullptr ? sums_by_channels<S, T, false>(layer, tile, sums)
-                      : sums_by_channels<S, T, true>(layer, tile, sums);
-}
-
-template <class T>
-void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
-  if (layer.dtype == Is<T>::kDType) return sums_by_channels<T, T>(layer, tile, sums);
-  if (layer.dtype == DType::kBFloat16) return sums_by_channels<BFloat16, T>(layer, tile, sums);
-  if (layer.dtype == DType::kFloat16) return sums_by_channels<Float16, T>(layer, tile, sums);
-  if constexpr (sizeof(T) == 8) sums_by_channels<float, T>(layer, tile, sums);
-}
-
 template <class T>
 void sums_of_tile(const Layer& layer, const Tile& tile, TileSums sums) {
   const size_t bytes = sizeof(double) * (tile.channel_end - tile.channel_begin);
@@ -289,25 +113,48 @@ void sums_of_tile(const Layer& layer, const Tile& tile, DType accumulate, TileSu
   accumulate == DType::kFloat64 ? sums_of_tile<double>(layer, tile, sums) : sums_of_tile<float>(layer, tile, sums);
 }
 
-void masses_of_sample(const Layer& layer, int64_t n, double* mass) {
-  Weights<double> weights;
-  const int64_t pixels = pixels_of(layer);
-  double fg = 0, bg = 0;
-  for (int64_t p = 0, count; p < pixels; p += count) {
-    count = min(kRun, pixels - p);
-    weights.load_run(layer, n, p, count);
-    const double *w = weights.fg, *u = weights.bg;
-    double run_fg = 0, run_bg = 0;
-#pragma omp simd reduction(+ : run_fg, run_bg)
-    for (int64_t i = 0; i < count; ++i) {
-      run_fg += w[i];
-      run_bg += u[i];
+// Adds `count` weights to a mass.
+template <class M>
+inline double mass_of(const M* weights, int64_t count) {
+  double mass = 0;
+#pragma omp simd reduction(+ : mass)
+  for (int64_t i = 0; i < count; ++i)
+    mass += static_cast<double>(weights[i]);
+  return mass;
+}
+// Of the bytes of a binary mask, which are 0 or 1; any other stands for NaN.
+inline double mass_of(const uint8_t* weights, int64_t count) {
+  double mass = 0;
+  uint8_t other_bits = 0;
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    uint32_t ones = 0;
+    const int64_t end = min(begin + kRun, count);
+#pragma omp simd reduction(+ : ones) reduction(| : other_bits)
+    for (int64_t i = begin; i < end; ++i) {
+      ones += weights[i];
+      other_bits |= weights[i] & 0xFE;
     }
-    fg += run_fg;
-    bg += run_bg;
+    mass += ones;
   }
-  mass[0] = fg;
-  mass[1] = bg;
+  return other_bits == 0 ? mass : static_cast<double>(bfloat16_to_float(0x7FC0));
+}
+
+inline double mass_of(const void* weights, DType dtype, int64_t count) {
+  switch (dtype) {
+    case DType::kUInt8:
+      return mass_of(static_cast<const uint8_t*>(weights), count);
+    case DType::kFloat32:
+      return mass_of(static_cast<const float*>(weights), count);
+    default:
+      return mass_of(static_cast<const double*>(weights), count);
+  }
+}
+
+void masses_of_sample(const Layer& layer, int64_t n, double* mass) {
+  const int64_t pixels = pixels_of(layer), start = n * pixels * element_size(layer.mask_dtype);
+  mass[0] = mass_of(static_cast<const char*>(layer.fg) + start, layer.mask_dtype, pixels);
+  mass[1] = layer.bg == nullptr ? static_cast<double>(pixels) - mass[0]
+                                : mass_of(static_cast<const char*>(layer.bg) + start, layer.mask_dtype, pixels);
 }
 
 } // namespace

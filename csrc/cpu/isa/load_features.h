@@ -1,0 +1,92 @@
+// Vectors of features of any dtype, widened in registers.
+#pragma once
+
+#include "vectors.h"
+
+namespace fdk::cpu {
+namespace {
+
+// Loads a vector of features stored as S and widens them to T in registers.
+template <class S, class T>
+inline Vector<T> load_features(const S* source, T) {
+  T lanes[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i)
+    lanes[i] = static_cast<T>(source[i]);
+  return load_vector(lanes);
+}
+inline Vector<float> load_features(const float* source, float) { return load_vector(source); }
+inline Vector<double> load_features(const double* source, double) { return load_vector(source); }
+#if defined(FDK_ISA_AVX512)
+inline Vector<float> load_features(const BFloat16* source, float) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (Vector<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, bits), 16);
+}
+inline Vector<float> load_features(const Float16* source, float) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (Vector<float>)_mm512_maskz_cvtph_ps(kAll, bits);
+}
+#elif defined(FDK_ISA_AVX2)
+inline Vector<float> load_features(const BFloat16* source, float) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+inline Vector<float> load_features(const Float16* source, float) {
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+#endif
+
+// Loads `count` features, less than a vector of them; the other lanes are 0.
+template <class S, class T>
+inline Vector<T> load_some_features(const S* source, int64_t count, T) {
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i)
+    lanes[i] = static_cast<T>(source[i]);
+  return load_vector(lanes);
+}
+#if defined(FDK_ISA_AVX512)
+inline Vector<float> load_some_features(const float* source, int64_t count, float) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), source);
+}
+inline Vector<float> load_some_features(const BFloat16* source, int64_t count, float) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), source);
+  constexpr __mmask16 kAll = 0xFFFF;
+  return (Vector<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, bits), 16);
+}
+inline Vector<float> load_some_features(const Float16* source, int64_t count, float) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), source);
+  constexpr __mmask16 kAll = 0xFFFF;
+  return (Vector<float>)_mm512_maskz_cvtph_ps(kAll, bits);
+}
+#endif
+
+// Loads two adjacent vectors of features.
+template <class S, class T>
+inline void load_pair(const S* source, T, Vector<T>& first, Vector<T>& second) {
+  first = load_features(source, T());
+  second = load_features(source + kLanes<T>, T());
+}
+// For bfloat16 they are split into even and odd elements: a bfloat16 is the upper half of a float, so a shift and a
+// mask convert the two in each 32-bit word without shuffles.
+inline void load_pair(const BFloat16* source, float, Vector<float>& even, Vector<float>& odd) {
+  Vector<uint32_t> bits, low, high;
+  std::memcpy(&bits, source, sizeof(bits));
+  low = bits << 16;
+  high = bits & 0xFFFF0000u;
+  std::memcpy(&even, &low, sizeof(even));
+  std::memcpy(&odd, &high, sizeof(odd));
+}
+// Returns the position of channel i among the sums of its two vectors.
+template <class S>
+inline int64_t place_in_pair(const S*, int64_t i, double) {
+  return i;
+}
+template <class S>
+inline int64_t place_in_pair(const S*, int64_t i, float) {
+  return i;
+}
+inline int64_t place_in_pair(const BFloat16*, int64_t i, float) { return i % 2 * kLanes<float> + i / 2; }
+
+} // namespace
+} // namespace fdk::cpu
