@@ -36,8 +36,8 @@ print(fdk._C.cpu_instruction_set, repr(total))
 """
 
 
-# Prints how many sums and masses of channels_last features are not those of float64. The kernels take channels
-# in pairs of vectors, vectors and parts of one, and few of them apart.
+# Prints how many sums and masses of features in channels_last are not those of float64. The kernels take
+# channels in pairs of vectors, vectors and parts of one, and few of them apart.
 _CHANNELS = """
 import torch, fdkernels as fdk
 torch.manual_seed(0)

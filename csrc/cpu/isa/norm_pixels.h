@@ -90,18 +90,6 @@ void moments_of_pixels(const NormTile& tile, F formula, double* out) {
   });
 }
 
-// The weights of one pixel.
-template <class T>
-struct PixelWeights {
-  T fg, bg;
-  PixelWeights(const Layer& layer, int64_t n, int64_t pixel) {
-    T room[2] = {};
-    const int64_t start = (n * pixels_of(layer) + pixel) * element_size(layer.mask_dtype);
-    fg = *load<T>(at(layer.fg, start), layer.mask_dtype, 1, 1, room);
-    bg = layer.bg == nullptr ? T(1) - fg : *load<T>(at(layer.bg, start), layer.mask_dtype, 1, 1, room + 1);
-  }
-};
-
 template <class T, class F>
 void forward_of_pixels(const NormTile& tile, const NormRows& rows, F formula) {
   const Layer& layer = tile.call.layer;
@@ -125,32 +113,43 @@ void forward_of_pixels(const NormTile& tile, const NormRows& rows, F formula) {
 
 // What the slopes add to the gradients of the channels, for g_fg and g_bg of the channels of a run.
 template <class T>
-struct Slopes {
-  const T *fg = nullptr, *bg = nullptr;
-
-  Slopes(const NormRows& rows, const ChannelRun& run) {
+class Slopes {
+ public:
+  Slopes(const NormTile& tile, const NormRows& rows, const ChannelRun& run) : tile_(tile), run_(run) {
     if (rows.values == nullptr) return;
-    fg = row<T>(rows, 0) + run.first;
-    bg = row<T>(rows, 1) + run.first;
+    fg_ = row<T>(rows, 0) + run.first;
+    bg_ = row<T>(rows, 1) + run.first;
   }
 
-  // The gradient that arrives at a block, with what is added.
-  const T* arriving(const NormTile& tile, const ChannelRun& run, int64_t offset, int64_t pixel, int64_t block,
-                    T* buffer) const {
-    const Layer& layer = tile.call.layer;
-    const T* gradient = load<T>(at(layer.upstream, offset), layer.dtype, 1, block * run.count, buffer);
-    if (fg == nullptr) return gradient;
+  // The gradient that arrives at a block of pixels, with what is added.
+  const T* arriving(int64_t offset, int64_t pixel, int64_t block, T* buffer) {
+    const Layer& layer = tile_.call.layer;
+    const T* gradient = load<T>(at(layer.upstream, offset), layer.dtype, 1, block * run_.count, buffer);
+    if (fg_ == nullptr) return gradient;
+    if (pixel + block > end_) load_weights_from(pixel);
     for (int64_t p = 0; p < block; ++p) {
-      const PixelWeights<T> weight(layer, tile.tile.n, pixel + p);
-      const bool counts = layer.bg == nullptr || is_valid(weight.fg, weight.bg);
-      const T w_fg = counts ? weight.fg : T(0), w_bg = counts ? weight.bg : T(0);
-      const int64_t start = p * run.count;
+      const T w_fg = weights_.fg[pixel + p - begin_], w_bg = weights_.bg[pixel + p - begin_];
+      const int64_t start = p * run_.count;
 #pragma omp simd
-      for (int64_t c = 0; c < run.count; ++c)
-        buffer[start + c] = gradient[start + c] + (fg[c] * w_fg + bg[c] * w_bg);
+      for (int64_t c = 0; c < run_.count; ++c)
+        buffer[start + c] = gradient[start + c] + (fg_[c] * w_fg + bg_[c] * w_bg);
     }
     return buffer;
   }
+
+ private:
+  // Loads the weights of many blocks: those of one pixel at a time would take as long as few channels.
+  void load_weights_from(int64_t pixel) {
+    begin_ = pixel;
+    end_ = min(pixel + kRun, tile_.tile.pixel_end);
+    weights_.load_run(tile_.call.layer, tile_.tile.n, begin_, end_ - begin_);
+  }
+
+  const NormTile& tile_;
+  const ChannelRun& run_;
+  const T *fg_ = nullptr, *bg_ = nullptr;
+  Weights<T> weights_;
+  int64_t begin_ = 0, end_ = 0; // of the pixels whose weights are loaded
 };
 
 template <class T, class F>
@@ -159,7 +158,7 @@ void reduce_pixels(const NormTile& tile, const NormRows& rows, const NormRows& s
   T x_buffer[kBlock], g_buffer[kBlock];
   Block<T> scale, shift, mean, sum, product;
   for_each_channel_run(tile, [&](const ChannelRun& run) {
-    const Slopes<T> added(slopes, run);
+    Slopes<T> added(tile, slopes, run);
     scale.repeat(rows, kScale, run);
     shift.repeat(rows, kShift, run);
     mean.repeat(rows, kMean, run);
@@ -168,7 +167,7 @@ void reduce_pixels(const NormTile& tile, const NormRows& rows, const NormRows& s
     for_each_block(tile, run, [&](int64_t offset, int64_t pixel, int64_t block) {
       const int64_t count = block * run.count;
       const T* x = load<T>(at(layer.features, offset), layer.dtype, 1, count, x_buffer);
-      const T* g = added.arriving(tile, run, offset, pixel, block, g_buffer);
+      const T* g = added.arriving(offset, pixel, block, g_buffer);
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const T h = formula.affine_gradient(x[i], scale[i], shift[i], g[i]);
@@ -189,7 +188,7 @@ void gradient_of_pixels(const NormTile& tile, const NormRows& rows, const NormRo
   T x_buffer[kBlock], g_buffer[kBlock], out_buffer[kBlock];
   Block<T> scale, shift, mean, a, b, k;
   for_each_channel_run(tile, [&](const ChannelRun& run) {
-    const Slopes<T> added(slopes, run);
+    Slopes<T> added(tile, slopes, run);
     scale.repeat(rows, kScale, run);
     shift.repeat(rows, kShift, run);
     mean.repeat(rows, kMean, run);
@@ -199,7 +198,7 @@ void gradient_of_pixels(const NormTile& tile, const NormRows& rows, const NormRo
     for_each_block(tile, run, [&](int64_t offset, int64_t pixel, int64_t block) {
       const int64_t count = block * run.count;
       const T* x = load<T>(at(layer.features, offset), layer.dtype, 1, count, x_buffer);
-      const T* g = added.arriving(tile, run, offset, pixel, block, g_buffer);
+      const T* g = added.arriving(offset, pixel, block, g_buffer);
       void* address = at(tile.call.out, offset);
       T* out = target<T>(address, layer.dtype, 1, out_buffer);
 #pragma omp simd
