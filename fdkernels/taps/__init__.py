@@ -57,9 +57,9 @@ class FeatureTaps:
     - Under torch.utils.checkpoint set `use_reentrant=False`: with True the features have no gradient, and
       reading them for a loss is refused.
     - torch.compile sees taps that are set before the first compiled call. Compile network and loss
-      together and give the loss the taps, `crit(taps, mask)`: the features then stay inside the graph. A
-      graph that puts them out, as that of the network alone, or that of a loss of `taps.features`, which
-      stay readable, takes up to 1.4 times as long on a CPU.
+      together and give the loss the taps, `crit(taps, mask)`: the features then stay inside the graph, and
+      no second loss can take the taps. A graph that puts them out, as that of the network alone, or that of
+      a loss of `taps.features`, which stay readable, takes up to 1.4 times as long on a CPU.
     - A network with taps can be copied, averaged, pickled and saved at any time: the copy has no taps. A
       copy of the taps themselves has no network, and says so when it is read.
 
