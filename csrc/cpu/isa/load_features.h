@@ -6,6 +6,18 @@
 namespace fdk::cpu {
 namespace {
 
+#if defined(FDK_ISA_AVX512)
+// Zero-masked with every lane on: GCC 12 warns of the undefined value in the unmasked forms.
+inline Vector<float> widen(__m256i bits, BFloat16) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  return (Vector<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, bits), 16);
+}
+inline Vector<float> widen(__m256i bits, Float16) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  return (Vector<float>)_mm512_maskz_cvtph_ps(kAll, bits);
+}
+#endif
+
 // Loads a vector of features stored as S and widens them to T in registers.
 template <class S, class T>
 inline Vector<T> load_features(const S* source, T) {
@@ -18,14 +30,10 @@ inline Vector<float> load_features(const float* source, float) { return load_vec
 inline Vector<double> load_features(const double* source, double) { return load_vector(source); }
 #if defined(FDK_ISA_AVX512)
 inline Vector<float> load_features(const BFloat16* source, float) {
-  constexpr __mmask16 kAll = 0xFFFF;
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  return (Vector<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, bits), 16);
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)), BFloat16());
 }
 inline Vector<float> load_features(const Float16* source, float) {
-  constexpr __mmask16 kAll = 0xFFFF;
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  return (Vector<float>)_mm512_maskz_cvtph_ps(kAll, bits);
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)), Float16());
 }
 #elif defined(FDK_ISA_AVX2)
 inline Vector<float> load_features(const BFloat16* source, float) {
@@ -50,14 +58,10 @@ inline Vector<float> load_some_features(const float* source, int64_t count, floa
   return (Vector<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), source);
 }
 inline Vector<float> load_some_features(const BFloat16* source, int64_t count, float) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), source);
-  constexpr __mmask16 kAll = 0xFFFF;
-  return (Vector<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, bits), 16);
+  return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), source), BFloat16());
 }
 inline Vector<float> load_some_features(const Float16* source, int64_t count, float) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), source);
-  constexpr __mmask16 kAll = 0xFFFF;
-  return (Vector<float>)_mm512_maskz_cvtph_ps(kAll, bits);
+  return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), source), Float16());
 }
 #endif
 
