@@ -181,14 +181,24 @@ def check_mask(
     return checked
 
 
+def mask_as_tensor(mask: object) -> Tensor:
+    """Return a mask of any shape that is a tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    return mask
+
+
 def check_mask_tensor(mask: object, layers: Sequence[Tensor]) -> Tensor:
     """Validate type, dtype, rank, batch size, pixels and device of a mask [N, *S0] or [N, K, *S0].
 
     Raises:
         TypeError, ValueError: as for `check_mask`.
     """
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    mask = mask_as_tensor(mask)
     if mask.dtype not in _INTEGER_MASK_DTYPES and not mask.dtype.is_floating_point:
         raise TypeError(f"mask must be bool, integer or floating point, got {short(mask.dtype)}")
     features = layers[0]

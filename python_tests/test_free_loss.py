@@ -241,6 +241,15 @@ def test_wrong_masks_are_refused_by_the_loss(wrong):
         fdk.feature_discrepancy_loss(taps, given)
 
 
+@pytest.mark.parametrize(
+    "wrong", [None, [[1.0]], torch.ones(1, 1, 8, 8).numpy()], ids=["None", "list", "array"]
+)
+def test_a_mask_that_is_no_tensor_is_refused_before_the_forward(wrong):
+    taps = fdk.FeatureTaps(fused_network()[0], NAMES, fused=True)
+    with pytest.raises(TypeError, match="mask must be a tensor, got"), taps.mask(wrong):
+        pass
+
+
 def test_second_derivatives_through_fused_norms():
     torch.manual_seed(0)
     net = Net().double()

@@ -189,9 +189,11 @@ class FeatureTaps:
                 whose is `"max"`.
 
         Raises:
+            TypeError: the mask is no tensor.
             ValueError: unknown `mask_resize`.
         """
         checks.one_of("mask_resize", mask_resize, MASK_RESIZES)
+        mask = checks.mask_as_tensor(mask)
         self._early = early = EarlyMask(mask, mask_resize, ignore_index, self._asked.of(mask))
         takers = [] if torch.compiler.is_compiling() else _alive(self._takers)
         for taker in takers:
