@@ -17,7 +17,7 @@ namespace {
 // Channels of a tile with contiguous pixels: they share the weights, and runs of pixels stay long.
 constexpr int64_t kTileChannels = 8;
 
-// Partial sums below which another thread costs more than it saves in adding them up and making losses of them.
+// Sums, partial or not, below which another thread costs more than it saves in adding them up and making losses.
 constexpr int64_t kNumbersPerThread = 1 << 12;
 
 // How one layer is cut into tiles. It depends on shape and layout alone, not on the number of threads, so that the same
@@ -33,9 +33,11 @@ struct Cut {
     return {n, block * tile_channels, std::min((block + 1) * tile_channels, layer.channels), tile * tile_pixels,
             std::min((tile + 1) * tile_pixels, pixels_of(layer))};
   }
-  // Where the sums of a tile begin among those of all, each with room for the widest.
+  // Whether a tile has all pixels of its channels, so that its sums are those of the layer.
+  bool has_whole_rows() const { return tiles == 1; }
+  // Where the sums of a tile begin among the partial ones, each with room for the widest.
   int64_t partial_sums(int64_t n, int64_t tile, int64_t block) const {
-    return ((n * tiles + tile) * blocks + block) * tile_channels * 2;
+    return has_whole_rows() ? 0 : ((n * tiles + tile) * blocks + block) * tile_channels * 2;
   }
 };
 
@@ -81,6 +83,24 @@ int64_t layer_of_tile(const std::vector<Cut>& cuts, int64_t tile) {
   return l;
 }
 
+// Where the sums of a tile are written among those of all layers, [2, N, ΣC].
+template <class T>
+T* sums_of(const Pyramid& pyramid, const Cut& cut, int64_t region, int64_t n, T* sums) {
+  return sums + (region * pyramid.batch + n) * pyramid.total_channels + cut.first_channel;
+}
+
+// Writes the sums of a tile that has whole rows.
+template <class T>
+void write_sums(const Pyramid& pyramid, const Cut& cut, const Tile& tile, const TileSums& of_tile, T* sums) {
+  for (int64_t region = 0; region < 2; ++region) {
+    const double* values = region == 0 ? of_tile.fg : of_tile.bg;
+    T* out = sums_of(pyramid, cut, region, tile.n, sums) + tile.channel_begin;
+#pragma omp simd
+    for (int64_t c = 0; c < tile.channel_end - tile.channel_begin; ++c)
+      out[c] = static_cast<T>(values[c]);
+  }
+}
+
 // Adds up the partial sums [tile][2][channel] of sample n of one layer in the order of its tiles.
 template <class T>
 void second_pass(const Pyramid& pyramid, int64_t l, int64_t n, const Cut& cut, const double* partial, const T* masses,
@@ -90,7 +110,11 @@ void second_pass(const Pyramid& pyramid, int64_t l, int64_t n, const Cut& cut, c
   for (int64_t region = 0; region < 2; ++region) {
     // 0, or NaN where a weight is: the kernels of the sums do not look at bytes that stand for NaN.
     const double start = 0.0 * masses[(region * pyramid.batch + n) * pyramid.num_layers + l];
-    T* out = sums + (region * pyramid.batch + n) * pyramid.total_channels + cut.first_channel;
+    T* out = sums_of(pyramid, cut, region, n, sums);
+    if (cut.has_whole_rows()) {
+      if (start != start) std::fill_n(out, channels, static_cast<T>(start));
+      continue;
+    }
     for (int64_t first = 0, block = 0; first < channels; first += cut.tile_channels, ++block) {
       const int64_t count = std::min(cut.tile_channels, channels - first);
       std::fill_n(totals, count, start);
@@ -130,9 +154,14 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
     }
     const int64_t l = layer_of_tile(cuts, item), index = item - cuts[l].first_tile;
     const Tile tile = cuts[l].tile(pyramid.layers[l], index);
-    double* out = partial.get() + room[l] + cuts[l].partial_sums(0, 0, index);
+    double of_whole_rows[2 * kMaxTileChannels];
+    double* out =
+        cuts[l].has_whole_rows() ? of_whole_rows : partial.get() + room[l] + cuts[l].partial_sums(0, 0, index);
     const TileSums tile_sums{out, out + tile.channel_end - tile.channel_begin};
     tile_kernels().sums(pyramid.layers[l], tile, pyramid.accumulate, tile_sums);
+    if (!cuts[l].has_whole_rows()) return;
+    with_type(pyramid.accumulate,
+              [&](auto zero) { write_sums(pyramid, cuts[l], tile, tile_sums, static_cast<decltype(zero)*>(sums)); });
   });
 
   const auto finish_layer = [&](int64_t l) {
@@ -145,7 +174,8 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
     });
     if (losses != nullptr) losses_of_layer(pyramid, l, cuts[l].first_channel, sums, masses, *losses);
   };
-  parallel_for(pyramid.num_layers, room.back() < kNumbersPerThread ? 1 : threads, finish_layer);
+  const int64_t numbers = std::max(room.back(), 2 * pyramid.batch * pyramid.total_channels);
+  parallel_for(pyramid.num_layers, numbers < kNumbersPerThread ? 1 : threads, finish_layer);
   if (losses == nullptr || losses->total == nullptr) return;
   with_type(pyramid.accumulate, [&](auto zero) {
     using T = decltype(zero);

@@ -36,26 +36,33 @@ print(fdk._C.cpu_instruction_set, repr(total))
 """
 
 
-# Prints how many sums and masses of features in channels_last are not those of float64. The kernels take
-# channels in pairs of vectors, vectors and parts of one, and few of them apart.
-_CHANNELS = """
+# Prints how many sums and masses are not those of float64. The kernels take channels (in channels_last) and
+# pixels in pairs of vectors, vectors and parts of one, and few channels apart; beyond the last lies NaN.
+_EXTENTS = """
 import torch, fdkernels as fdk
 torch.manual_seed(0)
 wrong = 0
 bounds = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6, torch.float16: 2e-6}
-for channels in (*range(1, 36), 40, 48, 63, 64, 65, 72, 100, 128, 129, 1030):
-    for dtype, bound in bounds.items():
-        x = torch.randn(2, 7, 11, channels + 3).to(dtype)[..., :channels].permute(0, 3, 1, 2)
-        mask = (torch.rand(2, 1, 7, 11) > 0.5).float()
-        mask[:, :, ::3, ::5] = 9
-        for ignored in (None, 9):
-            given = mask if ignored else mask.clamp(max=1)
-            found = fdk.region_sums(x, given, ignore_index=ignored, backend="cpu")
-            for sums, mass, value in ((found.fg, found.fg_mass, 1), (found.bg, found.bg_mass, 0)):
-                weights, wide = (given == value).double(), x.double()
-                error = (sums.double() - (wide * weights).sum((2, 3))).abs()
-                wrong += bool((error > bound * (1 + wide.abs().sum((2, 3)))).any())
-                wrong += not torch.equal(mass.double(), weights.sum((1, 2, 3)))
+channels_last = {"shape": (2, 7, 11), "order": (0, 3, 1, 2)}
+contiguous = {"shape": (2, 5, 1), "order": (0, 1, 2, 3)}
+for extent in (*range(1, 36), 40, 48, 63, 64, 65, 72, 100, 128, 129, 1030):
+    for layout in (channels_last, contiguous):
+        for dtype, bound in bounds.items():
+            rows = torch.randn(*layout["shape"], extent + 3).to(dtype)
+            rows[..., extent:] = torch.nan
+            x = rows[..., :extent].permute(layout["order"])
+            mask = (torch.rand(2, 1, *x.shape[2:]) > 0.5).float()
+            mask[:, :, ::3, ::5] = 9
+            if dtype in (torch.float32, torch.float16):
+                mask = mask.to(torch.uint8)
+            for ignored in (None, 9):
+                given = mask if ignored else mask.clamp(max=1)
+                found = fdk.region_sums(x, given, ignore_index=ignored, backend="cpu")
+                for sums, mass, value in ((found.fg, found.fg_mass, 1), (found.bg, found.bg_mass, 0)):
+                    weights, wide = (given == value).double(), x.double()
+                    error = (sums.double() - (wide * weights).sum((2, 3))).abs()
+                    wrong += not (error <= bound * (1 + wide.abs().sum((2, 3)))).all()
+                    wrong += not torch.equal(mass.double(), weights.sum((1, 2, 3)))
 print(wrong)
 """
 
@@ -114,9 +121,9 @@ def test_every_instruction_set_gives_the_same_numbers(isa):
 
 
 @pytest.mark.parametrize("isa", build_info()["isa"])
-def test_sums_of_any_number_of_channels_under_every_instruction_set(isa):
+def test_sums_of_any_number_of_channels_and_pixels_under_every_instruction_set(isa):
     try:
-        assert run(_CHANNELS, FDKERNELS_CPU_ISA=isa) == "0"
+        assert run(_EXTENTS, FDKERNELS_CPU_ISA=isa) == "0"
     except AssertionError as error:
         if "FDKERNELS_CPU_ISA" in str(error):
             pytest.skip(f"this processor has no {isa}")

@@ -63,6 +63,12 @@ inline Vector<float> load_some_features(const BFloat16* source, int64_t count, f
 inline Vector<float> load_some_features(const Float16* source, int64_t count, float) {
   return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), source), Float16());
 }
+#elif defined(FDK_ISA_AVX2)
+inline Vector<float> load_some_features(const float* source, int64_t count, float) {
+  static const int32_t kLanesOn[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const __m256i on = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanesOn + 8 - count));
+  return (Vector<float>)_mm256_maskload_ps(source, on);
+}
 #endif
 
 // Loads two adjacent vectors of features.

@@ -3,6 +3,7 @@
 
 #include "../tiles.h"
 #include "half_runs.h"
+#include "load_features.h"
 
 namespace fdk::cpu {
 namespace {
@@ -197,6 +198,12 @@ struct RawWeights {
   }
   T fg_at(int64_t i) const { return static_cast<T>(fg[i]); }
   T bg_at(int64_t i) const { return kHasBg ? static_cast<T>(bg[i]) : T(1) - static_cast<T>(fg[i]); }
+  // Of `count` pixels, less than a vector of them; the other lanes have no foreground.
+  Vector<T> some_fg(int64_t i, int64_t count) const { return load_some_features(fg + i, count, T()); }
+  Vector<T> some_bg(int64_t i, int64_t count, Vector<T> w) const {
+    if constexpr (kHasBg) return load_some_features(bg + i, count, T());
+    return T(1) - w;
+  }
 };
 
 // Calls body with the RawWeights that fit the layer.

@@ -9,8 +9,9 @@ namespace fdk::cpu {
 namespace {
 
 // Adds `count` pixels, from pixel p of the sample on, to the sums of kChannels channels, with pixels along the vector.
+// Their rows begin at `first` and are `step` elements apart.
 template <int kChannels, class T, class S, class M, bool kHasBg>
-inline void add_rows(const S* const rows[kChannels], const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count,
+inline void add_rows(const S* first, int64_t step, const RawWeights<T, M, kHasBg>& weights, int64_t p, int64_t count,
                      int64_t ahead, TileSums sums) {
   using V = Vector<T>;
   V f[kChannels], b[kChannels];
@@ -20,23 +21,23 @@ inline void add_rows(const S* const rows[kChannels], const RawWeights<T, M, kHas
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
     const V w = weights.fg_vector(p + i), u = weights.bg_vector(p + i, w);
     for (int k = 0; k < kChannels; ++k) {
-      prefetch(reinterpret_cast<const char*>(rows[k] + i) + ahead);
-      const V x = select_valid<kHasBg>(w, u, load_features(rows[k] + i, T()));
+      const S* source = first + k * step + i;
+      prefetch(reinterpret_cast<const char*>(source) + ahead);
+      const V x = select_valid<kHasBg>(w, u, load_features(source, T()));
       f[k] += w * x;
       b[k] += u * x;
     }
   }
-  for (int k = 0; k < kChannels; ++k) {
-    T sum_fg = total<T>(f[k]), sum_bg = total<T>(b[k]);
-    for (int64_t j = i; j < count; ++j) {
-      const T w = weights.fg_at(p + j), u = weights.bg_at(p + j);
-      const T x = !kHasBg || is_valid(w, u) ? static_cast<T>(rows[k][j]) : T(0);
-      sum_fg += w * x;
-      sum_bg += u * x;
+  if (i < count) { // lanes beyond the last pixel add 0
+    const V w = weights.some_fg(p + i, count - i), u = weights.some_bg(p + i, count - i, w);
+    for (int k = 0; k < kChannels; ++k) {
+      const V x = select_valid<kHasBg>(w, u, load_some_features(first + k * step + i, count - i, T()));
+      f[k] += w * x;
+      b[k] += u * x;
     }
-    sums.fg[k] += sum_fg;
-    sums.bg[k] += sum_bg;
   }
+  add_totals<kChannels, T>(f, sums.fg);
+  add_totals<kChannels, T>(b, sums.bg);
 }
 
 // Calls add_rows for the channels of a tile; their rows begin at `start` and are `step` elements apart.
@@ -47,16 +48,10 @@ inline void add_channels(const S* start, int64_t step, const Tile& tile, const R
   const int64_t next_group = kGroup * step * static_cast<int64_t>(sizeof(S));
   const int64_t ahead = count == step && count <= kShortRow ? next_group : kPrefetchBytes;
   int64_t c = tile.channel_begin;
-  for (; c + kGroup <= tile.channel_end; c += kGroup) {
-    const S* group[kGroup];
-    for (int64_t k = 0; k < kGroup; ++k)
-      group[k] = start + (c + k) * step;
-    add_rows<kGroup>(group, weights, p, count, ahead, sums.from(c - tile.channel_begin));
-  }
-  for (; c < tile.channel_end; ++c) {
-    const S* row = start + c * step;
-    add_rows<1>(&row, weights, p, count, ahead, sums.from(c - tile.channel_begin));
-  }
+  for (; c + kGroup <= tile.channel_end; c += kGroup)
+    add_rows<kGroup>(start + c * step, step, weights, p, count, ahead, sums.from(c - tile.channel_begin));
+  for (; c < tile.channel_end; ++c)
+    add_rows<1>(start + c * step, step, weights, p, count, ahead, sums.from(c - tile.channel_begin));
 }
 
 template <class T, class M, bool kHasBg>
@@ -86,13 +81,11 @@ void sums_by_pixels(const Layer& layer, const Tile& tile, const RawWeights<T, M,
     }
     for (int64_t c = tile.channel_begin, step; c < tile.channel_end; c += step) {
       step = c + kGroup <= tile.channel_end ? kGroup : 1;
-      const T* group[kGroup];
-      for (int64_t k = 0; k < step; ++k) {
-        group[k] = load(start + (c + k) * layer.stride_c * element, layer.dtype, rows.stride, count, buffer[k]);
-      }
+      for (int64_t k = 0; k < step; ++k)
+        load(start + (c + k) * layer.stride_c * element, layer.dtype, rows.stride, count, buffer[k]);
       const TileSums group_sums = sums.from(c - tile.channel_begin);
-      step == kGroup ? add_rows<kGroup>(group, weights, p, count, kPrefetchBytes, group_sums)
-                     : add_rows<1>(group, weights, p, count, kPrefetchBytes, group_sums);
+      step == kGroup ? add_rows<kGroup>(buffer[0], kRun, weights, p, count, kPrefetchBytes, group_sums)
+                     : add_rows<1>(buffer[0], kRun, weights, p, count, kPrefetchBytes, group_sums);
     }
   }
 }

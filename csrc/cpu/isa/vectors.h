@@ -93,25 +93,39 @@ inline T total(Vector<T> value) {
   }
   return lanes[0];
 }
-// Compilers send the general form through memory.
+// Adds up the lanes of each of kCount vectors, onto doubles.
+template <int kCount, class T>
+inline void add_totals(const Vector<T> (&values)[kCount], double* sums) {
+  for (int k = 0; k < kCount; ++k)
+    sums[k] += static_cast<double>(total<T>(values[k]));
+}
+
+// Compilers send the general forms through memory.
+#if defined(FDK_ISA_AVX512)
+inline __m256 halves_added(Vector<float> value) {
+  const __m512 whole = (__m512)value;
+  constexpr __mmask8 kAll = 0xFF; // as in load_weights
+  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(kAll, whole, 0), _mm512_maskz_extractf32x8_ps(kAll, whole, 1));
+}
+#elif defined(FDK_ISA_AVX2)
+inline __m256 halves_added(Vector<float> value) { return (__m256)value; } // one half is all there is
+#endif
 #if defined(FDK_ISA_AVX512) || defined(FDK_ISA_AVX2)
-inline float total_of_eight(__m256 value) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+template <>
+inline float total<float>(Vector<float> value) {
+  const __m256 half = halves_added(value);
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
-#endif
-#if defined(FDK_ISA_AVX512)
+// Four vectors at once: their lanes are added side by side.
 template <>
-inline float total<float>(Vector<float> value) {
-  __m256 halves[2];
-  std::memcpy(halves, &value, sizeof(value));
-  return total_of_eight(_mm256_add_ps(halves[0], halves[1]));
-}
-#elif defined(FDK_ISA_AVX2)
-template <>
-inline float total<float>(Vector<float> value) {
-  return total_of_eight((__m256)value);
+inline void add_totals<4, float>(const Vector<float> (&values)[4], double* sums) {
+  const __m256 pairs = _mm256_hadd_ps(halves_added(values[0]), halves_added(values[1]));
+  const __m256 others = _mm256_hadd_ps(halves_added(values[2]), halves_added(values[3]));
+  const __m256 both = _mm256_hadd_ps(pairs, others);
+  const __m128 totals = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(totals)));
 }
 #endif
 
