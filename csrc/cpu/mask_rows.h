@@ -14,6 +14,9 @@ constexpr int64_t kPixelsPerItem = 1 << 14;
 // Marks ignored pixels under `max`, where every valid value is larger, and in copies of masks.
 constexpr double kNotValid = -1;
 
+// Whether every pixel is 0, 1 or ignored. Writes their bytes [N, d0, d1, d2], with kIgnoredByte, unless `bytes` is
+// null.
+bool write_bytes(const Masks& mask, uint8_t* bytes, int num_threads);
 // Copies the pixels [N, d0, d1, d2], with NaN for those that are no weights and kNotValid for the ignored ones.
 std::vector<double> copy_with_nan(const Masks& mask);
 
@@ -38,6 +41,21 @@ const S* row_of(const Masks& mask, int64_t n, int64_t row) {
          row % mask.size[1] * mask.stride[1];
 }
 
+// Calls body with a value of the type of the elements of a floating-point mask.
+template <class Body>
+void with_floating_dtype(const Masks& mask, const Body& body) {
+  switch (mask.dtype) {
+    case DType::kFloat64:
+      return body(double());
+    case DType::kBFloat16:
+      return body(BFloat16());
+    case DType::kFloat16:
+      return body(Float16());
+    default:
+      return body(float());
+  }
+}
+
 // Calls body with a value of the type of the mask's elements.
 template <class Body>
 void with_dtype(const Masks& mask, const Body& body) {
@@ -50,16 +68,10 @@ void with_dtype(const Masks& mask, const Body& body) {
       return body(int32_t());
     case DType::kInt64:
       return body(int64_t());
-    case DType::kFloat32:
-      return body(float());
-    case DType::kFloat64:
-      return body(double());
-    case DType::kBFloat16:
-      return body(BFloat16());
-    case DType::kFloat16:
-      return body(Float16());
-    default:
+    case DType::kUInt8:
       return body(uint8_t());
+    default:
+      return with_floating_dtype(mask, body);
   }
 }
 

@@ -1,9 +1,12 @@
 // The values of a mask: which are weights, and NaN in place of the others.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
+#include "../layout.h"
+#include "mask_kernels.h"
 #include "mask_rows.h"
 #include "parallel.h"
 
@@ -18,53 +21,95 @@ struct Bounds {
   bool hold(A y) const { return (y >= low) & (y <= high); }
 };
 
-// Whether all pixels are weights or ignored, to within the tolerance. In integers as wide as the pixels, so that the
-// loop vectorises.
-template <class S, bool kIgnore>
-bool row_is_valid(const Masks& mask, const S* row) {
-  if constexpr (std::is_integral<S>::value) {
-    const S ignored = static_cast<S>(mask.ignore_number);
-    S bad = 0;
-    for_each_pixel(row, mask.stride[2], mask.size[2], [&](int64_t, const S& value) {
-      const S other_bits = static_cast<S>(value & ~S(1));
-      const S counts = static_cast<S>(kIgnore ? -static_cast<S>(value != ignored) : -1); // all bits or none
-      bad |= static_cast<S>(other_bits & counts);
-    });
-    return bad == 0;
-  } else {
-    using A = typename std::conditional<std::is_same<S, double>::value, double, float>::type;
-    using Flag = typename std::conditional<std::is_same<S, double>::value, int64_t, int32_t>::type;
-    const Bounds<A> bounds(mask);
-    const A ignored = static_cast<A>(mask.ignore_value);
-    Flag bad = 0;
-    for_each_pixel(row, mask.stride[2], mask.size[2], [&](int64_t, const S& value) {
-      const A y = static_cast<A>(value);
-      const bool outside = !bounds.hold(y), counts = !kIgnore | (y != ignored);
-      bad |= static_cast<Flag>(outside & counts);
-    });
-    return bad == 0;
+// Some pixels of a sample that lie side by side in memory.
+struct Run {
+  int64_t sample, first; // the first pixel, among those of the sample
+  int64_t place;         // of that pixel in memory, in elements
+  int64_t stride, count;
+};
+
+// Whether `look(run)` holds for all pixels, looked at until it does not.
+template <class Look>
+bool holds_for_every_run(const Masks& mask, int num_threads, const Look& look) {
+  const MergedPixels merged = merge_dimensions(mask.size, mask.stride, nullptr);
+  const int64_t pixels = mask.size[0] * mask.size[1] * mask.size[2], width = merged.size[2];
+  const int64_t items = (pixels + kPixelsPerItem - 1) / kPixelsPerItem;
+  std::atomic<bool> holds{true};
+  parallel_for(mask.batch * items, num_threads, [&](int64_t item) {
+    const int64_t n = item / items, begin = item % items * kPixelsPerItem,
+                  end = std::min(begin + kPixelsPerItem, pixels);
+    for (int64_t pixel = begin, count; pixel < end && holds.load(std::memory_order_relaxed); pixel += count) {
+      const int64_t row = pixel / width, within = pixel % width;
+      count = std::min(end - pixel, width - within);
+      const int64_t place = n * mask.stride_n + row / merged.size[1] * merged.stride[0] +
+                            row % merged.size[1] * merged.stride[1] + within * merged.stride[2];
+      if (!look(Run{n, pixel, place, merged.stride[2], count})) holds.store(false, std::memory_order_relaxed);
+    }
+  });
+  return holds;
+}
+
+// Whether all pixels of a floating-point run are weights or ignored, to within the tolerance.
+template <class S>
+bool run_is_valid(const Masks& mask, const Run& run) {
+  using A = typename std::conditional<std::is_same<S, double>::value, double, float>::type;
+  using Flag = typename std::conditional<std::is_same<S, double>::value, int64_t, int32_t>::type;
+  const Bounds<A> bounds(mask);
+  const A ignored = static_cast<A>(mask.ignore_value);
+  const bool has_ignore = mask.has_ignore;
+  Flag bad = 0; // as wide as the pixels, so that the loop vectorises
+  for_each_pixel(static_cast<const S*>(mask.mask) + run.place, run.stride, run.count, [&](int64_t, const S& value) {
+    const A y = static_cast<A>(value);
+    const bool outside = !bounds.hold(y), counts = !has_ignore | (y != ignored);
+    bad |= static_cast<Flag>(outside & counts);
+  });
+  return bad == 0;
+}
+
+template <class S>
+uint64_t bits_of(S value) {
+  uint64_t bits = 0; // little-endian
+  std::memcpy(&bits, &value, sizeof(value));
+  return bits;
+}
+
+// The bits of a number of a floating-point mask, which is one of its dtype.
+uint64_t bits_in_dtype(DType dtype, double value) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return bits_of(value);
+    case DType::kBFloat16:
+      return float_to_bfloat16(static_cast<float>(value));
+    case DType::kFloat16:
+      return float_to_float16(static_cast<float>(value));
+    default:
+      return bits_of(static_cast<float>(value));
   }
 }
 
 } // namespace
 
-bool mask_is_valid(const Masks& mask, int num_threads) {
-  const int64_t rows = mask.size[0] * mask.size[1];
-  const int64_t per_item = std::max<int64_t>(kPixelsPerItem / std::max<int64_t>(mask.size[2], 1), 1);
-  const int64_t items = (rows + per_item - 1) / per_item;
-  std::atomic<bool> valid{true};
-  with_dtype(mask, [&](auto value) {
-    using S = decltype(value);
-    parallel_for(mask.batch * items, num_threads, [&](int64_t item) {
-      const int64_t n = item / items, begin = item % items * per_item;
-      for (int64_t row = begin; row < std::min(begin + per_item, rows); ++row) {
-        const S* line = row_of<S>(mask, n, row);
-        const auto look = mask.has_ignore ? row_is_valid<S, true> : row_is_valid<S, false>;
-        if (!look(mask, line)) valid = false;
-      }
-    });
+bool write_bytes(const Masks& mask, uint8_t* bytes, int num_threads) {
+  const bool is_integer = mask.dtype >= DType::kUInt8;
+  const int64_t element = element_size(mask.dtype), pixels = mask.size[0] * mask.size[1] * mask.size[2];
+  const uint64_t one = is_integer ? 1 : bits_in_dtype(mask.dtype, 1);
+  const uint64_t ignored = is_integer ? bits_of(mask.ignore_number) : bits_in_dtype(mask.dtype, mask.ignore_value);
+  return holds_for_every_run(mask, num_threads, [&](const Run& run) {
+    const void* first = static_cast<const char*>(mask.mask) + run.place * element;
+    return mask_kernels().bytes({first, run.stride, run.count, element, one, ignored, mask.has_ignore},
+                                bytes == nullptr ? nullptr : bytes + run.sample * pixels + run.first);
   });
-  return valid;
+}
+
+bool mask_is_valid(const Masks& mask, int num_threads) {
+  if (write_bytes(mask, nullptr, num_threads)) return true;
+  bool is_valid = false; // an integer that is neither 0 nor 1 is no weight
+  if (mask.dtype >= DType::kUInt8) return is_valid;
+  with_floating_dtype(mask, [&](auto value) {
+    using S = decltype(value);
+    is_valid = holds_for_every_run(mask, num_threads, [&](const Run& run) { return run_is_valid<S>(mask, run); });
+  });
+  return is_valid;
 }
 
 std::vector<double> copy_with_nan(const Masks& mask) {

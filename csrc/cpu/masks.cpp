@@ -1,10 +1,14 @@
 // Masks on the CPU: computes every size from the whole mask, one row of cells at a time.
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../layout.h"
+#include "mask_kernels.h"
 #include "mask_rows.h"
 #include "parallel.h"
 
@@ -28,47 +32,51 @@ Range cell_range(int64_t cell, int64_t to, int64_t from, MaskResize resize) {
 struct RowCells {
   std::vector<Range> columns;
   std::vector<double> width;
+  int halvings = -1; // that make the cells of the columns, if all have 2^halvings
 };
 
 RowCells cells_of_row(const Masks& mask, const MaskSize& layer) {
   RowCells cells;
-  for (int64_t i = 0; i < layer.size[2]; ++i) {
-    cells.columns.push_back(cell_range(i, layer.size[2], mask.size[2], mask.resize));
+  const int64_t from = mask.size[2], to = layer.size[2];
+  for (int64_t i = 0; i < to; ++i) {
+    cells.columns.push_back(cell_range(i, to, from, mask.resize));
     cells.width.push_back(static_cast<double>(cells.columns.back().end - cells.columns.back().begin));
   }
+  for (int k = 0; mask.resize != MaskResize::kNearest && to > 0 && to << k <= from; ++k)
+    if (to << k == from) cells.halvings = k;
   return cells;
 }
 
-// The type in which the mask rows of a row of cells are added up: double, or float where that is exact.
-template <class S>
-struct ColumnSum {
-  using type = double;
-};
-template <>
-struct ColumnSum<uint8_t> {
-  using type = float;
-};
+// The most mask pixels that a cell of the layer has.
+int64_t largest_cell(const Masks& mask, const MaskSize& layer) {
+  int64_t pixels = 1;
+  for (int dim = 0; dim < 3; ++dim)
+    pixels *= mask.size[dim] / std::max<int64_t>(layer.size[dim], 1) + 2;
+  return pixels;
+}
 
-// Sums of v·y and v·(1-y), or the largest y, over the mask rows of a row of cells: for each mask column, then for each
-// cell.
+// Sums of v·y and v·(1-y), or the largest y, over the mask rows of a row of cells, in A: for each mask column, then for
+// each cell.
+template <class A>
 struct Accumulators {
-  std::vector<double> fg, bg;
-  std::vector<float> fg_floats, bg_floats;
+  std::vector<A> fg, bg, halved;
   std::vector<double> fg_cells, bg_cells;
-
-  std::vector<double>& fg_of(double) { return fg; }
-  std::vector<double>& bg_of(double) { return bg; }
-  std::vector<float>& fg_of(float) { return fg_floats; }
-  std::vector<float>& bg_of(float) { return bg_floats; }
 };
+
+// A pixel as A: a byte of an integer mask as it is.
+template <class A, class S>
+A number(const S& value) {
+  if constexpr (std::is_integral<A>::value) return static_cast<A>(value);
+  return static_cast<A>(static_cast<double>(value));
+}
 
 template <class S, bool kIgnore, class A>
 void add_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* fg, A* bg) {
+  const A ignored = static_cast<A>(ignore_index);
   for_each_pixel(row, stride, width, [&](int64_t i, const S& value) {
-    const A y = static_cast<A>(static_cast<double>(value));
-    const A valid = !kIgnore || y != static_cast<A>(ignore_index); // (M1)
-    fg[i] += kIgnore ? y * valid : y;
-    if (kIgnore) bg[i] += (1 - y) * valid;
+    const A y = number<A>(value), valid = static_cast<A>(!kIgnore || y != ignored); // (M1)
+    fg[i] = static_cast<A>(fg[i] + (kIgnore ? y * valid : y));
+    if (kIgnore) bg[i] = static_cast<A>(bg[i] + (1 - y) * valid);
   });
 }
 
@@ -80,10 +88,62 @@ A larger(A best, A value) {
 
 template <class S, bool kIgnore, class A>
 void max_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* best) {
-  for (int64_t i = 0; i < width; ++i) {
-    const A y = static_cast<A>(static_cast<double>(row[i * stride]));
-    best[i] = larger(best[i], !kIgnore || y != static_cast<A>(ignore_index) ? y : static_cast<A>(kNotValid));
+  const A ignored = static_cast<A>(ignore_index);
+  for_each_pixel(row, stride, width, [&](int64_t i, const S& value) {
+    const A y = number<A>(value);
+    best[i] = larger(best[i], !kIgnore || y != ignored ? y : static_cast<A>(kNotValid));
+  });
+}
+
+// Adds up, or takes the largest of, each two neighbours.
+template <class A>
+void halve(const A* values, int64_t count, bool is_max, A* out) {
+  if (is_max) {
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = larger(values[2 * i], values[2 * i + 1]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = static_cast<A>(values[2 * i] + values[2 * i + 1]);
   }
+}
+
+// Adds up, or takes the largest of, the mask columns of each cell; `columns` and `room` are overwritten.
+template <class A>
+void add_columns(std::vector<A>& columns, std::vector<A>& room, const RowCells& cells, bool is_max, double* out) {
+  const int64_t count = static_cast<int64_t>(cells.columns.size());
+  if (cells.halvings >= 0) {
+    room.resize(columns.size());
+    A *values = columns.data(), *halved = room.data();
+    for (int k = cells.halvings - 1; k >= 0; --k) {
+      halve(values, count << k, is_max, halved);
+      std::swap(values, halved);
+    }
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = static_cast<double>(values[i]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Range range = cells.columns[i];
+    double total = columns[range.begin];
+    for (int64_t x = range.begin + 1; x < range.end; ++x)
+      total = is_max ? larger<double>(total, columns[x]) : total + columns[x];
+    out[i] = total;
+  }
+}
+
+// Divides the sums of a row of cells by their pixels, `height` mask rows of the width of each (M3).
+void divide(const RowCells& cells, double height, double* sums) {
+  const int64_t count = static_cast<int64_t>(cells.width.size());
+  int exponent = 0;
+  if (cells.halvings >= 0 && count > 0 && std::frexp(height * cells.width[0], &exponent) == 0.5) {
+    const double reciprocal = 1 / (height * cells.width[0]); // exact, and a product takes less time
+    for (int64_t i = 0; i < count; ++i)
+      sums[i] *= reciprocal;
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i)
+    sums[i] /= height * cells.width[i];
 }
 
 template <class T>
@@ -108,44 +168,36 @@ void write_row(const double* values, int64_t count, void* out, DType dtype, int6
 }
 
 // Writes a row of cells of sample n; `row` counts over (d0, d1) of the layer.
-template <class S, bool kIgnore>
+template <class S, bool kIgnore, class A>
 void write_cells(const Masks& mask, double ignore_index, const MaskSize& layer, const RowCells& cells, int64_t n,
-                 int64_t row, Accumulators& sums) {
-  using A = typename ColumnSum<S>::type;
+                 int64_t row, Accumulators<A>& sums) {
   const int64_t width = mask.size[2], out = layer.size[2];
   const Range planes = cell_range(row / layer.size[1], layer.size[0], mask.size[0], mask.resize);
   const Range lines = cell_range(row % layer.size[1], layer.size[1], mask.size[1], mask.resize);
   const bool is_max = mask.resize == MaskResize::kMax;
-  const double start = !is_max ? 0 : kIgnore ? kNotValid : -std::numeric_limits<double>::infinity();
-  sums.fg_of(A()).assign(width, static_cast<A>(start));
-  if (kIgnore && !is_max) sums.bg_of(A()).assign(width, 0);
-  A *fg = sums.fg_of(A()).data(), *bg = sums.bg_of(A()).data();
+  // `max` begins below every weight, which may lie below 0 by rounding.
+  const double start = !is_max || std::is_integral<A>::value ? 0 : -std::numeric_limits<double>::infinity();
+  sums.fg.assign(width, static_cast<A>(is_max && kIgnore ? kNotValid : start));
+  if (kIgnore && !is_max) sums.bg.assign(width, 0);
   const S* sample = static_cast<const S*>(mask.mask) + n * mask.stride_n;
   for (int64_t z = planes.begin; z < planes.end; ++z) {
     for (int64_t y = lines.begin; y < lines.end; ++y) {
       const S* line = sample + z * mask.stride[0] + y * mask.stride[1];
-      is_max ? max_row<S, kIgnore>(line, mask.stride[2], width, ignore_index, fg)
-             : add_row<S, kIgnore>(line, mask.stride[2], width, ignore_index, fg, bg);
+      is_max ? max_row<S, kIgnore>(line, mask.stride[2], width, ignore_index, sums.fg.data())
+             : add_row<S, kIgnore>(line, mask.stride[2], width, ignore_index, sums.fg.data(), sums.bg.data());
     }
   }
   sums.fg_cells.resize(out);
   sums.bg_cells.resize(out);
   double *fg_cells = sums.fg_cells.data(), *bg_cells = sums.bg_cells.data();
-  for (int64_t i = 0; i < out; ++i) {
-    double w_fg = start, w_bg = 0;
-    for (int64_t x = cells.columns[i].begin; x < cells.columns[i].end; ++x) {
-      w_fg = is_max ? larger<double>(w_fg, fg[x]) : w_fg + fg[x];
-      if (kIgnore && !is_max) w_bg += bg[x];
-    }
-    fg_cells[i] = w_fg;
-    bg_cells[i] = w_bg;
-  }
-  if (!is_max) { // (M3)
+  add_columns(sums.fg, sums.halved, cells, is_max, fg_cells);
+  if (!is_max) {
     const double height = static_cast<double>((planes.end - planes.begin) * (lines.end - lines.begin));
-    for (int64_t i = 0; i < out; ++i)
-      fg_cells[i] /= height * cells.width[i];
-    for (int64_t i = 0; kIgnore && i < out; ++i)
-      bg_cells[i] /= height * cells.width[i];
+    divide(cells, height, fg_cells);
+    if (kIgnore) {
+      add_columns(sums.bg, sums.halved, cells, is_max, bg_cells);
+      divide(cells, height, bg_cells);
+    }
   } else if (kIgnore) { // (M4)
     for (int64_t i = 0; i < out; ++i) {
       const bool valid = fg_cells[i] != kNotValid;
@@ -195,38 +247,64 @@ bool has_size_of_mask(const Masks& mask, const MaskSize& layer) {
   return std::equal(mask.size, mask.size + 3, layer.size);
 }
 
-// Writes a row of cells, or of pixels if the layer has the mask's size.
-template <class S, bool kIgnore>
-void write_any_row(const Masks& mask, double ignore_index, const MaskSize& layer, const RowCells& cells, int64_t n,
-                   int64_t row, Accumulators& sums) {
-  if (!has_size_of_mask(mask, layer)) {
-    write_cells<S, kIgnore>(mask, ignore_index, layer, cells, n, row, sums);
-  } else if (layer.dtype == DType::kFloat64) {
-    copy_pixels<S, double, kIgnore>(mask, ignore_index, layer, n, row);
-  } else if (layer.dtype == DType::kFloat32) {
-    copy_pixels<S, float, kIgnore>(mask, ignore_index, layer, n, row);
-  } else {
-    copy_pixels<S, uint8_t, kIgnore>(mask, ignore_index, layer, n, row);
-  }
+// Rows [begin, end) of sample n, counted over (d0, d1) of a layer.
+struct LayerRows {
+  int64_t n, begin, end;
+};
+
+template <class S, bool kIgnore, class A>
+void write_rows_of_cells(const Masks& mask, double ignore_index, const MaskSize& layer, const RowCells& cells,
+                         const LayerRows& rows) {
+  Accumulators<A> sums;
+  for (int64_t row = rows.begin; row < rows.end; ++row)
+    write_cells<S, kIgnore>(mask, ignore_index, layer, cells, rows.n, row, sums);
 }
 
-using WriteRow = void (*)(const Masks&, double, const MaskSize&, const RowCells&, int64_t, int64_t, Accumulators&);
+template <class S, bool kIgnore, class T>
+void copy_rows(const Masks& mask, double ignore_index, const MaskSize& layer, const LayerRows& rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row)
+    copy_pixels<S, T, kIgnore>(mask, ignore_index, layer, rows.n, row);
+}
 
-WriteRow row_writer(const Masks& mask) {
-  WriteRow chosen = nullptr;
-  with_dtype(mask, [&](auto value) {
+// Writes rows of cells, or of pixels if the layer has the mask's size.
+template <class S, bool kIgnore>
+void write_rows(const Masks& mask, double ignore_index, const MaskSize& layer, const RowCells& cells,
+                const LayerRows& rows) {
+  if (has_size_of_mask(mask, layer)) {
+    if (layer.dtype == DType::kFloat64) return copy_rows<S, kIgnore, double>(mask, ignore_index, layer, rows);
+    if (layer.dtype == DType::kFloat32) return copy_rows<S, kIgnore, float>(mask, ignore_index, layer, rows);
+    return copy_rows<S, kIgnore, uint8_t>(mask, ignore_index, layer, rows);
+  }
+  if constexpr (std::is_same<S, uint8_t>::value) { // as narrow as a sum may be
+    const int64_t pixels = largest_cell(mask, layer);
+    if (pixels <= std::numeric_limits<int16_t>::max())
+      return write_rows_of_cells<S, kIgnore, int16_t>(mask, ignore_index, layer, cells, rows);
+    if (pixels <= std::numeric_limits<int32_t>::max())
+      return write_rows_of_cells<S, kIgnore, int32_t>(mask, ignore_index, layer, cells, rows);
+  }
+  write_rows_of_cells<S, kIgnore, double>(mask, ignore_index, layer, cells, rows);
+}
+
+using WriteRows = void (*)(const Masks&, double, const MaskSize&, const RowCells&, const LayerRows&);
+
+// Of a mask of bytes or of floating point.
+WriteRows rows_writer(const Masks& mask) {
+  WriteRows chosen = mask.has_ignore ? write_rows<uint8_t, true> : write_rows<uint8_t, false>;
+  if (mask.dtype == DType::kUInt8) return chosen;
+  with_floating_dtype(mask, [&](auto value) {
     using S = decltype(value);
-    chosen = mask.has_ignore ? write_any_row<S, true> : write_any_row<S, false>;
+    chosen = mask.has_ignore ? write_rows<S, true> : write_rows<S, false>;
   });
   return chosen;
 }
 
-// Writes the weights of every size of a mask whose values are weights, ignored or NaN.
+// Writes the weights of every size of a mask of bytes, 0, 1 or ignored, or of one of floating point whose values are
+// weights, ignored or NaN.
 void resize(const Masks& mask, int num_threads) {
   const MaskSize* sizes = mask.sizes;
   const int64_t num_sizes = mask.num_sizes;
-  const bool is_integer = mask.dtype >= DType::kUInt8;
-  const double ignore_index = is_integer ? static_cast<double>(mask.ignore_number) : mask.ignore_value;
+  const bool is_bytes = mask.dtype == DType::kUInt8;
+  const double ignore_index = is_bytes ? static_cast<double>(mask.ignore_number) : mask.ignore_value;
   // An item is some rows of cells of one sample at one size; `first` counts the items before each size.
   struct Cut {
     int64_t first, rows_per_item, items_per_sample;
@@ -245,7 +323,7 @@ void resize(const Masks& mask, int num_threads) {
     cells.push_back(has_size_of_mask(mask, sizes[s]) ? RowCells() : cells_of_row(mask, sizes[s]));
     num_items += mask.batch * items;
   }
-  const WriteRow write_row = row_writer(mask);
+  const WriteRows write_rows = rows_writer(mask);
   parallel_for(num_items, num_threads, [&](int64_t item) {
     int64_t s = num_sizes - 1;
     while (cuts[s].first > item)
@@ -253,25 +331,38 @@ void resize(const Masks& mask, int num_threads) {
     const int64_t index = item - cuts[s].first, n = index / cuts[s].items_per_sample;
     const int64_t begin = index % cuts[s].items_per_sample * cuts[s].rows_per_item;
     const int64_t end = std::min(begin + cuts[s].rows_per_item, sizes[s].size[0] * sizes[s].size[1]);
-    Accumulators sums;
-    for (int64_t row = begin; row < end; ++row)
-      write_row(mask, ignore_index, sizes[s], cells[s], n, row, sums);
+    write_rows(mask, ignore_index, sizes[s], cells[s], {n, begin, end});
   });
+}
+
+// The mask with the pixels of a copy, [N, d0, d1, d2] contiguous.
+Masks with_copy(Masks mask, const void* pixels, DType dtype) {
+  mask.mask = pixels;
+  mask.dtype = dtype;
+  mask.stride[2] = 1;
+  mask.stride[1] = mask.size[2];
+  mask.stride[0] = mask.size[1] * mask.stride[1];
+  mask.stride_n = mask.size[0] * mask.stride[0];
+  return mask;
 }
 
 } // namespace
 
 void masks(const Masks& mask, int num_threads) {
-  if (mask_is_valid(mask, num_threads)) return resize(mask, num_threads);
+  if (mask.dtype == DType::kUInt8 && write_bytes(mask, nullptr, num_threads)) return resize(mask, num_threads);
+  if (mask.dtype != DType::kUInt8) {
+    const int64_t pixels = mask.batch * mask.size[0] * mask.size[1] * mask.size[2];
+    const std::unique_ptr<uint8_t[]> bytes(new uint8_t[pixels]);
+    if (write_bytes(mask, bytes.get(), num_threads)) {
+      Masks copied = with_copy(mask, bytes.get(), DType::kUInt8);
+      copied.ignore_number = kIgnoredByte;
+      return resize(copied, num_threads);
+    }
+    if (mask.dtype < DType::kUInt8 && mask_is_valid(mask, num_threads)) return resize(mask, num_threads);
+  }
   const std::vector<double> copy = copy_with_nan(mask);
-  Masks copied = mask;
-  copied.mask = copy.data();
-  copied.dtype = DType::kFloat64;
+  Masks copied = with_copy(mask, copy.data(), DType::kFloat64);
   copied.ignore_value = kNotValid;
-  copied.stride[2] = 1;
-  copied.stride[1] = mask.size[2];
-  copied.stride[0] = mask.size[1] * copied.stride[1];
-  copied.stride_n = mask.size[0] * copied.stride[0];
   resize(copied, num_threads);
 }
 

@@ -98,6 +98,48 @@ def test_ignored_pixels_are_found_in_the_masks_own_dtype(backend, device, mask_d
     assert_truth(made, mask, sizes, how, held, 1e-6)
 
 
+def ignorable(mask_dtype):
+    """Of weights and of no weights, the values that a mask of that dtype can hold."""
+    if mask_dtype == torch.bool:
+        return [None, 0, 1]
+    return [None, 0, 1, 7] if mask_dtype == torch.uint8 else [None, 0, 1, 7, -1]
+
+
+@pytest.mark.parametrize("how", RESIZES)
+@pytest.mark.parametrize(
+    ("mask_dtype", "ignore_index"),
+    [(dtype, value) for dtype in MASK_DTYPES for value in ignorable(dtype)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_a_hard_mask_of_any_dtype_is_resized(backend, device, mask_dtype, ignore_index, how):
+    """Kernels may take it for bytes; one value between, in the last pixel, makes it a soft one."""
+    lowest, highest = (
+        (0, 1) if mask_dtype == torch.bool else (0, 255) if mask_dtype == torch.uint8 else (-1, 7)
+    )
+    if ignore_index is not None and not lowest <= ignore_index <= highest:
+        pytest.skip(f"{mask_dtype} does not hold {ignore_index}")
+    mask = (torch.rand(2, 1, 4, 8) < 0.5).to(mask_dtype)
+    if ignore_index is not None:
+        mask[torch.rand(mask.shape) < 0.2] = ignore_index
+    sizes = [(4, 8), (2, 4), (1, 1), (3, 5)]
+    made = weights(backend, device, relaid(mask, "strided"), sizes, how, ignore_index)
+    assert_truth(made, mask, sizes, how, ignore_index, 1e-12)
+    if mask_dtype.is_floating_point:
+        mask[mask == 0] *= -1  # -0.0 is 0, too
+        mask[-1, -1, -1, -1] = 0.25
+        made = weights(backend, device, mask, sizes, how, ignore_index)
+        assert_truth(made, mask, sizes, how, ignore_index, 1e-12)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 9])
+def test_a_cell_may_have_more_pixels_than_16_bits_count(backend, device, ignore_index):
+    mask = torch.ones(1, 1, 256, 256, dtype=torch.uint8)
+    mask[..., 0, 0] = 0
+    sizes = [(1, 1), (2, 1)]
+    made = weights(backend, device, mask, sizes, "area", ignore_index)
+    assert_truth(made, mask, sizes, "area", ignore_index, 1e-12)
+
+
 @pytest.mark.parametrize("how", ["area", "max"])
 @pytest.mark.parametrize(
     ("full", "sizes"),
