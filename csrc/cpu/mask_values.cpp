@@ -9,6 +9,7 @@
 #include "mask_kernels.h"
 #include "mask_rows.h"
 #include "parallel.h"
+#include "work.h"
 
 namespace fdk::cpu {
 namespace {
@@ -35,7 +36,7 @@ bool holds_for_every_run(const Masks& mask, int num_threads, const Look& look) {
   const int64_t pixels = mask.size[0] * mask.size[1] * mask.size[2], width = merged.size[2];
   const int64_t items = (pixels + kPixelsPerItem - 1) / kPixelsPerItem;
   std::atomic<bool> holds{true};
-  parallel_for(mask.batch * items, num_threads, [&](int64_t item) {
+  parallel_for(mask.batch * items, useful_threads(mask.batch * pixels, num_threads), [&](int64_t item) {
     const int64_t n = item / items, begin = item % items * kPixelsPerItem,
                   end = std::min(begin + kPixelsPerItem, pixels);
     for (int64_t pixel = begin, count; pixel < end && holds.load(std::memory_order_relaxed); pixel += count) {

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -11,6 +10,7 @@
 #include "mask_kernels.h"
 #include "mask_rows.h"
 #include "parallel.h"
+#include "work.h"
 
 namespace fdk::cpu {
 namespace {
@@ -70,10 +70,19 @@ A number(const S& value) {
   return static_cast<A>(static_cast<double>(value));
 }
 
+// for_each_pixel for bodies that have nothing to do with one another, as those that write to element i alone.
+template <class S, class Body>
+void for_each_pixel_apart(const S* row, int64_t stride, int64_t width, const Body& body) {
+  if (stride != 1) return for_each_pixel(row, stride, width, body);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i)
+    body(i, row[i]);
+}
+
 template <class S, bool kIgnore, class A>
 void add_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* fg, A* bg) {
   const A ignored = static_cast<A>(ignore_index);
-  for_each_pixel(row, stride, width, [&](int64_t i, const S& value) {
+  for_each_pixel_apart(row, stride, width, [=](int64_t i, const S& value) {
     const A y = number<A>(value), valid = static_cast<A>(!kIgnore || y != ignored); // (M1)
     fg[i] = static_cast<A>(fg[i] + (kIgnore ? y * valid : y));
     if (kIgnore) bg[i] = static_cast<A>(bg[i] + (1 - y) * valid);
@@ -89,7 +98,7 @@ A larger(A best, A value) {
 template <class S, bool kIgnore, class A>
 void max_row(const S* row, int64_t stride, int64_t width, double ignore_index, A* best) {
   const A ignored = static_cast<A>(ignore_index);
-  for_each_pixel(row, stride, width, [&](int64_t i, const S& value) {
+  for_each_pixel_apart(row, stride, width, [=](int64_t i, const S& value) {
     const A y = number<A>(value);
     best[i] = larger(best[i], !kIgnore || y != ignored ? y : static_cast<A>(kNotValid));
   });
@@ -238,7 +247,7 @@ void copy_pixels(const Masks& mask, double ignore_index, const MaskSize& layer, 
   const int64_t width = mask.size[2], stride = mask.stride[2];
   const int64_t at = (n * layer.size[0] * layer.size[1] + row) * width;
   T *fg = static_cast<T*>(layer.fg) + at, *bg = kIgnore ? static_cast<T*>(layer.bg) + at : fg, unused;
-  for_each_pixel(row_of<S>(mask, n, row), stride, width, [&](int64_t i, const S& value) {
+  for_each_pixel_apart(row_of<S>(mask, n, row), stride, width, [&](int64_t i, const S& value) {
     copy_pixel<S, T, kIgnore>(value, mask, ignore_index, fg[i], kIgnore ? bg[i] : unused);
   });
 }
@@ -305,31 +314,33 @@ void resize(const Masks& mask, int num_threads) {
   const int64_t num_sizes = mask.num_sizes;
   const bool is_bytes = mask.dtype == DType::kUInt8;
   const double ignore_index = is_bytes ? static_cast<double>(mask.ignore_number) : mask.ignore_value;
-  // An item is some rows of cells of one sample at one size; `first` counts the items before each size.
+  // An item is some rows of cells of one sample at one size; `first` counts the items of a sample before each size.
   struct Cut {
-    int64_t first, rows_per_item, items_per_sample;
+    int64_t first, rows_per_item;
   };
   const int64_t pixels = mask.size[0] * mask.size[1] * mask.size[2];
   std::vector<Cut> cuts;
   std::vector<RowCells> cells;
-  int64_t num_items = 0;
+  int64_t items_of_sample = 0;
   for (int64_t s = 0; s < num_sizes; ++s) {
     const int64_t rows = sizes[s].size[0] * sizes[s].size[1];
     const int64_t per_row =
         std::max<int64_t>(std::max(pixels, rows * sizes[s].size[2]) / std::max<int64_t>(rows, 1), 1);
     const int64_t per_item = std::max<int64_t>(kPixelsPerItem / per_row, 1);
-    const int64_t items = (rows + per_item - 1) / per_item;
-    cuts.push_back({num_items, per_item, items});
+    cuts.push_back({items_of_sample, per_item});
     cells.push_back(has_size_of_mask(mask, sizes[s]) ? RowCells() : cells_of_row(mask, sizes[s]));
-    num_items += mask.batch * items;
+    items_of_sample += ceil_div(rows, per_item);
   }
   const WriteRows write_rows = rows_writer(mask);
-  parallel_for(num_items, num_threads, [&](int64_t item) {
+  constexpr int64_t kWork = 4; // of adding up a pixel, beside that of reading it
+  const int threads = useful_threads(kWork * mask.batch * pixels * num_sizes, num_threads);
+  // Sample after sample, as each thread has written the bytes of some of them.
+  parallel_for(mask.batch * items_of_sample, threads, [&](int64_t item) {
+    const int64_t n = item / items_of_sample, index = item % items_of_sample;
     int64_t s = num_sizes - 1;
-    while (cuts[s].first > item)
+    while (cuts[s].first > index)
       --s;
-    const int64_t index = item - cuts[s].first, n = index / cuts[s].items_per_sample;
-    const int64_t begin = index % cuts[s].items_per_sample * cuts[s].rows_per_item;
+    const int64_t begin = (index - cuts[s].first) * cuts[s].rows_per_item;
     const int64_t end = std::min(begin + cuts[s].rows_per_item, sizes[s].size[0] * sizes[s].size[1]);
     write_rows(mask, ignore_index, sizes[s], cells[s], {n, begin, end});
   });
@@ -352,9 +363,11 @@ void masks(const Masks& mask, int num_threads) {
   if (mask.dtype == DType::kUInt8 && write_bytes(mask, nullptr, num_threads)) return resize(mask, num_threads);
   if (mask.dtype != DType::kUInt8) {
     const int64_t pixels = mask.batch * mask.size[0] * mask.size[1] * mask.size[2];
-    const std::unique_ptr<uint8_t[]> bytes(new uint8_t[pixels]);
-    if (write_bytes(mask, bytes.get(), num_threads)) {
-      Masks copied = with_copy(mask, bytes.get(), DType::kUInt8);
+    // Kept from call to call: the first touch of fresh memory takes longer than the bytes.
+    thread_local std::vector<uint8_t> bytes;
+    if (static_cast<int64_t>(bytes.size()) < pixels) bytes.resize(pixels);
+    if (write_bytes(mask, bytes.data(), num_threads)) {
+      Masks copied = with_copy(mask, bytes.data(), DType::kUInt8);
       copied.ignore_number = kIgnoredByte;
       return resize(copied, num_threads);
     }

@@ -19,8 +19,9 @@ namespace {
 constexpr int64_t kElementsPerItem = 1 << 12;
 
 int threads_of(const NormAct& call, int num_threads) {
+  constexpr int64_t kPasses = 4; // over the map, of a forward as of a backward
   const int64_t elements = call.batch * call.layer.channels * pixels_of(call.layer);
-  return static_cast<int>(std::clamp<int64_t>(elements / kElementsPerThread, 1, std::max(num_threads, 1)));
+  return useful_threads(kPasses * elements, num_threads);
 }
 
 // Mean and sum of squared deviations of some values, and more of them.

@@ -93,7 +93,8 @@ void* room_of_thread(int64_t bytes) {
 // Calls body(tile, cut, index of the tile in its layer) for every tile.
 template <class Body>
 void for_each_tile(const Regions& regions, const Cuts& cuts, int num_threads, const Body& body) {
-  parallel_for(cuts.tiles, useful_threads(regions, num_threads), [&](int64_t item) {
+  const int threads = useful_threads(elements_of(regions) * regions.num_regions, num_threads);
+  parallel_for(cuts.tiles, threads, [&](int64_t item) {
     const int64_t l = cuts.layer_of(item);
     const Cut& cut = cuts.of_layer[l];
     const int64_t index = item - cut.first_tile;

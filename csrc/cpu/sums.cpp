@@ -140,7 +140,7 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
   for (size_t l = 0; l < cuts.size(); ++l)
     room[l + 1] = room[l] + cuts[l].partial_sums(pyramid.batch, 0, 0);
   const std::unique_ptr<double[]> partial(new double[room.back()]);
-  const int threads = useful_threads(pyramid, num_threads);
+  const int threads = useful_threads(elements_of(pyramid), num_threads);
 
   parallel_for(num_tiles + num_samples, threads, [&](int64_t item) {
     if (item >= num_tiles) {
@@ -191,7 +191,7 @@ namespace {
 template <class Kernel>
 void for_each_tile(const Pyramid& pyramid, const void* grad_sums, Span span, int num_threads, Kernel kernel) {
   const std::vector<Cut> cuts = cut(pyramid, span);
-  parallel_for(count_tiles(pyramid, cuts), useful_threads(pyramid, num_threads), [&](int64_t item) {
+  parallel_for(count_tiles(pyramid, cuts), useful_threads(elements_of(pyramid), num_threads), [&](int64_t item) {
     const int64_t l = layer_of_tile(cuts, item);
     const Tile tile = cuts[l].tile(pyramid.layers[l], item - cuts[l].first_tile);
     const int64_t element = element_size(pyramid.accumulate);

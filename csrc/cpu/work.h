@@ -13,8 +13,8 @@ namespace fdk::cpu {
 
 // Elements of a tile: enough to hide the cost of scheduling it, few enough for an even load of the threads.
 inline constexpr int64_t kTileElements = 1 << 16;
-// Elements below which another thread costs more than it saves.
-inline constexpr int64_t kElementsPerThread = 1 << 14;
+// Elements, read or written once, below which another thread costs more than it saves.
+inline constexpr int64_t kElementsPerThread = 1 << 16;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -24,11 +24,16 @@ int64_t elements_of(const Call& call, int64_t l) {
   return call.batch * call.layers[l].channels * pixels_of(call.layers[l]);
 }
 
+// Elements of all layers.
 template <class Call>
-int useful_threads(const Call& call, int num_threads) {
+int64_t elements_of(const Call& call) {
   int64_t elements = 0;
   for (int64_t l = 0; l < call.num_layers; ++l)
     elements += elements_of(call, l);
+  return elements;
+}
+
+inline int useful_threads(int64_t elements, int num_threads) {
   return static_cast<int>(std::clamp<int64_t>(elements / kElementsPerThread, 1, std::max(num_threads, 1)));
 }
 
