@@ -105,11 +105,9 @@ void add_few_channels(const S* first, int64_t stride, const T* w, const T* u, in
   }
 }
 
-// Whether add_few_channels takes so many channels: features that need no conversion, or less than a pair of vectors.
-template <class S, class T>
-inline bool are_few(int64_t channels) {
-  return channels <= (sizeof(S) == sizeof(T) ? 4 : 1) * kLanes<T> || channels < 2 * kLanes<T>;
-}
+// Up to so many channels, add_few_channels takes all pixels of a run, of which none is ignored.
+template <class T>
+constexpr int64_t kFewChannels = 4 * kLanes<T>;
 
 template <class S, class T>
 inline void add_few_channels(const S* first, int64_t stride, const T* w, const T* u, int64_t count, int64_t channels,
@@ -140,7 +138,7 @@ inline void add_run(const S* first, int64_t stride, const T* w, const T* u, int6
   const S* pixels[kPixels];
   int64_t i = 0;
   if constexpr (!kHasBg) {
-    if (are_few<S, T>(channels)) return add_few_channels(first, stride, w, u, count, channels, fg, bg);
+    if (channels <= kFewChannels<T>) return add_few_channels(first, stride, w, u, count, channels, fg, bg);
     for (; i + kPixels <= count; i += kPixels) {
       for (int k = 0; k < kPixels; ++k)
         pixels[k] = first + (i + k) * stride;
@@ -178,13 +176,14 @@ inline void add_sums(const T* run, int64_t channels, double* tile) {
     tile[c] += run[c];
 }
 
-// Writes the sums of a tile, bringing channels back into their order.
-template <class S, class T>
+// Writes the sums of a tile, bringing the channels that add_pixels took by pairs of vectors back into their order.
+template <bool kHasBg, class S, class T>
 inline void write_sums(const double* tile, int64_t channels, double* sums) {
   constexpr int64_t kPair = 2 * kLanes<T>;
+  const int64_t in_pairs = kHasBg || channels > kFewChannels<T> ? channels / kPair * kPair : 0;
   for (int64_t c = 0; c < channels; ++c) {
     const int64_t pair = c / kPair * kPair;
-    sums[c] = tile[pair + kPair <= channels ? pair + place_in_pair(static_cast<const S*>(nullptr), c - pair, T()) : c];
+    sums[c] = tile[c < in_pairs ? pair + place_in_pair(static_cast<const S*>(nullptr), c - pair, T()) : c];
   }
 }
 
@@ -213,8 +212,8 @@ void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
     add_sums(fg, channels, tile_fg);
     add_sums(bg, channels, tile_bg);
   }
-  write_sums<S, T>(tile_fg, channels, sums.fg);
-  write_sums<S, T>(tile_bg, channels, sums.bg);
+  write_sums<kHasBg, S, T>(tile_fg, channels, sums.fg);
+  write_sums<kHasBg, S, T>(tile_bg, channels, sums.bg);
 }
 
 template <class S, class T>
