@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,12 +222,11 @@ def _weights(layers, dtype, has_bg):
 
 def _as_they_are(layers):
     """A pyramid whose gradients have the strides of the features, dense or not."""
-    from fdkernels.op.pyramid import Layer, Pyramid, describe
+    from fdkernels.op.pyramid import Layer, describe
 
-    described = describe(layers)
     own = tuple(Layer(tuple(F.shape), F.stride(), F.dtype) for F in layers)
     strides = tuple(F.stride() for F in layers)
-    return Pyramid(own, strides, described.channels, described.pixels, described.dtype)
+    return replace(describe(layers), layers=own, strides=strides)
 
 
 def _sums(layers, dtype, has_bg, has_upstream):

@@ -259,7 +259,7 @@ def empty_sums(
     features: Sequence[Tensor], pyramid: Pyramid, options: Options | None, with_slopes: bool
 ) -> Sums:
     """Allocate sums [2, N, ΣC] and masses [2, N, L], and with options losses [L] and slopes [2, N, ΣC]."""
-    batch, num_layers, dtype, device = len(features[0]), len(features), pyramid.dtype, features[0].device
+    batch, num_layers, dtype, device = features[0].shape[0], len(features), pyramid.dtype, features[0].device
     sums = torch.empty((2, batch, pyramid.total_channels), dtype=dtype, device=device)
     masses = torch.empty((2, batch, num_layers), dtype=dtype, device=device)
     if options is None:

@@ -63,6 +63,7 @@ class Pyramid:
         layers: the gradients of L layers, of one batch size and device.
         strides: of the features themselves, [N, C, *S].
         channels, pixels: C_l and P_l of each.
+        total_channels: ΣC.
         dtype: the accumulation dtype, that of sums, masses and losses.
     """
 
@@ -70,12 +71,8 @@ class Pyramid:
     strides: tuple[tuple[int, ...], ...]
     channels: tuple[int, ...]
     pixels: tuple[int, ...]
+    total_channels: int
     dtype: torch.dtype
-
-    @property
-    def total_channels(self) -> int:
-        """ΣC."""
-        return sum(self.channels)
 
     def select(self, indices: Sequence[int]) -> Pyramid:
         """The pyramid of the layers at these indices; `dtype` stays that of the call."""
@@ -175,7 +172,7 @@ def _describe(features: Sequence[Tensor]) -> Pyramid:
 def _pyramid(layers: Sequence[Layer], strides: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Pyramid:
     channels = tuple([layer.channels for layer in layers])
     pixels = tuple([layer.pixels for layer in layers])
-    return Pyramid(tuple(layers), tuple(strides), channels, pixels, dtype)
+    return Pyramid(tuple(layers), tuple(strides), channels, pixels, sum(channels), dtype)
 
 
 def _select(pyramid: Pyramid, indices: tuple[int, ...]) -> Pyramid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fdkernels.op import reference
 from fdkernels.op import triton as backend
 from fdkernels.op.norm_formula import Formula as NormFormula
 from fdkernels.op.norm_formula import NormInputs, Running, plain
-from fdkernels.op.pyramid import Pyramid, Regions, Weights, describe
+from fdkernels.op.pyramid import Regions, Weights, describe
 from fdkernels.op.triton import launch, norm_access, norm_gradient, norms, second_pass
 from kernel_launches import recorded_launches
 from oracles import Formula
@@ -408,7 +409,7 @@ def test_offsets_beyond_32_bits_are_reached(monkeypatch):
             torch.testing.assert_close(one, other)
         # A gradient is written where the strides of the layer say.
         layer = pyramid.layers[0]._replace(stride=strides)
-        spread = Pyramid((layer,), (strides,), pyramid.channels, pyramid.pixels, pyramid.dtype)
+        spread = replace(pyramid, layers=(layer,), strides=(strides,))
         (grad,) = backend.gradient(out.sums, None, weights, [], spread)
         assert grad.stride() == strides
         (dense,) = backend.gradient(out.sums, None, weights, [], pyramid)
