@@ -1,6 +1,8 @@
 // Vectors of features of any dtype, widened in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace fdk::cpu {
@@ -128,16 +130,8 @@ inline void load_pair(const BFloat16* source, float, Vector<float>& even, Vector
   std::memcpy(&even, &low, sizeof(even));
   std::memcpy(&odd, &high, sizeof(odd));
 }
-// Returns the position of channel i among the sums of its two vectors.
-template <class S>
-inline int64_t place_in_pair(const S*, int64_t i, double) {
-  return i;
-}
-template <class S>
-inline int64_t place_in_pair(const S*, int64_t i, float) {
-  return i;
-}
-inline int64_t place_in_pair(const BFloat16*, int64_t i, float) { return i % 2 * kLanes<float> + i / 2; }
+template <class S, class T>
+constexpr bool kSplitsPairs = std::is_same<S, BFloat16>::value && std::is_same<T, float>::value;
 
 } // namespace
 } // namespace fdk::cpu

@@ -176,29 +176,31 @@ inline void add_sums(const T* run, int64_t channels, double* tile) {
     tile[c] += run[c];
 }
 
-// Writes the sums of a tile, bringing the channels that add_pixels took by pairs of vectors back into their order.
-template <bool kHasBg, class S, class T>
-inline void write_sums(const double* tile, int64_t channels, double* sums) {
+// Brings the sums of channels that load_pair has split into even and odd ones back into their order.
+template <class T>
+inline void join_pairs(double* sums, int64_t channels) {
   constexpr int64_t kPair = 2 * kLanes<T>;
-  const int64_t in_pairs = kHasBg || channels > kFewChannels<T> ? channels / kPair * kPair : 0;
-  for (int64_t c = 0; c < channels; ++c) {
-    const int64_t pair = c / kPair * kPair;
-    sums[c] = tile[c < in_pairs ? pair + place_in_pair(static_cast<const S*>(nullptr), c - pair, T()) : c];
+  for (int64_t c = 0; c + kPair <= channels; c += kPair) {
+    double joined[kPair];
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      joined[2 * i] = sums[c + i];
+      joined[2 * i + 1] = sums[c + kLanes<T> + i];
+    }
+    std::memcpy(sums + c, joined, sizeof(joined));
   }
 }
 
+// Adds to the sums of a tile, which are 0.
 template <class S, class T, bool kHasBg>
 void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
   Weights<T> weights;
   alignas(kCacheLine) T of_run[2 * (kMaxTileChannels + kLanesOfLine<T>)];
-  double tile_fg[kMaxTileChannels], tile_bg[kMaxTileChannels];
   const Rows rows(layer.size, layer.stride);
   const int64_t channels = tile.channel_end - tile.channel_begin;
   // A cache line more than the channels need: addresses a power of two apart would wait for each other.
   const int64_t room = (channels / kLanesOfLine<T> + 1) * kLanesOfLine<T>;
   T *const fg = of_run, *const bg = of_run + room;
-  for (int64_t c = 0; c < channels; ++c)
-    tile_fg[c] = tile_bg[c] = 0;
   const S* sample =
       static_cast<const S*>(layer.features) + tile.n * layer.stride_n + tile.channel_begin * layer.stride_c;
   for (int64_t p = tile.pixel_begin, count; p < tile.pixel_end; p += count) {
@@ -209,11 +211,13 @@ void sums_by_channels(const Layer& layer, const Tile& tile, TileSums sums) {
       of_run[i] = T(0);
     const S* first = sample + rows.offset(p);
     add_run<kHasBg>(first, rows.stride, weights.fg, weights.bg, count, channels, fg, bg);
-    add_sums(fg, channels, tile_fg);
-    add_sums(bg, channels, tile_bg);
+    add_sums(fg, channels, sums.fg);
+    add_sums(bg, channels, sums.bg);
   }
-  write_sums<kHasBg, S, T>(tile_fg, channels, sums.fg);
-  write_sums<kHasBg, S, T>(tile_bg, channels, sums.bg);
+  if (kSplitsPairs<S, T> && (kHasBg || channels > kFewChannels<T>)) {
+    join_pairs<T>(sums.fg, channels);
+    join_pairs<T>(sums.bg, channels);
+  }
 }
 
 template <class S, class T>
