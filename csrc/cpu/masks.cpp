@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -363,11 +364,9 @@ void masks(const Masks& mask, int num_threads) {
   if (mask.dtype == DType::kUInt8 && write_bytes(mask, nullptr, num_threads)) return resize(mask, num_threads);
   if (mask.dtype != DType::kUInt8) {
     const int64_t pixels = mask.batch * mask.size[0] * mask.size[1] * mask.size[2];
-    // Kept from call to call: the first touch of fresh memory takes longer than the bytes.
-    thread_local std::vector<uint8_t> bytes;
-    if (static_cast<int64_t>(bytes.size()) < pixels) bytes.resize(pixels);
-    if (write_bytes(mask, bytes.data(), num_threads)) {
-      Masks copied = with_copy(mask, bytes.data(), DType::kUInt8);
+    const std::unique_ptr<uint8_t[]> bytes(new uint8_t[pixels]);
+    if (write_bytes(mask, bytes.get(), num_threads)) {
+      Masks copied = with_copy(mask, bytes.get(), DType::kUInt8);
       copied.ignore_number = kIgnoredByte;
       return resize(copied, num_threads);
     }

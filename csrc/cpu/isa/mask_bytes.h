@@ -13,7 +13,8 @@ inline bool bytes_of_pixels(const U* pixels, int64_t stride, int64_t count, U on
   for (int64_t i = 0; i < count; ++i) {
     const U bits = pixels[i * stride];
     const U is_ignored = kHasIgnored && bits == ignored, is_one = (bits == one) & !is_ignored;
-    others |= bits ^ static_cast<U>(is_one * one + is_ignored * ignored);
+    const U wanted = static_cast<U>((U(0) - is_one) & one) | static_cast<U>((U(0) - is_ignored) & ignored);
+    others |= bits ^ wanted;
     if (kWrites) bytes[i] = static_cast<uint8_t>(is_one + is_ignored * kIgnoredByte);
   }
   return others == 0;
