@@ -130,6 +130,8 @@ inline void load_pair(const BFloat16* source, float, Vector<float>& even, Vector
   std::memcpy(&even, &low, sizeof(even));
   std::memcpy(&odd, &high, sizeof(odd));
 }
+
+// Whether load_pair puts even and odd elements apart.
 template <class S, class T>
 constexpr bool kSplitsPairs = std::is_same<S, BFloat16>::value && std::is_same<T, float>::value;
 
