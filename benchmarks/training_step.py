@@ -16,6 +16,7 @@ from fdkernels.segmentation.objective import SegmentationLoss
 
 WITHOUT, OP, TAP, FREE, NORMS, PLAIN = CONTENDERS = ("without", "op", "tap", "free", "norms", "plain")
 LOSSLESS = (WITHOUT, NORMS)
+NETWORK_COMPILED = "network compiled"
 ALPHA = 0.1
 
 
@@ -25,7 +26,8 @@ class StepCase:
 
     Args:
         network: a name of `fdkernels.models`.
-        mode: one of `MODES`: amp is autocast to bfloat16, compiled is model and loss in one graph.
+        mode: one of `MODES`: amp is autocast to bfloat16, compiled is model and loss in one graph, network
+            compiled the model alone.
         device: `"cpu"` or `"cuda"`.
         batch, side: the images, [batch, 3, side, side].
         base_channels: width of the first level; None is the published one.
@@ -57,9 +59,9 @@ class Step:
     Args:
         case: the network and how it runs.
         contender: `"without"` the loss; the `"op"`; `"tap"`, whose backward is part of the network's own;
-            `"free"`, which has fused normalisations and the mask before the forward, too; `"norms"`, fused
-            without the loss; `"plain"`, the loss written in torch within the step, which a compiler can fuse
-            with the layers.
+            `"free"`, which has fused normalisations and the mask before the forward, too, and takes the sums
+            alone of a compiled network; `"norms"`, fused without the loss; `"plain"`, the loss written in
+            torch within the step, which a compiler can fuse with the layers.
     """
 
     def __init__(self, case: StepCase, contender: str) -> None:
@@ -84,7 +86,10 @@ class Step:
             self.images = self.images.to(memory_format=torch.channels_last)
         self.images, self.mask = self.images.to(case.device), self.mask.to(case.device)
         self.total: Callable[[], Tensor] = self._total
-        if "compiled" in case.mode:
+        self.network: Callable[[Tensor], Tensor] = self.model
+        if NETWORK_COMPILED in case.mode:
+            self.network = torch.compile(self.model, fullgraph=True, dynamic=False)
+        elif "compiled" in case.mode:
             self.total = torch.compile(self._total, fullgraph=True, dynamic=False)
 
     def __call__(self) -> None:
@@ -118,10 +123,10 @@ class Step:
         half = "amp" in self.case.mode
         with torch.autocast(self.case.device, torch.bfloat16) if half else contextlib.nullcontext():
             if self.contender == FREE:
-                with self.taps.mask(self.mask):
-                    logits = self.model(self.images)
+                with self.taps.mask(self.mask, sums_only=True):
+                    logits = self.network(self.images)
             else:
-                logits = self.model(self.images)
+                logits = self.network(self.images)
         loss = self.objective(logits, self.mask)
         if self.taps is None:
             return loss

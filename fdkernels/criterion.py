@@ -303,17 +303,17 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
                 "move the module with crit.to(device)"
             )
         partners = Partners(pairing, domains, generator)
+        taps = features if isinstance(features, FeatureTaps) else None
         trains = self.training and torch.is_grad_enabled() and not in_transform()
         if not self._active:
             if trains and count_step and not self._froze:
                 self._watch.pass_by_frozen()
             with torch.no_grad():
-                losses, _ = losses_per_layer(layers, planes, settings, partners)
+                losses, _ = losses_per_layer(layers, planes, settings, partners, taps=taps)
             self.layer_losses = losses
             return losses.new_zeros(())
         if trains and count_step:
             self._begin_step(alpha, layers, settings)
-        taps = features if isinstance(features, FeatureTaps) else None
         losses, _ = losses_per_layer(layers, planes, settings, partners, taps=taps)
         if not in_transform():  # what a transform has wrapped does not outlive it
             self.layer_losses = losses.detach()

@@ -17,12 +17,13 @@ from fdkernels.op.entries import GatheredSums, losses_of_regions
 from fdkernels.op.loss_formulas import losses_of, wide
 from fdkernels.op.pyramid import Regions, describe
 from fdkernels.op.region_pass import RegionCall, pivots_of, regions_of, run_regions
-from fdkernels.op.tapped import FromTaps, RegionsFromTaps
+from fdkernels.op.tapped import FromSums, FromTaps, RegionsFromTaps
 from fdkernels.op.transformed import refuse_group, run_transformed
 from fdkernels.op.weights import weights_of
 from fdkernels.settings import Settings, has_two_regions, resize_of
 from fdkernels.taps import FeatureTaps
 from fdkernels.taps.early import EarlyMask
+from fdkernels.taps.graph_sums import GraphSums
 from fdkernels.transforms import in_transform
 
 __all__ = ["Partners", "check_features_and_mask", "losses_per_layer", "region_sums_of"]
@@ -115,14 +116,16 @@ def losses_per_layer(
     # Placeholders are of features as the network gave them, with their channels in place 1.
     if taps is not None and not planes.values.requires_grad and settings.channel_dim == 1:
         placeholders = taps.take_placeholders()
-    early = None
-    if taps is not None and placeholders is not None and has_two_regions(settings):
+    early, graph_sums = None, None if taps is None else taps.graph_sums()
+    if taps is not None and (placeholders or graph_sums) and has_two_regions(settings):
         early = taps.early_mask(planes.values, resize_of(settings), planes.ignored)
+    if graph_sums is not None:
+        _refuse_other_than_sums(settings, early)
     ranks = ranks_of(settings.group, batch, device)
     total = batch if ranks is None else ranks.total
     pairing = draw_pairing(settings.exchange, total, device, *partners, ranks)
     run = _of_two_regions if has_two_regions(settings) else _of_several_regions
-    shared = Batch(ranks, pairing, placeholders, tapped, early, combines)
+    shared = Batch(ranks, pairing, placeholders, tapped, early, graph_sums, combines)
     losses, aliases = run(layers, planes, settings, shared)
     if ranks is not None and losses.dim() > 1:
         losses = losses[ranks.own]
@@ -138,6 +141,7 @@ class Batch(NamedTuple):
         placeholders: the slots and placeholders of fused taps, or None.
         tapped: whether the layers are returned, too.
         early: the mask, where it was known before the features were made.
+        graph_sums: the sums of the layers where a compiled network has made them; the layers are stand-ins.
         combines: whether the mean or sum over the layers will do.
     """
 
@@ -146,7 +150,29 @@ class Batch(NamedTuple):
     placeholders: tuple[Any, ...] | None
     tapped: bool
     early: EarlyMask | None = None
+    graph_sums: list[GraphSums] | None = None
     combines: bool = False
+
+
+def _refuse_other_than_sums(settings: Settings, early: EarlyMask | None) -> None:
+    """Refuse a loss that sums of two regions, made under another mask or none, do not serve."""
+    if torch.compiler.is_compiling():
+        reason = "the loss is compiled as well, where the features stay in the graph without it"
+    elif not has_two_regions(settings):
+        reason = "several classes and convention='fisher' need the features"
+    elif settings.channel_dim != 1:
+        reason = f"the sums are of features [N, C, *S], got channel_dim={settings.channel_dim}"
+    elif early is None:
+        reason = (
+            "the loss must be given the same mask, unchanged, or none, and must resize it likewise, "
+            f"mask_resize={resize_of(settings)!r} and ignore_index={settings.ignore_index}"
+        )
+    else:
+        return
+    raise RuntimeError(
+        f"with taps.mask(mask, sums_only=True) a compiled network puts out region sums alone: {reason}; "
+        "leave sums_only out"
+    )
 
 
 def _of_two_regions(
@@ -156,38 +182,59 @@ def _of_two_regions(
     shared: Batch,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses of foreground and background, over a group of all samples, and the tapped layers."""
-    ranks, pairing, placeholders, tapped, early, combines = shared
+    ranks, pairing, placeholders, tapped, _, graph_sums, combines = shared
     backend = backends.resolve(settings.backend, layers[0].device)
     pyramid = describe(layers)
-    sizes = [layer.shape[2:] for layer in layers]
-    weights = None if early is None else early.weights_of_all(layers, pyramid.dtype, backend)
-    if weights is None:
-        weights = weights_of(
-            planes.values, sizes, pyramid.dtype, resize_of(settings), planes.ignored, backend
-        )
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
     has_slopes = settings.reduction != "none" and not planes.values.requires_grad
-    adds_up = combines and has_slopes and placeholders is None
+    if graph_sums is not None:
+        has_slopes = has_slopes and not in_transform()
+    adds_up = combines and has_slopes and placeholders is None and graph_sums is None
     adds_up = adds_up and not torch.compiler.is_compiling() and not in_transform()
     is_mean = adds_up and settings.reduction == "mean"  # of the layers, too
     share = 1 / len(layers) if is_mean else 1.0
     options = settings.convention.options(settings.exchange, settings.reduction, settings.eps, share)
     call = Call(backend, pyramid, options if has_slopes else None, ranks, tapped, adds_up)
-    if in_transform():
-        outputs = run_transformed(call, layers, weights, pairing)
-    elif placeholders is None:
-        outputs = run_pass(call, layers, weights, pairing)
+    if graph_sums is not None:
+        outputs = _from_sums(call, graph_sums, pairing)
     else:
-        outputs = FromTaps.apply(call, layers, weights, pairing, *placeholders)
+        outputs = _from_layers(call, layers, planes, settings, shared)
     aliases = list(outputs[-len(layers) :]) if tapped else []
-    if has_slopes:
+    if call.options is not None:
         return outputs[0], aliases
     sums, masses = outputs[:2]
     if ranks is not None:
         sums, masses = gather_batch(sums, ranks), gather_batch(masses, ranks)
     entries = losses_of(wide(sums), wide(masses), pyramid, options, pairing).to(pyramid.dtype)
     return entries, aliases
+
+
+def _from_sums(call: Call, graph_sums: Sequence[GraphSums], pairing: Tensor | None) -> tuple[Tensor, ...]:
+    """The losses of sums that a compiled network has made, or sums [2, N, ΣC] and masses [2, N, L]."""
+    parts = [layer.sums for layer in graph_sums]
+    masses = torch.cat([layer.masses for layer in graph_sums], dim=-1).to(call.pyramid.dtype)
+    if call.options is not None:
+        return (FromSums.apply(call, pairing, masses, *parts),)
+    return torch.cat(parts, dim=-1), masses
+
+
+def _from_layers(
+    call: Call, layers: Sequence[Tensor], planes: Planes, settings: Settings, shared: Batch
+) -> tuple[Tensor, ...]:
+    """What the kernels give for layers [N, C_l, *S_l]: losses, or sums and masses, and tapped layers."""
+    _, pairing, placeholders, _, early, *_ = shared
+    backend, dtype = call.backend, call.pyramid.dtype
+    weights = None if early is None else early.weights_of_all(layers, dtype, backend)
+    if weights is None:
+        sizes = [layer.shape[2:] for layer in layers]
+        weights = weights_of(planes.values, sizes, dtype, resize_of(settings), planes.ignored, backend)
+    if in_transform():
+        return run_transformed(call, layers, weights, pairing)
+    if placeholders is None:
+        return run_pass(call, layers, weights, pairing)
+    outputs: tuple[Tensor, ...] = FromTaps.apply(call, layers, weights, pairing, *placeholders)
+    return outputs
 
 
 def _of_several_regions(

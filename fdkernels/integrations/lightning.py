@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from fdkernels.criterion import FeatureDiscrepancyLoss
 from fdkernels.integrations.alpha_group import add_alpha_group
+from fdkernels.settings import has_two_regions, resize_of
 from fdkernels.taps import FeatureTaps
 
 __all__ = ["FeatureDiscrepancyCallback"]
@@ -56,6 +58,9 @@ class FeatureDiscrepancyCallback(Callback):
             under OneCycleLR); None is the group's own.
         warm_start_epochs: for so many epochs α is frozen at 0; then it is active.
         fused, calls: as for `fdkernels.FeatureTaps`; `calls` is `"once"` or `"last"`.
+        mask_first: whether to give the taps the batch's mask before `training_step`, as `taps.mask` says: a
+            network of `fdkernels.fuse_norms`, or one that is compiled by itself, then makes the loss's sums
+            as it computes the features. The step must leave the mask as it is.
 
     Attributes:
         criterion: as given.
@@ -76,6 +81,7 @@ class FeatureDiscrepancyCallback(Callback):
         warm_start_epochs: int = 0,
         fused: bool = True,
         calls: str = "once",
+        mask_first: bool = False,
     ) -> None:
         if len(names) != criterion.alpha.shape[0]:
             raise ValueError(
@@ -94,6 +100,7 @@ class FeatureDiscrepancyCallback(Callback):
         self.warm_start_epochs = warm_start_epochs
         self.fused = fused
         self.calls = calls
+        self.mask_first = mask_first
         self._taps: FeatureTaps | None = None
         self._group: dist.ProcessGroup | None = None
         self._put_back: list[Callable[[], None]] = []
@@ -184,9 +191,11 @@ class FeatureDiscrepancyCallback(Callback):
         together = pl_module.trainer.accumulate_grad_batches if is_automatic else 1
         self._counts_step = not arguments or arguments[0] % together == 0
         self._is_added = False
-        output = step(batch, *arguments)
+        mask = self._mask_of(batch) if self.mask_first else None
+        with contextlib.nullcontext() if mask is None else self._given(mask):
+            output = step(batch, *arguments)
         if is_automatic and output is not None and not self._is_added:
-            loss = self.loss(self._mask_of(batch))
+            loss = self.loss(self._mask_of(batch) if mask is None else mask)
             if isinstance(output, Tensor):
                 output = output + loss
             else:
@@ -200,6 +209,14 @@ class FeatureDiscrepancyCallback(Callback):
             )
         self._taps.clear()
         return output
+
+    def _given(self, mask: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Give the taps a mask [N, 1, *S0] or [N, *S0] as the criterion will resize it."""
+        assert self._taps is not None
+        settings = self.criterion.settings
+        only = has_two_regions(settings) and settings.channel_dim == 1
+        resize = resize_of(settings)
+        return self._taps.mask(mask, mask_resize=resize, ignore_index=settings.ignore_index, sums_only=only)
 
     def _clip_network(
         self, clip: Callable[..., None], pl_module: LightningModule, optimizer: Optimizer, **how: Any

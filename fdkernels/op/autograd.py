@@ -21,7 +21,7 @@ from fdkernels.exchange import Ranks, gather_batch, reduce_batch
 from fdkernels.op import reference, registered
 from fdkernels.op.pyramid import Pyramid, Sums, Weights, describe, select_layers, unpack
 
-__all__ = ["Call", "Kept", "Pass", "gradient_of_sums", "run_kernels", "run_pass"]
+__all__ = ["Call", "Kept", "Pass", "gradient_of_sums", "run_kernels", "run_pass", "with_losses"]
 
 
 class Call(NamedTuple):
@@ -181,8 +181,12 @@ def run_kernels(
         own = _with_known(call, features, weights, known)
     else:
         own = registered.sums(features, weights, call.pyramid, None, None, False, call.backend)
-    if call.options is None:
-        return own
+    return own if call.options is None else with_losses(call, own, pairing)
+
+
+def with_losses(call: Call, own: Sums, pairing: Tensor | None) -> Sums:
+    """Sums [2, N, ΣC] and masses [2, N, L] of this rank with losses and slopes, over a group of all ranks."""
+    assert call.options is not None
     if call.ranks is None:
         made = registered.losses(own.sums, own.masses, call.pyramid, call.options, pairing, call.backend)
         return Sums(own.sums, own.masses, *made)

@@ -1,9 +1,10 @@
-"""Taps under autograd, set before the mask is known: `Tap` and `FromTaps` do what `Pass` does, in two nodes.
+"""Taps under autograd, set before the loss is known: `Tap` and `FromTaps` do what `Pass` does, in two nodes.
 
 A `Tap` returns its features and a placeholder for their region sums, whose values are never read; to autograd
 the losses are a function of the placeholders. The gradient of a placeholder is g of (R3). Once it and the
 upstream gradient of the features have arrived, the backward of the `Tap` writes their sum in one pass.
-`RegionsFromTaps` is the same for more than two regions, whose g travels beside the placeholder.
+`RegionsFromTaps` is the same for more than two regions, whose g travels beside the placeholder. `FromSums`
+begins at the sums themselves, where a compiled network has made them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fdkernels.op import registered, registered_regions
-from fdkernels.op.autograd import Call, Kept, gradient_of_sums, run_kernels
-from fdkernels.op.pyramid import Pyramid, Regions, Weights, accumulate_dtype, describe
+from fdkernels.op.autograd import Call, Kept, gradient_of_sums, run_kernels, with_losses
+from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights, accumulate_dtype, describe
 from fdkernels.op.region_pass import RegionCall
 
-__all__ = ["FromTaps", "RegionsFromTaps", "Tap", "TapSlot"]
+__all__ = ["FromSums", "FromTaps", "RegionsFromTaps", "Tap", "TapSlot"]
 
 
 class TapSlot:
@@ -153,6 +154,42 @@ class FromTaps(torch.autograd.Function):
             parts = g.split(call.pyramid.channels, dim=-1)
         chosen = (None if slot is None else part for slot, part in zip(ctx.slots, parts, strict=True))
         return (None, None, None, None, None, *chosen)
+
+
+class FromSums(torch.autograd.Function):
+    """Region sums that were made elsewhere to losses."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, pairing: Tensor | None, masses: Tensor, *parts: Tensor) -> Tensor:
+        """Run the kernel of the losses.
+
+        Args:
+            call: what to compute, with options.
+            pairing: as for `Kernels.sums`.
+            masses: [2, N, L].
+            parts: the sums [2, N, C_l] of each layer.
+
+        Returns:
+            losses [L].
+        """
+        sums = torch.cat(parts, dim=-1).to(call.pyramid.dtype)
+        out = with_losses(call, Sums(sums, masses, None, None), pairing)
+        assert out.losses is not None
+        ctx.save_for_backward(out.slopes, sums, masses, pairing)
+        ctx.call, ctx.keeps_sums = call, True
+        ctx.dtypes = [part.dtype for part in parts]
+        return out.losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply the slopes by the gradient of the losses [L]; g of (R3) for each layer, [2, N, C_l]."""
+        pyramid: Pyramid = ctx.call.pyramid
+        g, factor = gradient_of_sums(ctx, Kept(*ctx.saved_tensors), grad_losses, None)
+        assert g is not None
+        if factor is not None:
+            g = g * registered.expand_factor(factor.to(g.dtype), pyramid)
+        parts = zip(g.split(pyramid.channels, dim=-1), ctx.dtypes, strict=True)
+        return None, None, None, *(part.to(dtype) for part, dtype in parts)
 
 
 class RegionsFromTaps(torch.autograd.Function):

@@ -58,25 +58,29 @@ class EarlyMask:
         is_same = is_same and mask.numel() == values.numel() and version_of(mask) == self._version
         return is_same and (self.mask_resize, self.ignore_index) == (mask_resize, ignore_index)
 
+    def values_for(self, x: Tensor) -> Tensor | None:
+        """The mask as [N, 1, *S0] for features [N, C, *S]; None if it does not fit or needs a gradient."""
+        mask = self.mask.unsqueeze(1) if self.mask.dim() == x.dim() - 1 else self.mask
+        fits = mask.dim() == x.dim() and mask.shape[:2] == (x.shape[0], 1) and mask.device == x.device
+        return mask if fits and mask.numel() and not (mask.requires_grad or mask.is_complex()) else None
+
     def weights_of(self, x: Tensor, backend: str) -> Weights | None:
         """The weights [N, P] for features of the size of x, [N, C, *S]; None where they cannot fit."""
         shape = x.shape
         key = _Key(shape[0], shape[2:], x.device, accumulate_dtype((x,)), backend)
         if key not in self._made:
-            self._make(key)
+            mask = self.values_for(x)
+            if mask is None:
+                self._made[key] = None
+            else:
+                self._make(key, mask)
         return self._made[key]
 
-    def _make(self, key: _Key) -> None:
-        """Make the weights for a key, and with them those for its like that earlier passes asked for."""
-        rank = 2 + len(key.size)
-        mask = self.mask.unsqueeze(1) if self.mask.dim() == rank - 1 else self.mask
-        fits = mask.dim() == rank and mask.shape[:2] == (key.batch, 1) and mask.device == key.device
-        if not fits or mask.numel() == 0 or mask.requires_grad or mask.is_complex():
-            self._made[key] = None  # the loss says what is wrong, or computes what the kernels do not
-            return
+    def _make(self, key: _Key, mask: Tensor) -> None:
+        """Make the weights for a key from the mask [N, 1, *S0], and those that earlier passes asked for."""
         self._asked.add(key)
         alike = (one for one in self._asked if one._replace(size=key.size) == key)
-        keys = [one for one in alike if len(one.size) == rank - 2 and one not in self._made]
+        keys = [one for one in alike if len(one.size) == len(key.size) and one not in self._made]
         sizes = [one.size for one in keys]
         made = weights_of(mask, sizes, key.dtype, self.mask_resize, self.ignore_index, key.backend)
         self._made |= {one: made.select([index]) for index, one in enumerate(keys)}

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fdkernels.op.norm_act import OWN_TAP, own_tap
 from fdkernels.op.tapped import Tap, TapSlot
+from fdkernels.taps.early import EarlyMask
+from fdkernels.taps.graph_sums import GraphSums, sums_in_graph
 from fdkernels.taps.names import Place
 from fdkernels.taps.structures import pick, replaced
 from fdkernels.transforms import in_transform, version_of
@@ -50,6 +52,7 @@ class Recording:
         calls: `"once"`, `"last"` or `"all"`.
         fused: whether outputs go through `Tap`.
         outputs: of each submodule, of the calls that are kept.
+        graph_sums: what a compiled graph made of outputs under `graph_mask`, and puts out in their place.
         counts: how often each submodule ran; under `"last"` whether it did.
         changed_by: the in-place module that took the output of each submodule, if one was seen.
         outermost: the path of the module whose call is the pass, or a part of it.
@@ -60,16 +63,19 @@ class Recording:
         is_compiled: whether the pass runs in a compiled graph.
         is_released: whether a loss in such a graph has let go of the outputs.
         with_grad: whether gradients were enabled where the pass began.
+        graph_mask: the mask of whose region sums a compiled graph puts out in place of features, or None.
     """
 
     def __init__(self, names: tuple[str, ...], calls: str, fused: bool) -> None:
         self.names, self.calls, self.fused = names, calls, fused
+        self.graph_mask: EarlyMask | None = None
         self.outermost, self.is_running = "", False
         self.clear()
 
     def clear(self) -> None:
         """Forget the pass."""
         self.outputs: list[list[Output]] = [[] for _ in self.names]
+        self.graph_sums: list[list[GraphSums]] = [[] for _ in self.names]
         self.counts = [0] * len(self.names)
         self.changed_by: list[str | None] = [None] * len(self.names)
         self.is_open = self.calls_itself = self.with_grad = False
@@ -271,6 +277,13 @@ class Keep(_Hook):
         if recording.calls == "once" and recording.counts[index] > 1:
             recording.outputs[index] = []  # nothing can read them
             return None
+        if recording.calls != "all":
+            recording.outputs[index], recording.graph_sums[index] = [], []
+        if recording.graph_mask is not None and torch.compiler.is_compiling():
+            graph_sums = sums_in_graph(features, recording.graph_mask)
+            if graph_sums is not None:  # of the features as they are here, whatever changes them later
+                recording.graph_sums[index].append(graph_sums)
+                return None
         # A compiled graph and torch.func's transforms have no autograd nodes of ours.
         plain = torch.compiler.is_compiling() or in_transform()
         recorded, goes_on = None, None
@@ -280,10 +293,9 @@ class Keep(_Hook):
             without_grad = not torch.is_grad_enabled()
             is_cut_off = without_grad and recording.with_grad and _in_reentrant_checkpoint()
             recorded = Output(features, None, None, version_of(features), without_grad, is_cut_off)
-        if recording.calls == "all":
-            recording.outputs[index].append(recorded)
-        else:
-            recording.outputs[index], recording.changed_by[index] = [recorded], None
+        recording.outputs[index].append(recorded)
+        if recording.calls != "all":
+            recording.changed_by[index] = None
         return goes_on
 
     def _tap(self, output: Any, features: Tensor) -> tuple[Output | None, Any]:

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset
 
 import fdkernels as fdk
+from fdkernels import layer_losses
 from fdkernels.integrations.lightning import FeatureDiscrepancyCallback
 
 NAMES = ["0", "2"]
@@ -180,6 +181,30 @@ def test_a_fit_gives_what_a_loop_that_adds_the_loss_gives(tmp_path, kind, fused)
     trainer(fd, tmp_path).fit(module, loader(kind == "dicts"))
     assert_same(module, crit, by_hand(truth, 2), truth)
     assert int(crit.steps) == 6
+
+
+@pytest.mark.parametrize("kind", ["pairs", "manual"])
+def test_the_mask_comes_first_for_a_network_that_is_compiled(tmp_path, kind, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the loss must be made of the sums that left the graph")
+
+    torch.compiler.reset()
+    crit, truth = criterion(), criterion()
+    fd = callback(crit, mask_first=True)
+    module = Manual(fd) if kind == "manual" else Module()
+    module.network = torch.compile(module.network, backend="aot_eager", fullgraph=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_losses, "_from_layers", refuse)
+        trainer(fd, tmp_path).fit(module, loader())
+    assert_same(module, crit, by_hand(truth, 2), truth)
+
+
+@pytest.mark.parametrize("convention", ["paper", "released", "fisher"])
+def test_the_mask_comes_first_as_the_criterion_resizes_it(tmp_path, convention):
+    crit, truth = (criterion(convention=convention) for _ in range(2))
+    module = Module()
+    trainer(callback(crit, mask_first=True), tmp_path).fit(module, loader())
+    assert_same(module, crit, by_hand(truth, 2), truth)
 
 
 def test_a_step_that_adds_the_loss_itself_is_left_alone(tmp_path):
