@@ -18,11 +18,12 @@ from typing import NamedTuple
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = (
-    *("--size", "128", "--base-channels", "16", "--batch-size", "4"),
-    *("--epochs-warm", "80", "--epochs-active", "40", "--lr", "1e-3"),
+_SMALL = (
+    *("--size", "128", "--base-channels", "16", "--batch-size", "4", "--lr", "1e-3"),
     *("--precision", "bf16-mixed", "--channels-last", "--workers", "0", "--seeds", "3"),
 )
+SETTINGS = (*_SMALL, "--epochs-warm", "80", "--epochs-active", "40")
+LONG_SETTINGS = (*_SMALL, "--epochs-warm", "200", "--epochs-active", "100")
 # The paper's width, rate and epochs, at the size that six minutes of a GPU a data set allow.
 WIDE_SETTINGS = (
     *("--size", "256", "--base-channels", "64", "--batch-size", "4"),
@@ -30,7 +31,6 @@ WIDE_SETTINGS = (
     *("--precision", "bf16-mixed", "--channels-last", "--workers", "0", "--seeds", "3"),
     *("--no-tensorboard", "--accelerator", "cuda", "--jobs", "14"),
 )
-WIDE = "wide"
 # In this order, as each takes the runs of those before; `conventions` has all of their arms, and six more.
 EXPERIMENTS = ("ablation", "alpha", "correlation", "shift", "conventions")
 # Whose scores are put beside this file; those of a part's `conventions` hold all the others.
@@ -63,7 +63,21 @@ PARTS = (
     Part("busi", "attention_unet"),
     Part("dsb2018", "nucleisegnet"),
 )
-WIDE_PARTS = PARTS[:3]
+
+
+class Apart(NamedTuple):
+    """The ablation of a part at other settings."""
+
+    part: Part
+    name: str
+    what: str
+    settings: tuple[str, ...]
+
+
+APART = (
+    *(Apart(part, "wide", "of width 64 at 256²", WIDE_SETTINGS) for part in PARTS[:3]),
+    Apart(Part("busi", "unet"), "long", "of 300 epochs", LONG_SETTINGS),
+)
 
 
 def link_data(data: Path, linked: Path) -> None:
@@ -119,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the four data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder of the experiments")
-    parser.add_argument("--only", help="such as tnbc-unet, addition or wide; without it all of the CPU")
+    parser.add_argument("--only", help="such as tnbc-unet, addition, long or wide; else all of the CPU")
     arguments = parser.parse_args()
     linked = arguments.output / "data"
     link_data(arguments.data, linked)
@@ -135,9 +149,10 @@ def main() -> None:
         for variant, options in VARIANTS.items():
             found = run("ablation", part, linked, arguments.output, (*reuse, *options), variant)
             shutil.copyfile(found / "scores.csv", HERE / f"{part.name(variant)}.csv")
-    for part in WIDE_PARTS if arguments.only == WIDE else ():
-        found = run("ablation", part, linked, arguments.output, variant=WIDE, settings=WIDE_SETTINGS)
-        shutil.copyfile(found / "scores.csv", HERE / f"{part.name(WIDE)}.csv")
+    for part, name, _, settings in APART:
+        if arguments.only == name or (arguments.only is None and "cuda" not in settings):
+            found = run("ablation", part, linked, arguments.output, variant=name, settings=settings)
+            shutil.copyfile(found / "scores.csv", HERE / f"{part.name(name)}.csv")
     if arguments.only in (None, "addition"):
         novel = ("--novel-dataset", "monuseg", "--novel-data", str(linked / "monuseg"))
         addition = run("addition", PARTS[0], linked, arguments.output, novel)

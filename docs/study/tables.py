@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repeat import PARTS, VARIANTS, WIDE, WIDE_PARTS, Part, is_finished
+from repeat import APART, PARTS, VARIANTS, Apart, Part, is_finished
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 20  # epochs over which validation is averaged
@@ -177,16 +177,17 @@ def section(part: Part, output: Path) -> list[str]:
     return parts
 
 
-def wide_section(part: Part, output: Path) -> list[str]:
-    """What is known at the paper's width."""
-    folder = output / part.name(WIDE)
+def apart_section(apart: Apart, output: Path) -> list[str]:
+    """What is known at other settings."""
+    part = apart.part
+    folder = output / part.name(apart.name)
     if not is_finished(folder):
         return []
     return [
-        f"## {part.dataset}, {part.model}, of width 64 at 256²",
+        f"## {part.dataset}, {part.model}, {apart.what}",
         plateau(folder, "without"),
         comparisons(folder),
-        f"### Features without and with the loss at width 64, {part.dataset}",
+        f"### Features without and with the loss, {part.dataset} {apart.what}",
         features(folder),
     ]
 
@@ -227,7 +228,7 @@ def main() -> None:
     output = parser.parse_args().output
     lines = ["# Tables of the study", "Written by tables.py. [../study.md](../study.md) says what they show."]
     sections = [section(part, output) for part in PARTS]
-    sections += [wide_section(part, output) for part in WIDE_PARTS]
+    sections += [apart_section(apart, output) for apart in APART]
     page = HERE / "tables.md"
     made = ["\n\n".join(one) + "\n\n" for one in (*sections, addition_section(output)) if one]
     parts = in_parts(page.read_text("utf-8")) | in_parts("".join(made))
