@@ -173,12 +173,20 @@ def check_mask(
         )
     if ignore_index is not None:
         check_ignore_index(ignore_index, checked.dtype)
-    if checked.dtype != torch.bool and checked.numel() and values_are_readable(checked):
-        if in_transform():
-            check_mask_values(innermost(checked).detach(), ignore_index, None)
-        else:
-            check_mask_values(checked.detach() if checked.requires_grad else checked, ignore_index, accepts)
+    check_plane_values(checked, ignore_index, accepts)
     return checked
+
+
+def check_plane_values(
+    mask: Tensor, ignore_index: float | None, accepts: Callable[[Tensor, float | None], bool] | None
+) -> None:
+    """Raise ValueError unless the values of a mask [N, 1, *S0] lie in [0, 1], where they are readable."""
+    if mask.dtype == torch.bool or not mask.numel() or not values_are_readable(mask):
+        return
+    if in_transform():
+        check_mask_values(innermost(mask).detach(), ignore_index, None)
+    else:
+        check_mask_values(mask.detach() if mask.requires_grad else mask, ignore_index, accepts)
 
 
 def mask_as_tensor(mask: object) -> Tensor:

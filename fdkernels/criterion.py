@@ -14,7 +14,8 @@ from fdkernels import checks
 from fdkernels.alpha import ALPHA_RULES, AlphaWatch, Rule, bounds_of
 from fdkernels.conventions import Convention
 from fdkernels.copies import HoldsGroup
-from fdkernels.layer_losses import Partners, check_features_and_mask, losses_per_layer
+from fdkernels.inputs import check_inputs
+from fdkernels.layer_losses import Partners, losses_per_layer
 from fdkernels.settings import Settings, settings_of
 from fdkernels.taps import FeatureTaps
 from fdkernels.transforms import in_transform
@@ -291,8 +292,8 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
             settings = settings._replace(group=group)
         else:
             self.check_group()
-        layers, planes = check_features_and_mask(features, mask, settings)
-        alpha = self.alpha
+        inputs, alpha = check_inputs(features, mask, settings), self.alpha
+        layers = inputs.layers
         if len(layers) != alpha.shape[0]:
             raise ValueError(
                 f"features must have {alpha.shape[0]} layers, one for each alpha, got {len(layers)}"
@@ -309,12 +310,12 @@ class FeatureDiscrepancyLoss(HoldsGroup, nn.Module):
             if trains and count_step and not self._froze:
                 self._watch.pass_by_frozen()
             with torch.no_grad():
-                losses, _ = losses_per_layer(layers, planes, settings, partners, taps=taps)
+                losses, _ = losses_per_layer(inputs, settings, partners, taps=taps)
             self.layer_losses = losses
             return losses.new_zeros(())
         if trains and count_step:
             self._begin_step(alpha, layers, settings)
-        losses, _ = losses_per_layer(layers, planes, settings, partners, taps=taps)
+        losses, _ = losses_per_layer(inputs, settings, partners, taps=taps)
         if not in_transform():  # what a transform has wrapped does not outlive it
             self.layer_losses = losses.detach()
         if trains and count_step and self._finds_target and self.alpha_rule == "ascent":

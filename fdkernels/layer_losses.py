@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdkernels import backend as backends
-from fdkernels import checks, geometry
-from fdkernels.classes import Planes, check_class_mask
 from fdkernels.exchange import Ranks, draw_pairing, gather_batch, ranks_of
+from fdkernels.inputs import Inputs
 from fdkernels.op.autograd import Call, run_pass
 from fdkernels.op.entries import GatheredSums, losses_of_regions
 from fdkernels.op.loss_formulas import losses_of, wide
-from fdkernels.op.pyramid import Regions, describe
+from fdkernels.op.pyramid import Regions
 from fdkernels.op.region_pass import RegionCall, pivots_of, regions_of, run_regions
 from fdkernels.op.tapped import FromSums, FromTaps, RegionsFromTaps
 from fdkernels.op.transformed import refuse_group, run_transformed
@@ -26,7 +24,7 @@ from fdkernels.taps.early import EarlyMask
 from fdkernels.taps.graph_sums import GraphSums
 from fdkernels.transforms import in_transform
 
-__all__ = ["Partners", "check_features_and_mask", "losses_per_layer", "region_sums_of"]
+__all__ = ["Partners", "losses_per_layer", "region_sums_of"]
 
 
 class Partners(NamedTuple):
@@ -37,44 +35,13 @@ class Partners(NamedTuple):
     generator: torch.Generator | None = None
 
 
-def check_features_and_mask(
-    features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor | None, settings: Settings
-) -> tuple[list[Tensor], Planes]:
-    """Check features and mask; the layers as a list of [N, C, *S], and the mask as planes.
-
-    Without a mask it is the one that taps were given before the forward pass.
-    """
-    given_mask: Any = mask  # None is refused below, as what is no tensor
-    if mask is None and isinstance(features, FeatureTaps):
-        given_mask = features.given_mask
-        if given_mask is None:
-            raise TypeError(
-                "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); "
-                "got None"
-            )
-    given = checks.as_layers(features.features_for_loss() if isinstance(features, FeatureTaps) else features)
-    layers = geometry.channels_first(given, settings.channel_dim)
-    ignore_index = settings.ignore_index
-    if settings.classes.is_binary:
-        values = checks.check_mask(given_mask, layers, ignore_index, backends.accepts_mask)
-        planes = Planes(values, ignore_index, selects=ignore_index is not None)
-    else:
-        planes = check_class_mask(given_mask, layers, settings.classes, ignore_index)
-    # Not `layers is not given`, which torch 2.6 compiles to a comparison of tensors.
-    channels_last = settings.channel_dim not in (1, 1 - given[0].dim())
-    geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
-    return layers, planes
-
-
-def region_sums_of(layers: Sequence[Tensor], planes: Planes, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Sum checked layers [N, C_l, *S_l] over foreground and background, of each class if there are several.
+def region_sums_of(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Sum layers [N, C_l, *S_l] over foreground and background, of each class if there are several.
 
     Returns:
         Sums [2, N, ΣC] and masses [2, N, L]; of several classes [2, N, E, ΣC] and [2, N, E, L].
     """
-    backend = backends.resolve(settings.backend, layers[0].device)
-    pyramid = describe(layers)
-    sizes = [layer.shape[2:] for layer in layers]
+    layers, planes, (backend, pyramid, sizes) = inputs
     if settings.classes.is_binary:
         weights = weights_of(
             planes.values, sizes, pyramid.dtype, resize_of(settings), planes.ignored, backend
@@ -89,8 +56,7 @@ def region_sums_of(layers: Sequence[Tensor], planes: Planes, settings: Settings)
 
 
 def losses_per_layer(
-    layers: Sequence[Tensor],
-    planes: Planes,
+    inputs: Inputs,
     settings: Settings,
     partners: Partners,
     tapped: bool = False,
@@ -100,8 +66,7 @@ def losses_per_layer(
     """Compute the loss of each layer from checked arguments.
 
     Args:
-        layers: [N, C_l, *S_l] for each of L layers.
-        planes: the mask.
+        inputs: L layers [N, C_l, *S_l] and the mask.
         settings, partners: what to compute.
         tapped: whether to return the layers, too, as `tap` does.
         taps: those that recorded the layers, if any.
@@ -111,6 +76,7 @@ def losses_per_layer(
         [L], with `combines` perhaps [], without reduction [N, L], of several classes [N, L, E], or [ΣC] (over
         a group this rank's rows), and under `tapped` an alias of each layer, else an empty list.
     """
+    layers, planes, _ = inputs
     device, batch = layers[0].device, layers[0].shape[0]
     placeholders = None
     # Placeholders are of features as the network gave them, with their channels in place 1.
@@ -126,14 +92,14 @@ def losses_per_layer(
     pairing = draw_pairing(settings.exchange, total, device, *partners, ranks)
     run = _of_two_regions if has_two_regions(settings) else _of_several_regions
     shared = Batch(ranks, pairing, placeholders, tapped, early, graph_sums, combines)
-    losses, aliases = run(layers, planes, settings, shared)
+    losses, aliases = run(inputs, settings, shared)
     if ranks is not None and losses.dim() > 1:
         losses = losses[ranks.own]
     return losses, aliases
 
 
 class Batch(NamedTuple):
-    """What the roads of a call take beside layers, mask and settings.
+    """What the roads of a call take beside inputs and settings.
 
     Attributes:
         ranks: those that share the batch, or None.
@@ -175,16 +141,10 @@ def _refuse_other_than_sums(settings: Settings, early: EarlyMask | None) -> None
     )
 
 
-def _of_two_regions(
-    layers: Sequence[Tensor],
-    planes: Planes,
-    settings: Settings,
-    shared: Batch,
-) -> tuple[Tensor, list[Tensor]]:
+def _of_two_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[Tensor, list[Tensor]]:
     """The losses of foreground and background, over a group of all samples, and the tapped layers."""
+    layers, planes, (backend, pyramid, _) = inputs
     ranks, pairing, placeholders, tapped, _, graph_sums, combines = shared
-    backend = backends.resolve(settings.backend, layers[0].device)
-    pyramid = describe(layers)
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
     has_slopes = settings.reduction != "none" and not planes.values.requires_grad
@@ -199,7 +159,7 @@ def _of_two_regions(
     if graph_sums is not None:
         outputs = _from_sums(call, graph_sums, pairing)
     else:
-        outputs = _from_layers(call, layers, planes, settings, shared)
+        outputs = _from_layers(call, inputs, settings, shared)
     aliases = list(outputs[-len(layers) :]) if tapped else []
     if call.options is not None:
         return outputs[0], aliases
@@ -219,16 +179,14 @@ def _from_sums(call: Call, graph_sums: Sequence[GraphSums], pairing: Tensor | No
     return torch.cat(parts, dim=-1), masses
 
 
-def _from_layers(
-    call: Call, layers: Sequence[Tensor], planes: Planes, settings: Settings, shared: Batch
-) -> tuple[Tensor, ...]:
+def _from_layers(call: Call, inputs: Inputs, settings: Settings, shared: Batch) -> tuple[Tensor, ...]:
     """What the kernels give for layers [N, C_l, *S_l]: losses, or sums and masses, and tapped layers."""
+    layers, planes, plan = inputs
     _, pairing, placeholders, _, early, *_ = shared
     backend, dtype = call.backend, call.pyramid.dtype
     weights = None if early is None else early.weights_of_all(layers, dtype, backend)
     if weights is None:
-        sizes = [layer.shape[2:] for layer in layers]
-        weights = weights_of(planes.values, sizes, dtype, resize_of(settings), planes.ignored, backend)
+        weights = weights_of(planes.values, plan.sizes, dtype, resize_of(settings), planes.ignored, backend)
     if in_transform():
         return run_transformed(call, layers, weights, pairing)
     if placeholders is None:
@@ -237,17 +195,11 @@ def _from_layers(
     return outputs
 
 
-def _of_several_regions(
-    layers: Sequence[Tensor],
-    planes: Planes,
-    settings: Settings,
-    shared: Batch,
-) -> tuple[Tensor, list[Tensor]]:
+def _of_several_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[Tensor, list[Tensor]]:
     """The losses of several classes, or of second moments, as `_of_two_regions` returns its own."""
     ranks, pairing, placeholders, tapped, *_ = shared
-    backend = backends.resolve(settings.backend, layers[0].device)
-    classes, convention, pyramid = settings.classes, settings.convention, describe(layers)
-    sizes = [layer.shape[2:] for layer in layers]
+    layers, planes, (backend, pyramid, sizes) = inputs
+    classes, convention = settings.classes, settings.convention
     regions = regions_of(planes, sizes, pyramid.dtype, resize_of(settings), classes, backend)
     if convention.norm == "fisher":
         regions = Regions(regions.weights, regions.selects, pivots_of(layers, regions, pyramid))

@@ -11,12 +11,8 @@ from torch import Tensor
 
 from fdkernels import checks
 from fdkernels.conventions import MASK_RESIZES, Convention
-from fdkernels.layer_losses import (
-    Partners,
-    check_features_and_mask,
-    losses_per_layer,
-    region_sums_of,
-)
+from fdkernels.inputs import check_inputs
+from fdkernels.layer_losses import Partners, losses_per_layer, region_sums_of
 from fdkernels.op.pyramid import describe
 from fdkernels.op.registered import expand_factor
 from fdkernels.settings import settings_of
@@ -132,12 +128,12 @@ def feature_discrepancy_loss(
         include_background=include_background,
         pairs=pairs,
     )
-    layers, planes = check_features_and_mask(features, mask, settings)
+    inputs = check_inputs(features, mask, settings)
     partners = Partners(pairing, domains, generator)
     taps = features if isinstance(features, FeatureTaps) else None
     combines = layer_weights is None
-    per_layer, _ = losses_per_layer(layers, planes, settings, partners, taps=taps, combines=combines)
-    return _combine(per_layer, layers, layer_weights, reduction)
+    per_layer, _ = losses_per_layer(inputs, settings, partners, taps=taps, combines=combines)
+    return _combine(per_layer, inputs.layers, layer_weights, reduction)
 
 
 def tap(
@@ -200,10 +196,11 @@ def tap(
         include_background=include_background,
         pairs=pairs,
     )
-    layers, planes = check_features_and_mask(features, mask, settings)
+    inputs = check_inputs(features, mask, settings)
+    layers = inputs.layers
     partners = Partners(pairing, domains, generator)
     combines = layer_weights is None
-    per_layer, tapped = losses_per_layer(layers, planes, settings, partners, tapped=True, combines=combines)
+    per_layer, tapped = losses_per_layer(inputs, settings, partners, tapped=True, combines=combines)
     if layers[0].dim() - 1 == channel_dim % layers[0].dim():
         tapped = [layer.movedim(1, -1) for layer in tapped]
     loss = _combine(per_layer, layers, layer_weights, reduction)
@@ -308,10 +305,10 @@ def region_sums(
         include_background=include_background,
         pairs=pairs,
     )
-    layers, planes = check_features_and_mask(features, mask, settings)
-    sums, masses = region_sums_of(layers, planes, settings)
+    inputs = check_inputs(features, mask, settings)
+    sums, masses = region_sums_of(inputs, settings)
     results = [
         RegionSums(part[0], part[1], masses[0, ..., index], masses[1, ..., index])
-        for index, part in enumerate(sums.split([layer.shape[1] for layer in layers], dim=-1))
+        for index, part in enumerate(sums.split(inputs.plan.pyramid.channels, dim=-1))
     ]
     return results[0] if isinstance(features, Tensor) else results

@@ -1,0 +1,126 @@
+"""The checked arguments of a call, and what calls of their kind share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkernels import backend as backends
+from fdkernels import checks, geometry
+from fdkernels.classes import Planes, check_class_mask
+from fdkernels.op.pyramid import Pyramid, describe
+from fdkernels.settings import Settings
+from fdkernels.taps import FeatureTaps
+from fdkernels.transforms import in_transform
+
+__all__ = ["Inputs", "Plan", "check_inputs"]
+
+
+class Plan(NamedTuple):
+    """What follows from layers, mask and settings without their values.
+
+    Attributes:
+        backend: the name of the one that computes.
+        pyramid: the layers.
+        sizes: S_l of each.
+    """
+
+    backend: str
+    pyramid: Pyramid
+    sizes: list[torch.Size]
+
+
+class Inputs(NamedTuple):
+    """Checked layers and their mask.
+
+    Attributes:
+        layers: [N, C_l, *S_l] for each of L layers.
+        planes: the mask.
+        plan: what calls of their kind share.
+    """
+
+    layers: list[Tensor]
+    planes: Planes
+    plan: Plan
+
+
+# Of the calls whose layers, mask and settings have passed the checks; a network has few kinds.
+_plans: dict[Hashable, Plan] = {}
+_MOST_PLANS = 64
+
+
+def check_inputs(
+    features: Tensor | Sequence[Tensor] | FeatureTaps, mask: Tensor | None, settings: Settings
+) -> Inputs:
+    """Check features and mask; of a kind that was seen before only the values of the mask.
+
+    Without a mask it is the one that taps were given before the forward pass.
+    """
+    given_mask: Any = mask  # None is refused below, as what is no tensor
+    if mask is None and isinstance(features, FeatureTaps):
+        given_mask = features.given_mask
+        if given_mask is None:
+            raise TypeError(
+                "mask must be given, here or to the taps: with taps.mask(mask): logits = model(images); "
+                "got None"
+            )
+    given = features.features_for_loss() if isinstance(features, FeatureTaps) else features
+    kind = _kind_of(given, given_mask, settings)
+    plan = _plans.get(kind)
+    if plan is not None:
+        layers = [given] if isinstance(given, Tensor) else list(given)
+        return Inputs(layers, _known_planes(given_mask, layers, settings), plan)
+    layers = checks.as_layers(given)
+    # Not `layers is not given`, which torch 2.6 compiles to a comparison of tensors.
+    channels_last = settings.channel_dim not in (1, 1 - layers[0].dim())
+    layers = geometry.channels_first(layers, settings.channel_dim)
+    planes = _planes(given_mask, layers, settings)
+    geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
+    backend = backends.resolve(settings.backend, layers[0].device)
+    plan = Plan(backend, describe(layers), [layer.shape[2:] for layer in layers])
+    if kind is not None:
+        if len(_plans) == _MOST_PLANS:
+            _plans.clear()
+        _plans[kind] = plan
+    return Inputs(layers, planes, plan)
+
+
+def _kind_of(given: Any, mask: Any, settings: Settings) -> Hashable | None:
+    """All on which the checks and the plan depend; None where it has to be looked at again in each call."""
+    # A process group must not outlive its owner, and channels elsewhere make other tensors of the layers.
+    is_plain = settings.group is None and settings.channel_dim == 1 and settings.classes.is_binary
+    is_plain = is_plain and settings.channel_dim is not True  # which equals 1, and is refused
+    if not is_plain or torch.compiler.is_compiling() or in_transform():
+        return None
+    layers = [given] if isinstance(given, Tensor) else given
+    if not isinstance(layers, (list, tuple)):
+        return None
+    try:
+        of_layers = [(layer.shape, layer.stride(), layer.dtype, layer.device) for layer in layers]
+        kind = settings, backends.selected(), mask.shape, mask.dtype, mask.device, *of_layers
+        hash(kind)
+    except (AttributeError, TypeError, RuntimeError):  # no tensors, no strides, sizes that stay symbolic
+        return None
+    return kind
+
+
+def _planes(mask: Any, layers: list[Tensor], settings: Settings) -> Planes:
+    """The checked mask as planes [N, K, *S0] for layers [N, C_l, *S_l]."""
+    ignore_index = settings.ignore_index
+    if not settings.classes.is_binary:
+        return check_class_mask(mask, layers, settings.classes, ignore_index)
+    values = checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
+    return Planes(values, ignore_index, selects=ignore_index is not None)
+
+
+def _known_planes(mask: Tensor, layers: list[Tensor], settings: Settings) -> Planes:
+    """The same for a mask of a kind that was seen before, of which only the values are checked."""
+    ignore_index = settings.ignore_index
+    if ignore_index is not None:  # True equals 1, and only one of them is a number here
+        checks.check_ignore_index(ignore_index, mask.dtype)
+    values = mask if mask.dim() == layers[0].dim() else mask.unsqueeze(1)
+    checks.check_plane_values(values, ignore_index, backends.accepts_mask)
+    return Planes(values, ignore_index, selects=ignore_index is not None)
