@@ -80,6 +80,7 @@ bench: $(VENV)/.bench ## Measure the op beside its floors and its peers (about t
 	$(BIN)/python -m benchmarks.steps --modes eager channels_last --output $$folder/steps.json; \
 	$(BIN)/python -m benchmarks.steps --modes compiled --networks unet --output $$folder/steps-compiled.json; \
 	$(BIN)/python -m benchmarks.steps --modes amp --networks unet --output $$folder/steps-amp.json; \
+	$(BIN)/python -m benchmarks.host --output $$folder/host.json; \
 	$(BIN)/python -m benchmarks.counts launches || echo "Launches were not counted."
 	$(MAKE) bench-report
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.class_tables import class_losses, class_rows, class_tables
+from benchmarks.kind_tables import KIND_TABLES
 from benchmarks.markdown import (
     FORWARD,
     NONE,
@@ -24,7 +25,6 @@ from benchmarks.markdown import (
     label,
     median,
     memory_share,
-    ratio,
     span,
     table,
     timing,
@@ -263,8 +263,7 @@ def tables(files: Sequence[ResultFile]) -> str:
                 parts += [f"### {title}, {mode}\n", _mode_table(machine, mode, show), ""]
         rows = [(label(miss.case), miss.mode, miss.target, miss.text) for miss in missed_targets(machine)]
         parts += ["### Figures missed\n", table(("case", "mode", "figure", "measured"), rows), ""]
-    makers = {"classes": class_tables, "steps": _steps, "training": _steps}
-    makers |= {"instructions": _instructions, "launches": _counted}
+    makers = {"classes": class_tables, **KIND_TABLES}
     for file in (file for file in files if file.kind in makers):
         made = makers[file.kind](file.entries)
         parts += [f"## {file.kind.capitalize()}\n", *_conditions(file), made, ""]
@@ -302,39 +301,6 @@ def _mode_table(machine: Machine, mode: str, show: Callable[[Entry, str], str]) 
         cells = (show(entry, name) if name in entry["seconds"] else NONE for name in names)
         rows.append([label(_key(entry)), f"{entry['feature_bytes'] / 2**20:.3g}", *cells])
     return table(["case", "MiB", *names], rows)
-
-
-def _steps(entries: Sequence[Entry]) -> str:
-    """Steps or trainings."""
-    names = ("op", "tap", "free", "norms", "plain")
-    rows = []
-    for entry in entries:
-        peaks, width = entry["peak_bytes"], entry["base_channels"] or "published"
-        sizes = (f"{peaks[n] / 2**20:.4g}" if n in peaks else NONE for n in ("without", *names))
-        what = [entry.get("preset", entry["network"]), entry["mode"], f"{entry['images']}, {width}"]
-        ratios = [ratio(entry, f"{name}/without") for name in names] + [ratio(entry, "free/norms")]
-        rows.append([*what, timing(entry, "without"), *ratios, " / ".join(sizes)])
-    header = ["network", "mode", "images, base channels", "without, ms"]
-    header += [*(f"{n} / without" for n in names), "free / norms", "peak MiB"]
-    reasons = sorted({f"`{name}`: {why}" for entry in entries for name, why in entry["left_out"].items()})
-    return table(header, rows) + "".join(f"\n\n{bullet(reason)}" for reason in reasons)
-
-
-def _instructions(entries: Sequence[Entry]) -> str:
-    rows = ((entry["figure"], f"{entry['instructions']:,}", entry["instruction_set"]) for entry in entries)
-    return table(("figure", "instructions of a call", "kernels"), rows)
-
-
-def _counted(entries: Sequence[Entry]) -> str:
-    """Launches of the backend `triton`; bytes from the shapes over one read and one write of the features."""
-    rows = []
-    for entry in entries:
-        moved = sum(stage["read"] + stage["written"] for stage in entry["stages"]) / entry["feature_bytes"]
-        tap = " / ".join(f"{size / 2**20:.3g}" for size in entry["tap_bytes"])
-        counts = (", ".join(f"{n} × {k}" for k, n in entry[way].items()) for way in ("forward", "backward"))
-        rows.append([f"`{entry['case']}`", str(entry["num_layers"]), f"{moved / 2:.3f}", tap, *counts])
-    header = ("case", "layers", "bytes over the floor", "MiB of backward, `tap` / separate")
-    return table([*header, "launches forward", "launches backward"], rows)
 
 
 def draw(machines: Sequence[Machine], folder: Path) -> list[str]:
