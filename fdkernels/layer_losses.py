@@ -172,11 +172,11 @@ def _of_two_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[
 
 def _from_sums(call: Call, graph_sums: Sequence[GraphSums], pairing: Tensor | None) -> tuple[Tensor, ...]:
     """The losses of sums that a compiled network has made, or sums [2, N, ΣC] and masses [2, N, L]."""
-    parts = [layer.sums for layer in graph_sums]
+    sums = torch.cat([layer.sums for layer in graph_sums], dim=-1).to(call.pyramid.dtype)
     masses = torch.cat([layer.masses for layer in graph_sums], dim=-1).to(call.pyramid.dtype)
     if call.options is not None:
-        return (FromSums.apply(call, pairing, masses, *parts),)
-    return torch.cat(parts, dim=-1), masses
+        return (FromSums.apply(call, sums, masses, pairing),)
+    return sums, masses
 
 
 def _from_layers(call: Call, inputs: Inputs, settings: Settings, shared: Batch) -> tuple[Tensor, ...]:

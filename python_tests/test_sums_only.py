@@ -146,7 +146,8 @@ def test_training_goes_as_without_the_compiler(backend):
             if number == 1:
                 crit.activate()
             optimizer.zero_grad()
-            with taps.mask(mask, sums_only=True):
+            compiles_anew = torch._dynamo.config.patch(error_on_recompile=number > 0)
+            with compiles_anew, taps.mask(mask.clone(), sums_only=True):
                 loss = ran(images).square().mean()
             loss = loss + crit(taps)
             taps.clear()
@@ -157,6 +158,22 @@ def test_training_goes_as_without_the_compiler(backend):
         taps.close()
     for got, wanted in zip(weights[1], weights[0], strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_second_derivatives_where_the_compiler_has_them():
+    images, mask = images_and_mask()
+    network = Net().double()
+    images = images.double().requires_grad_()
+    found = []
+    for compiles in (False, True):
+        ran = torch.compile(network, backend="eager", fullgraph=True) if compiles else network
+        with fdk.FeatureTaps(network, NAMES) as taps:
+            with taps.mask(mask, sums_only=True):
+                ran(images)
+            loss = fdk.feature_discrepancy_loss(taps, mask, layer_weights=[0.5, 2.0, 1.0])
+        (grad,) = torch.autograd.grad(loss, images, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), images)[0])
+    torch.testing.assert_close(found[1], found[0])
 
 
 class Twice(nn.Module):

@@ -160,36 +160,31 @@ class FromSums(torch.autograd.Function):
     """Region sums that were made elsewhere to losses."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, pairing: Tensor | None, masses: Tensor, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, sums: Tensor, masses: Tensor, pairing: Tensor | None) -> Tensor:
         """Run the kernel of the losses.
 
         Args:
             call: what to compute, with options.
-            pairing: as for `Kernels.sums`.
+            sums: [2, N, ΣC].
             masses: [2, N, L].
-            parts: the sums [2, N, C_l] of each layer.
+            pairing: as for `Kernels.sums`.
 
         Returns:
             losses [L].
         """
-        sums = torch.cat(parts, dim=-1).to(call.pyramid.dtype)
         out = with_losses(call, Sums(sums, masses, None, None), pairing)
         assert out.losses is not None
         ctx.save_for_backward(out.slopes, sums, masses, pairing)
         ctx.call, ctx.keeps_sums = call, True
-        ctx.dtypes = [part.dtype for part in parts]
         return out.losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiply the slopes by the gradient of the losses [L]; g of (R3) for each layer, [2, N, C_l]."""
-        pyramid: Pyramid = ctx.call.pyramid
+        """Multiply the slopes by the gradient of the losses [L]: g of (R3), [2, N, ΣC]."""
         g, factor = gradient_of_sums(ctx, Kept(*ctx.saved_tensors), grad_losses, None)
-        assert g is not None
-        if factor is not None:
-            g = g * registered.expand_factor(factor.to(g.dtype), pyramid)
-        parts = zip(g.split(pyramid.channels, dim=-1), ctx.dtypes, strict=True)
-        return None, None, None, *(part.to(dtype) for part, dtype in parts)
+        if g is not None and factor is not None:
+            g = g * registered.expand_factor(factor.to(g.dtype), ctx.call.pyramid)
+        return None, g, None, None
 
 
 class RegionsFromTaps(torch.autograd.Function):
