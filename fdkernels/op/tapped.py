@@ -181,6 +181,11 @@ class FromSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply the slopes by the gradient of the losses [L]: g of (R3), [2, N, ΣC]."""
+        if torch.is_grad_enabled():  # what a compiler made of the sums need not be differentiable again
+            raise RuntimeError(
+                "the sums of a compiled network have no second derivatives; leave sums_only out of "
+                "taps.mask(mask, sums_only=True)"
+            )
         g, factor = gradient_of_sums(ctx, Kept(*ctx.saved_tensors), grad_losses, None)
         if g is not None and factor is not None:
             g = g * registered.expand_factor(factor.to(g.dtype), ctx.call.pyramid)

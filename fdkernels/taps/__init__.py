@@ -219,7 +219,8 @@ class FeatureTaps:
         A network that is compiled by itself runs torch's own normalisations. With `sums_only` it computes the
         sums inside its graph and puts out these in place of the features, which costs a step on a CPU up to
         2 % in place of 40 %. Only a loss of two regions that takes the taps and this mask can then be
-        computed. Without torch.compile, and where the loss is compiled with the network, it changes nothing.
+        computed, without second derivatives. Without torch.compile, and where the loss is compiled with the
+        network, it changes nothing.
 
         Args:
             mask: [N, 1, *S0] or [N, *S0], as the loss takes it; `crit(taps)` takes this one.
