@@ -39,7 +39,7 @@ def results(study: Study) -> dict[str, Any]:
     at each pixel, as an array and as a picture on one scale for both arms.
 
     Returns:
-        What `ablation` gives; "layers"; and "samples", a list with sample, patient, seed, fold, Dice by arm,
+        What `ablation` gives; "layers"; and "shown", a list with sample, patient, seed, fold, Dice by arm,
         and the files by what they show, relative to the folder of the experiment.
     """
     seed = study.seeds[0]
@@ -77,7 +77,7 @@ def results(study: Study) -> dict[str, Any]:
                     "dice": {arm.name: dice[arm.name, sample] for arm in (WITHOUT, WITH)},
                     "files": {what: f"{PICTURES}/{name}/{file}" for what, file in files.items()},
                 }
-    return {**compare(study), "layers": list(LAYERS), "samples": [found[sample] for sample in worst]}
+    return {**compare(study), "layers": list(LAYERS), "shown": [found[sample] for sample in worst]}
 
 
 def _seen(run: PlannedRun, members: set[str]) -> dict[str, Seen]:

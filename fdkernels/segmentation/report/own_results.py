@@ -55,8 +55,10 @@ def own_results(prefix: str, experiment: Experiment) -> OwnResults:
 
 def _of_samples(prefix: str, experiment: Experiment, found: OwnResults) -> None:
     """Draw the pictures of each sample side by side (figures 7 to 9)."""
-    samples = found.others.pop("samples", None)
-    if not isinstance(samples, list):  # of an unfinished experiment, or the number of samples
+    samples = found.others.pop("shown", None)
+    if samples is None and isinstance(found.others.get("samples"), list):
+        samples = found.others.pop("samples")  # as earlier versions named it
+    if not isinstance(samples, list):  # of an unfinished experiment
         return
     rows = []
     for place, sample in enumerate(samples, start=1):

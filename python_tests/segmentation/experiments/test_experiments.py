@@ -18,6 +18,7 @@ from fdkernels.segmentation.experiments import addition, conventions
 from fdkernels.segmentation.experiments.engine import run_experiment
 from fdkernels.segmentation.experiments.qualitative import GREEN, OPACITY, correction_picture
 from fdkernels.segmentation.experiments.registry import EXPERIMENTS
+from fdkernels.segmentation.experiments.tables import tables
 from fdkernels.segmentation.logs import read_rows
 from fdkernels.segmentation.module import SegmentationModule
 from fdkernels.segmentation.runfiles import read_json
@@ -26,7 +27,11 @@ from tiny_data import make_tiny
 
 def _run(name, config, folder, **counts):
     own = dataclasses.replace(config, output=str(folder))
-    return run_experiment(name, own, **{"seeds": 1, "folds": 2, **counts}, jobs=1, progress=False)
+    summary = run_experiment(name, own, **{"seeds": 1, "folds": 2, **counts}, jobs=1, progress=False)
+    # As the command ends: whatever an experiment adds to its comparisons, they can be shown.
+    compared = {(one["arm"], one["baseline"]) for one in summary["results"].get("comparisons", [])}
+    assert len(tables(summary)) == len(compared)
+    return summary
 
 
 def test_the_command_knows_every_experiment():
@@ -182,10 +187,10 @@ def _pixels(path):
 
 def test_qualitative_draws_the_worst_first(tiny, tmp_path):
     results = _run("qualitative", tiny, tmp_path)["results"]
-    means = [sum(one["dice"].values()) for one in results["samples"]]
+    means = [sum(one["dice"].values()) for one in results["shown"]]
     assert means == sorted(means)
     assert len(means) == 4
-    first = results["samples"][0]
+    first = results["shown"][0]
     for what, path in first["files"].items():
         file = tmp_path / path
         if what.endswith("_array"):

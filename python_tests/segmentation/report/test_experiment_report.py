@@ -173,7 +173,8 @@ def test_addition_takes_its_arms_from_the_results(tmp_path):
     assert "Dice under fd+10 differs from that under none+10 by +20.00 points" in reader.text
 
 
-def test_qualitative_shows_each_sample_once(tmp_path):
+@pytest.mark.parametrize("key", ["shown", "samples"])
+def test_qualitative_shows_each_sample_once(tmp_path, key):
     from PIL import Image
 
     files = {}
@@ -184,7 +185,7 @@ def test_qualitative_shows_each_sample_once(tmp_path):
     files["with_enc1_array"] = "pictures/01/with_enc1.npy"
     sample = {"sample": "p0_0.png", "patient": "p0", "dice": {"without": 0.5, "with": 0.6}, "files": files}
     rows = made_up_rows({"without": 0.5, "with": 0.6})
-    write_experiment(tmp_path, "qualitative", rows, results={"samples": [sample]}, runs=False)
+    write_experiment(tmp_path, "qualitative", rows, results={key: [sample]}, runs=False)
     reader = read(tmp_path)
     assert reader.table("The samples above")[1] == ["1", "p0_0.png", "p0", "0.500", "0.600"]
     shown = [image["alt"] for image in reader.images if image["alt"].startswith("Picture")]
