@@ -108,15 +108,19 @@ def test_torchrun_keeps_one_alpha_on_all_ranks(tmp_path):
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run"]  # what `torchrun` calls
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", *recipe.marks["torchrun"]]
-    run = subprocess.Popen(
-        [*torchrun, *options, "train.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, errors = run.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)  # the ranks, too
-        raise
+    for _ in range(3):
+        run = subprocess.Popen(
+            [*torchrun, *options, "train.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, errors = run.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # the ranks, too
+            raise
+        # On a busy machine a rank may abort in a thread of gloo as it exits, when all is done (torch 2.13).
+        if "terminate called without an active exception" not in errors:
+            break
     assert run.returncode == 0, output + errors
     ranks = re.findall(r"rank (\d): alpha (\[.*\])", output)
     assert sorted(rank for rank, _ in ranks) == ["0", "1"], output
