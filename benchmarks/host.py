@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import cases, peers
 from benchmarks.cases import Case, named_case
+from benchmarks.instructions import step_by
 from fdkernels import FeatureDiscrepancyLoss, checks
 from fdkernels.op import cpu, cuda, kernels
 
@@ -59,11 +60,11 @@ def calls() -> dict[str, Callable[[], object]]:
         loss = peers.contenders(case, inputs, compiled=False)["op"]
         found |= {
             f"op forward {case.name}": loss,
-            f"op forward+backward {case.name}": _both(inputs.layers, loss),
+            f"op forward+backward {case.name}": step_by(inputs.layers, loss),
         }
     criterion = FeatureDiscrepancyLoss(len(inputs.layers), alpha_init=0.1, patience=10**9)
     loss = lambda: criterion(inputs.layers, inputs.mask)  # noqa: E731
-    found["criterion forward+backward pyramid-32"] = _both([*inputs.layers, criterion.alpha], loss)
+    found["criterion forward+backward pyramid-32"] = step_by([*inputs.layers, criterion.alpha], loss)
     return found
 
 
@@ -100,17 +101,6 @@ def _stream(_: torch.device) -> int:
 
 def _are_not(_: torch.Tensor) -> bool:
     return False
-
-
-def _both(leaves: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """A step by the loss, after which every leaf [N, C, *S] or [L] has a gradient of its own."""
-
-    def run() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss().backward()
-
-    return run
 
 
 def _median(call: Callable[[], object]) -> float:

@@ -51,11 +51,11 @@ def figures() -> dict[str, Callable[[], object]]:
     for name, case in ordered.items():
         inputs = cases.make_inputs(case)
         loss = peers.contenders(case, inputs, compiled=False)["op"]
-        found |= {f"op forward {name}": loss, f"op forward+backward {name}": _step(inputs.layers, loss)}
+        found |= {f"op forward {name}": loss, f"op forward+backward {name}": step_by(inputs.layers, loss)}
     inputs = cases.make_inputs(pyramid)
     criterion = FeatureDiscrepancyLoss(len(pyramid.layers), alpha_init=0.1)
     loss = lambda: criterion(inputs.layers, inputs.mask)  # noqa: E731
-    found["criterion forward+backward pyramid-32"] = _step([*inputs.layers, criterion.alpha], loss)
+    found["criterion forward+backward pyramid-32"] = step_by([*inputs.layers, criterion.alpha], loss)
     return found | _norms()
 
 
@@ -68,11 +68,13 @@ def _norms() -> dict[str, Callable[[], object]]:
     for name, module in {"torch": torchs, "fused": fused}.items():
         loss = lambda module=module: module(x).sum()  # noqa: E731
         found[f"norm forward {name}"] = lambda module=module: module(x)
-        found[f"norm forward+backward {name}"] = _step([x, *module.parameters()], loss)
+        found[f"norm forward+backward {name}"] = step_by([x, *module.parameters()], loss)
     return found
 
 
-def _step(leaves: Sequence[Tensor], loss: Callable[[], Tensor]) -> Callable[[], None]:
+def step_by(leaves: Sequence[Tensor], loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """Forward and backward of a loss, which leave each leaf, of any shape, a gradient of its own."""
+
     def step() -> None:
         peers.clear_gradients(leaves)
         loss().backward()

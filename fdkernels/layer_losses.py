@@ -148,8 +148,7 @@ def _of_two_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
     has_slopes = settings.reduction != "none" and not planes.values.requires_grad
-    if graph_sums is not None:
-        has_slopes = has_slopes and not in_transform()
+    has_slopes = has_slopes and (graph_sums is None or not in_transform())
     adds_up = combines and has_slopes and placeholders is None and graph_sums is None
     adds_up = adds_up and not torch.compiler.is_compiling() and not in_transform()
     is_mean = adds_up and settings.reduction == "mean"  # of the layers, too
