@@ -6,7 +6,7 @@ region of the pixels against another: a class against the rest, or against anoth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,11 +74,17 @@ class Classes(NamedTuple):
         """Whether there is one entry a sample, foreground against background."""
         return self.mode == "binary"
 
-    def sides(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """What each entry has as foreground and as background, of values [R, ...] that regions add up.
+    def sides(
+        self, regions: Tensor, join: Callable[[Tensor, Tensor], Tensor] = torch.add
+    ) -> tuple[Tensor, Tensor]:
+        """What each entry has as foreground and as background, of values [R, ...] of the regions.
+
+        Args:
+            regions: [R, ...].
+            join: makes the values of two disjoint sets of regions those of both, for [R, ...] each.
 
         Returns:
-            [E, ...] twice. The rest of a class is the sum of the other regions, never a difference.
+            [E, ...] twice. The rest of a class is the other regions joined, never a difference.
         """
         if self.pairs is not None:
             classes = regions if self.mode == "multiclass" else regions.chunk(2)[0]
@@ -87,7 +93,7 @@ class Classes(NamedTuple):
                 torch.stack([classes[j] for _, j in self.pairs]),
             )
         if self.mode == "multiclass":
-            classes, rest = regions, _sums_of_others(regions)
+            classes, rest = regions, _others_joined(regions, join)
         else:
             classes, rest = regions.chunk(2)
         first = 0 if self.include_background else 1
@@ -97,22 +103,25 @@ class Classes(NamedTuple):
 BINARY = Classes()
 
 
-def _sums_of_others(regions: Tensor) -> Tensor:
-    """The sum of all regions but each one, of values [R, ...].
+def _others_joined(regions: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """All regions but each one, joined, of values [R, ...].
 
-    In a circle these are the R - 1 that follow it, which doubling adds up in few operations: neither matrix
+    In a circle these are the R - 1 that follow it, which doubling joins in few operations: neither matrix
     products nor cumulative sums, which torch refuses on a GPU where algorithms must be deterministic.
     """
     wanted, done, parts = regions.shape[0] - 1, 0, []
-    length, following = 1, regions.roll(-1, 0)  # the sum of the `length` regions that follow each
+    length, following = 1, regions.roll(-1, 0)  # the `length` regions that follow each, joined
     while done < wanted:
         if wanted & length:
             parts.append(following.roll(-done, 0) if done else following)
             done += length
         if done < wanted:
-            following = following + following.roll(-length, 0)
+            following = join(following, following.roll(-length, 0))
             length *= 2
-    return sum(parts[1:], parts[0])
+    others = parts[0]
+    for part in parts[1:]:
+        others = join(others, part)
+    return others
 
 
 def _checked_pairs(

@@ -130,6 +130,43 @@ def test_fisher_by_hand(backend, device):
     assert loss.item() == pytest.approx(-math.log(64 / 5) / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "binary"},
+        {"num_classes": 2},
+        {"num_classes": 5},  # the rest of a class is three regions without pixels and one with
+        {"num_classes": 3, "pairs": [(0, 1), (1, 0)]},
+    ],
+    ids=lambda given: " ".join(map(str, given.values())),
+)
+def test_fisher_of_regions_without_spread_by_hand(backend, device, given):
+    """Two pixels, 10.1 and 10.7: D = 0.36 / ε for either against the other, ∂L/∂F = ±1/0.6 of each entry.
+
+    The variances are 0, and their gradient is 1/ε times 0, which rounding must not turn into a number.
+    """
+    features = torch.tensor([[[[10.1, 10.7]]]], dtype=torch.float64, device=device, requires_grad=True)
+    mask = torch.tensor([[[0, 1]]], device=device)
+    num_entries = 1 if given.get("mode") == "binary" else 2
+    given = {"mode": "multiclass", **given, "convention": "fisher", "reduction": "sum", "backend": backend}
+    loss = fdk.feature_discrepancy_loss(features, mask, **given)
+    assert loss.item() == pytest.approx(-num_entries * math.log(0.36 / 1e-12) / 2, rel=1e-9)
+    (grad,) = torch.autograd.grad(loss, features)
+    assert grad.flatten().tolist() == pytest.approx([num_entries * sign / 0.6 for sign in (1, -1)], rel=1e-9)
+
+
+def test_fisher_of_a_rest_of_equal_classes(backend, device):
+    """Classes of one value each, two of them equal: the rest of the third has no spread."""
+    features = torch.tensor([[[[10.1, 10.7, 10.7]]]], device=device, requires_grad=True)
+    mask = torch.tensor([[[0, 1, 2]]], device=device)
+    given = {"mode": "multiclass", "num_classes": 3, "convention": "fisher", "backend": backend}
+    each = fdk.feature_discrepancy_loss(features, mask, reduction="none", **given)
+    (grad,) = torch.autograd.grad(each[0, 0], features)
+    apart = (features[..., 1] - features[..., 0]).item()
+    assert each[0, 0].item() == pytest.approx(-math.log(apart**2 / 1e-12) / 2, rel=1e-6)
+    assert grad.flatten().tolist() == pytest.approx([1 / apart, -0.5 / apart, -0.5 / apart], rel=1e-6)
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Features of one layer, a mask of two or three classes and the arguments of a call."""

@@ -67,7 +67,7 @@ def losses_of_regions(
     """
     N = found.masses.shape[1]
     if found.moments is not None and found.pivots is not None:
-        moments = _moments(found.sums, found.moments, found.pivots, found.masses, pyramid, classes)
+        moments = _moments_of_sides(found.sums, found.moments, found.pivots, found.masses, pyramid, classes)
         (masses,) = _sides(classes, found.masses)  # [2, N·E, L]
         masses, partners = _counted(masses), _partners(pairing, masses.shape[1] // N)
         losses = loss_formulas.fisher_losses_of(moments, masses, pyramid, options, partners)
@@ -107,19 +107,31 @@ def _partners(pairing: Tensor | None, E: int) -> Tensor | None:
     return (pairing.unsqueeze(1) * E + entries).flatten()
 
 
-def _moments(
+def _moments_of_sides(
     sums: Tensor, moments: Tensor, pivots: Tensor, masses: Tensor, pyramid: Pyramid, classes: Classes
 ) -> Moments:
-    """The moments of both sides of all entries about one number a sample and channel, (C7)."""
+    """Mean and variance (C5) of both sides of all entries."""
     S, Q, p = wide(sums), wide(moments), wide(pivots)  # [R, N, ΣC]
     M = for_channels(wide(masses), pyramid)  # [R, N, ΣC]
-    present = (M.detach() != 0).to(S.dtype)
-    shift = (p * present).sum(0) / present.sum(0).clamp(min=1)  # [N, ΣC]
-    d = p - shift
-    (first,) = _sides(classes, S + d * M)
-    (second,) = _sides(classes, Q + 2 * d * S + d.square() * M)
-    E = first.shape[1] // shift.shape[0]
-    return Moments(first, second, shift.repeat_interleave(E, dim=0))
+    divisor = _divisor(M)
+    regions = torch.stack([M, p + S / divisor, Q - S.square() / divisor], dim=1)  # [R, 3, N, ΣC]
+    sides = torch.stack(classes.sides(regions, _join))  # [2, E, 3, N, ΣC]
+    M, mean, squares = sides.permute(0, 3, 1, 2, 4).flatten(1, 2).unbind(2)  # [2, N·E, ΣC] each
+    return Moments(mean, squares / _divisor(M))
+
+
+def _join(a: Tensor, b: Tensor) -> Tensor:
+    """(C7): mass, mean and squared deviations of two sets of regions, [R, 3, N, ΣC], as those of both."""
+    (M_a, mean_a, squares_a), (M_b, mean_b, squares_b) = a.unbind(1), b.unbind(1)
+    M, apart = M_a + M_b, mean_b - mean_a
+    share = M_b / _divisor(M)
+    squares = squares_a + squares_b + M_a * share * apart.square()
+    return torch.stack([M, mean_a + share * apart, squares], dim=1)
+
+
+def _divisor(masses: Tensor) -> Tensor:
+    """Masses of any shape, 1 where there is none."""
+    return torch.where(masses != 0, masses, 1)
 
 
 class _LossesOfSums(torch.autograd.Function):

@@ -61,7 +61,7 @@ def losses_of(
 def fisher_losses_of(
     moments: Moments, masses: Tensor, pyramid: Pyramid, options: Options, pairing: Tensor | None
 ) -> Tensor:
-    """Compute the losses (C6) from the moments of both sides, as `losses_of` does from sums.
+    """Compute the losses (C6) from mean and variance of both sides, as `losses_of` does from sums.
 
     Args:
         moments: of the foreground and the background.
@@ -69,12 +69,9 @@ def fisher_losses_of(
         pyramid, options, pairing: as for `losses_of`.
     """
     counts = (masses != 0).all(0)  # [N, L]; true for NaN
-    w = torch.where(counts, masses, 1)  # [2, N, L]
-    keep, divisor = for_channels(counts, pyramid), for_channels(w, pyramid)  # [.., N, ΣC]
-    mean = torch.where(keep, moments.first / divisor, 0)  # of x, [2, N, ΣC]
-    variance = torch.where(keep, moments.second / divisor, 0) - mean.square()
-    f, b = torch.where(keep, mean + moments.shift, 0)
-    spread_fg, spread_bg = _over_channels(variance, pyramid)  # [N, L] each
+    keep = for_channels(counts, pyramid)  # [N, ΣC]
+    f, b = torch.where(keep, moments.mean, 0)
+    spread_fg, spread_bg = _over_channels(torch.where(keep, moments.variance, 0), pyramid)  # [N, L] each
     entries = torch.zeros((), dtype=f.dtype, device=f.device)
     for term in _terms(counts, options, pairing):  # of K pairs
         keep = for_channels(term.valid, pyramid)
@@ -104,11 +101,10 @@ def _over_channels(values: Tensor, pyramid: Pyramid) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """Sums [2, N, ΣC] of x = F - shift and of x² over foreground and background, and the shift [N, ΣC]."""
+    """Mean and variance (C5) of the features over foreground and background, [2, N, ΣC] each."""
 
-    first: Tensor
-    second: Tensor
-    shift: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
 def slopes_of(
