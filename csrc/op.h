@@ -157,7 +157,7 @@ struct Losses {
   // shuffle: [N], the sample whose foreground is paired with background n; pooled: [K, 2]; else null
   const int64_t* pairing;
   int64_t num_pairs; // N or K; pooled pairs with a negative entry do not count
-  void* losses;      // [L]
+  void* losses;      // [L]; or null on the CPU
   void* slopes;      // [2, N, total_channels], gradient of each layer's loss with respect to its sums; or null
   void* total;       // the sum of the losses, which `sums` on the CPU writes; or null
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -117,16 +118,16 @@ def auto_backend(device_type: str) -> str:
     return "reference"
 
 
-def accepts_mask(mask: Tensor, ignore_index: float | None) -> bool:
-    """Whether a kernel finds the values of a mask [N, 1, *S0] valid; it reads them once and makes no copy.
+def mask_check(device_type: str) -> Callable[[Tensor, float | None], bool] | None:
+    """A kernel that says whether the values of a mask [N, 1, *S0] on such a device are valid.
 
-    False where there is no such kernel, or the device is another one: then a check in torch decides.
+    It reads them once and makes no copy. None where there is no such kernel: a check in torch decides then.
     """
-    if mask.device.type != "cpu" or auto_backend("cpu") != "cpu":
-        return False
+    if device_type != "cpu" or auto_backend("cpu") != "cpu":
+        return None
     from fdkernels.op import cpu
 
-    return cpu.mask_is_valid(mask, ignore_index)
+    return cpu.mask_is_valid
 
 
 def _require(backend: str) -> None:

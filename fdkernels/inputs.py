@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ class Plan(NamedTuple):
         backend: the name of the one that computes.
         pyramid: the layers.
         sizes: S_l of each.
+        accepts: as for `check_mask`; None for a mask that has no other values than 0 and 1.
     """
 
     backend: str
     pyramid: Pyramid
     sizes: list[torch.Size]
+    accepts: Callable[[Tensor, float | None], bool] | None
 
 
 class Inputs(NamedTuple):
@@ -72,15 +74,18 @@ def check_inputs(
     plan = _plans.get(kind)
     if plan is not None:
         layers = [given] if isinstance(given, Tensor) else list(given)
-        return Inputs(layers, _known_planes(given_mask, layers, settings), plan)
+        return Inputs(layers, _known_planes(given_mask, layers, settings, plan), plan)
     layers = checks.as_layers(given)
     # Not `layers is not given`, which torch 2.6 compiles to a comparison of tensors.
     channels_last = settings.channel_dim not in (1, 1 - layers[0].dim())
     layers = geometry.channels_first(layers, settings.channel_dim)
-    planes = _planes(given_mask, layers, settings)
+    accepts = backends.mask_check(layers[0].device.type)
+    planes = _planes(given_mask, layers, settings, accepts)
     geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
     backend = backends.resolve(settings.backend, layers[0].device)
-    plan = Plan(backend, describe(layers), [layer.shape[2:] for layer in layers])
+    has_values = planes.values.dtype != torch.bool
+    sizes = [layer.shape[2:] for layer in layers]
+    plan = Plan(backend, describe(layers), sizes, accepts if has_values else None)
     if kind is not None:
         if len(_plans) == _MOST_PLANS:
             _plans.clear()
@@ -107,20 +112,26 @@ def _kind_of(given: Any, mask: Any, settings: Settings) -> Hashable | None:
     return kind
 
 
-def _planes(mask: Any, layers: list[Tensor], settings: Settings) -> Planes:
+def _planes(
+    mask: Any,
+    layers: list[Tensor],
+    settings: Settings,
+    accepts: Callable[[Tensor, float | None], bool] | None,
+) -> Planes:
     """The checked mask as planes [N, K, *S0] for layers [N, C_l, *S_l]."""
     ignore_index = settings.ignore_index
     if not settings.classes.is_binary:
         return check_class_mask(mask, layers, settings.classes, ignore_index)
-    values = checks.check_mask(mask, layers, ignore_index, backends.accepts_mask)
+    values = checks.check_mask(mask, layers, ignore_index, accepts)
     return Planes(values, ignore_index, selects=ignore_index is not None)
 
 
-def _known_planes(mask: Tensor, layers: list[Tensor], settings: Settings) -> Planes:
+def _known_planes(mask: Tensor, layers: list[Tensor], settings: Settings, plan: Plan) -> Planes:
     """The same for a mask of a kind that was seen before, of which only the values are checked."""
     ignore_index = settings.ignore_index
     if ignore_index is not None:  # True equals 1, and only one of them is a number here
         checks.check_ignore_index(ignore_index, mask.dtype)
     values = mask if mask.dim() == layers[0].dim() else mask.unsqueeze(1)
-    checks.check_plane_values(values, ignore_index, backends.accepts_mask)
+    if plan.accepts is None or not plan.accepts(values, ignore_index):
+        checks.check_plane_values(values, ignore_index, None)
     return Planes(values, ignore_index, selects=ignore_index is not None)

@@ -41,7 +41,7 @@ def region_sums_of(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     Returns:
         Sums [2, N, ΣC] and masses [2, N, L]; of several classes [2, N, E, ΣC] and [2, N, E, L].
     """
-    layers, planes, (backend, pyramid, sizes) = inputs
+    layers, planes, (backend, pyramid, sizes, _) = inputs
     if settings.classes.is_binary:
         weights = weights_of(
             planes.values, sizes, pyramid.dtype, resize_of(settings), planes.ignored, backend
@@ -143,7 +143,7 @@ def _refuse_other_than_sums(settings: Settings, early: EarlyMask | None) -> None
 
 def _of_two_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[Tensor, list[Tensor]]:
     """The losses of foreground and background, over a group of all samples, and the tapped layers."""
-    layers, planes, (backend, pyramid, _) = inputs
+    layers, planes, plan = inputs
     ranks, pairing, placeholders, tapped, _, graph_sums, combines = shared
     # Slopes hold one number a layer and none for the masses; without them the losses are made of the sums
     # below.
@@ -154,7 +154,7 @@ def _of_two_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[
     is_mean = adds_up and settings.reduction == "mean"  # of the layers, too
     share = 1 / len(layers) if is_mean else 1.0
     options = settings.convention.options(settings.exchange, settings.reduction, settings.eps, share)
-    call = Call(backend, pyramid, options if has_slopes else None, ranks, tapped, adds_up)
+    call = Call(plan.backend, plan.pyramid, options if has_slopes else None, ranks, tapped, adds_up)
     if graph_sums is not None:
         outputs = _from_sums(call, graph_sums, pairing)
     else:
@@ -165,7 +165,7 @@ def _of_two_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[
     sums, masses = outputs[:2]
     if ranks is not None:
         sums, masses = gather_batch(sums, ranks), gather_batch(masses, ranks)
-    entries = losses_of(wide(sums), wide(masses), pyramid, options, pairing).to(pyramid.dtype)
+    entries = losses_of(wide(sums), wide(masses), plan.pyramid, options, pairing).to(plan.pyramid.dtype)
     return entries, aliases
 
 
@@ -197,7 +197,7 @@ def _from_layers(call: Call, inputs: Inputs, settings: Settings, shared: Batch) 
 def _of_several_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[Tensor, list[Tensor]]:
     """The losses of several classes, or of second moments, as `_of_two_regions` returns its own."""
     ranks, pairing, placeholders, tapped, *_ = shared
-    layers, planes, (backend, pyramid, sizes) = inputs
+    layers, planes, (backend, pyramid, sizes, _) = inputs
     classes, convention = settings.classes, settings.convention
     regions = regions_of(planes, sizes, pyramid.dtype, resize_of(settings), classes, backend)
     if convention.norm == "fisher":

@@ -18,27 +18,34 @@ struct Pair {
 struct Term {
   Pair pairs[2];
   int num_pairs;
-  bool valid; // all of its samples count
+  bool valid;      // all of its samples count
+  double distance; // of a valid term; 0 under the norm over the batch, which has one for each channel
 };
 
-Term own_term(const RegionFeatures& x, int64_t n) { return {{{n, n}, {0, 0}}, 1, x.counts[n] != 0}; }
+// The logarithms of a layer, made once for its loss and its slopes.
+struct Terms {
+  std::vector<Term> own;       // [N]
+  std::vector<Term> exchanged; // shuffle [N], pooled [K], else empty
+};
+
+Term own_term(const RegionFeatures& x, int64_t n) { return {{{n, n}, {0, 0}}, 1, x.counts[n] != 0, 0}; }
 
 Term shuffled_term(const RegionFeatures& x, int64_t n) {
   const int64_t partner = x.call.pairing[n];
   const bool valid = x.counts[n] && x.counts[partner];
-  return {{{partner, n}, {0, 0}}, 1, valid};
+  return {{{partner, n}, {0, 0}}, 1, valid, 0};
 }
 
 Term pooled_term(const RegionFeatures& x, int64_t k) {
   const int64_t i = x.call.pairing[2 * k], j = x.call.pairing[2 * k + 1];
   const bool valid = i >= 0 && j >= 0 && x.counts[i] && x.counts[j];
-  return {{{i, j}, {j, i}}, 2, valid};
+  return {{{i, j}, {j, i}}, 2, valid, 0};
 }
 
 // (L2)
 double distance(const RegionFeatures& x, Pair pair) {
   if (x.options.norm == Norm::kVector) {
-    const double *f = x.f.data() + pair.i * x.channels, *b = x.b.data() + pair.j * x.channels;
+    const double *f = x.f.get() + pair.i * x.channels, *b = x.b.get() + pair.j * x.channels;
     double total = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t c = 0; c < x.channels; ++c)
@@ -50,50 +57,40 @@ double distance(const RegionFeatures& x, Pair pair) {
   return x.options.norm == Norm::kRelative ? squared / (sum * sum + x.options.eps) : squared;
 }
 
-double term_distance(const RegionFeatures& x, const Term& term) {
-  double total = 0;
-  for (int p = 0; p < term.num_pairs; ++p)
-    total += distance(x, term.pairs[p]);
-  return total;
-}
-
-double term_loss(const RegionFeatures& x, const Term& term) {
-  return term.valid ? -x.options.log_scale * std::log(term_distance(x, term) + x.options.eps) : 0.0;
-}
-
-// The valid terms of the norm over the batch (L6), of the samples' own pairs or the exchanged ones.
-std::vector<Term> batch_terms(const RegionFeatures& x, bool exchanged) {
-  std::vector<Term> terms;
-  if (!exchanged) {
-    for (int64_t n = 0; n < x.pyramid.batch; ++n)
-      terms.push_back(own_term(x, n));
-  } else if (x.options.exchange == Exchange::kShuffle) {
-    for (int64_t n = 0; n < x.call.num_pairs; ++n)
-      terms.push_back(shuffled_term(x, n));
-  } else if (x.options.exchange == Exchange::kPooled) {
-    for (int64_t k = 0; k < x.call.num_pairs; ++k)
-      terms.push_back(pooled_term(x, k));
+Terms terms_of(const RegionFeatures& x) {
+  Terms terms;
+  for (int64_t n = 0; n < x.pyramid.batch; ++n)
+    terms.own.push_back(own_term(x, n));
+  for (int64_t k = 0; x.options.exchange != Exchange::kNone && k < x.call.num_pairs; ++k)
+    terms.exchanged.push_back(x.options.exchange == Exchange::kShuffle ? shuffled_term(x, k) : pooled_term(x, k));
+  if (x.options.norm == Norm::kBatch) return terms;
+  for (std::vector<Term>* all : {&terms.own, &terms.exchanged}) {
+    for (Term& term : *all) {
+      for (int p = 0; term.valid && p < term.num_pairs; ++p)
+        term.distance += distance(x, term.pairs[p]);
+    }
   }
-  terms.erase(std::remove_if(terms.begin(), terms.end(), [](const Term& term) { return !term.valid; }), terms.end());
   return terms;
 }
 
+double term_loss(const RegionFeatures& x, const Term& term) {
+  return term.valid ? -x.options.log_scale * std::log(term.distance + x.options.eps) : 0.0;
+}
+
+int64_t count_valid(const std::vector<Term>& terms) {
+  return std::count_if(terms.begin(), terms.end(), [](const Term& term) { return term.valid; });
+}
+
+// The distance of one channel under the norm over the batch (L6).
 double batch_distance(const RegionFeatures& x, const std::vector<Term>& terms, int64_t c) {
   double total = 0;
   for (const Term& term : terms) {
-    for (int p = 0; p < term.num_pairs; ++p) {
+    for (int p = 0; term.valid && p < term.num_pairs; ++p) {
       const double d = x.f[term.pairs[p].i * x.channels + c] - x.b[term.pairs[p].j * x.channels + c];
       total += d * d;
     }
   }
   return total;
-}
-
-int64_t count_pooled(const RegionFeatures& x) {
-  int64_t valid = 0;
-  for (int64_t k = 0; k < x.call.num_pairs; ++k)
-    valid += pooled_term(x, k).valid;
-  return valid;
 }
 
 // The number of entries of the layer that count.
@@ -103,13 +100,13 @@ int64_t count_entries(const RegionFeatures& x) {
 }
 
 // Computes the entries of the layer: [N], or [C] over the batch.
-std::vector<double> entries_of(const RegionFeatures& x) {
+std::vector<double> entries_of(const RegionFeatures& x, const Terms& terms) {
   if (x.options.norm == Norm::kBatch) {
     std::vector<double> entries(x.channels, 0);
-    for (const bool exchanged : {false, true}) {
-      const std::vector<Term> terms = batch_terms(x, exchanged);
-      for (int64_t c = 0; !terms.empty() && c < x.channels; ++c) {
-        entries[c] -= x.options.log_scale * std::log(batch_distance(x, terms, c) + x.options.eps);
+    for (const std::vector<Term>* all : {&terms.own, &terms.exchanged}) {
+      if (count_valid(*all) == 0) continue;
+      for (int64_t c = 0; c < x.channels; ++c) {
+        entries[c] -= x.options.log_scale * std::log(batch_distance(x, *all, c) + x.options.eps);
       }
     }
     return entries;
@@ -117,21 +114,21 @@ std::vector<double> entries_of(const RegionFeatures& x) {
   std::vector<double> entries(x.pyramid.batch, 0);
   double pooled = 0;
   if (x.options.exchange == Exchange::kPooled) {
-    for (int64_t k = 0; k < x.call.num_pairs; ++k)
-      pooled += term_loss(x, pooled_term(x, k));
-    pooled /= static_cast<double>(std::max<int64_t>(count_pooled(x), 1));
+    for (const Term& term : terms.exchanged)
+      pooled += term_loss(x, term);
+    pooled /= static_cast<double>(std::max<int64_t>(count_valid(terms.exchanged), 1));
   }
   for (int64_t n = 0; n < x.pyramid.batch; ++n) {
     if (!x.counts[n]) continue;
-    entries[n] = term_loss(x, own_term(x, n)) + pooled;
-    if (x.options.exchange == Exchange::kShuffle) entries[n] += term_loss(x, shuffled_term(x, n));
+    entries[n] = term_loss(x, terms.own[n]) + pooled;
+    if (x.options.exchange == Exchange::kShuffle) entries[n] += term_loss(x, terms.exchanged[n]);
   }
   return entries;
 }
 
-double loss_of(const RegionFeatures& x) {
+double loss_of(const RegionFeatures& x, const Terms& terms) {
   double total = 0;
-  for (const double entry : entries_of(x))
+  for (const double entry : entries_of(x, terms))
     total += entry;
   return x.options.reduction == Reduction::kMean ? total / static_cast<double>(std::max<int64_t>(count_entries(x), 1))
                                                  : total;
@@ -139,8 +136,8 @@ double loss_of(const RegionFeatures& x) {
 
 // Adds the gradient of q * distance(pair) to grad_f and grad_b [N, C].
 void add_pair_gradient(const RegionFeatures& x, Pair pair, double q, double* grad_f, double* grad_b) {
-  const double* f = x.f.data() + pair.i * x.channels;
-  const double* b = x.b.data() + pair.j * x.channels;
+  const double* f = x.f.get() + pair.i * x.channels;
+  const double* b = x.b.get() + pair.j * x.channels;
   grad_f += pair.i * x.channels;
   grad_b += pair.j * x.channels;
   if (x.options.norm == Norm::kVector) {
@@ -165,19 +162,19 @@ void add_pair_gradient(const RegionFeatures& x, Pair pair, double q, double* gra
 // Adds the gradient of `weight` times the term.
 void add_term_gradient(const RegionFeatures& x, const Term& term, double weight, double* grad_f, double* grad_b) {
   if (!term.valid) return;
-  const double q = -x.options.log_scale * weight / (term_distance(x, term) + x.options.eps);
+  const double q = -x.options.log_scale * weight / (term.distance + x.options.eps);
   for (int p = 0; p < term.num_pairs; ++p)
     add_pair_gradient(x, term.pairs[p], q, grad_f, grad_b);
 }
 
 // Adds the gradient of the sum of the entries times `weight`, under the norm over the batch.
-void add_batch_gradient(const RegionFeatures& x, double weight, double* grad_f, double* grad_b) {
-  for (const bool exchanged : {false, true}) {
-    const std::vector<Term> terms = batch_terms(x, exchanged);
-    for (int64_t c = 0; !terms.empty() && c < x.channels; ++c) {
-      const double q = -x.options.log_scale * weight / (batch_distance(x, terms, c) + x.options.eps);
-      for (const Term& term : terms) {
-        for (int p = 0; p < term.num_pairs; ++p) {
+void add_batch_gradient(const RegionFeatures& x, const Terms& terms, double weight, double* grad_f, double* grad_b) {
+  for (const std::vector<Term>* all : {&terms.own, &terms.exchanged}) {
+    if (count_valid(*all) == 0) continue;
+    for (int64_t c = 0; c < x.channels; ++c) {
+      const double q = -x.options.log_scale * weight / (batch_distance(x, *all, c) + x.options.eps);
+      for (const Term& term : *all) {
+        for (int p = 0; term.valid && p < term.num_pairs; ++p) {
           const int64_t i = term.pairs[p].i * x.channels + c, j = term.pairs[p].j * x.channels + c;
           const double g = 2 * q * (x.f[i] - x.b[j]);
           grad_f[i] += g;
@@ -189,18 +186,18 @@ void add_batch_gradient(const RegionFeatures& x, double weight, double* grad_f, 
 }
 
 // The same under the other norms.
-void add_sample_gradient(const RegionFeatures& x, double weight, double* grad_f, double* grad_b) {
+void add_sample_gradient(const RegionFeatures& x, const Terms& terms, double weight, double* grad_f, double* grad_b) {
   double total = 0;
   for (int64_t n = 0; n < x.pyramid.batch; ++n) {
     if (!x.counts[n]) continue;
     total += weight;
-    add_term_gradient(x, own_term(x, n), weight, grad_f, grad_b);
-    if (x.options.exchange == Exchange::kShuffle) add_term_gradient(x, shuffled_term(x, n), weight, grad_f, grad_b);
+    add_term_gradient(x, terms.own[n], weight, grad_f, grad_b);
+    if (x.options.exchange == Exchange::kShuffle) add_term_gradient(x, terms.exchanged[n], weight, grad_f, grad_b);
   }
   if (x.options.exchange != Exchange::kPooled) return;
-  total /= static_cast<double>(std::max<int64_t>(count_pooled(x), 1));
-  for (int64_t k = 0; k < x.call.num_pairs; ++k)
-    add_term_gradient(x, pooled_term(x, k), total, grad_f, grad_b);
+  total /= static_cast<double>(std::max<int64_t>(count_valid(terms.exchanged), 1));
+  for (const Term& term : terms.exchanged)
+    add_term_gradient(x, term, total, grad_f, grad_b);
 }
 
 // Divides the gradients of the region features of one sample (L7). With a masked background S_bg is not an input, and
@@ -226,13 +223,13 @@ void divide_gradients(const double* grad_f, const double* grad_b, double w_fg, d
 }
 
 // Writes the slopes (F1) of one layer.
-void write_slopes(const RegionFeatures& x, void* slopes) {
+void write_slopes(const RegionFeatures& x, const Terms& terms, void* slopes) {
   const int64_t N = x.pyramid.batch;
   const bool is_mean = x.options.reduction == Reduction::kMean;
   const double weight = is_mean ? 1.0 / std::max<int64_t>(count_entries(x), 1) : 1.0;
   std::vector<double> grad_f(N * x.channels, 0), grad_b(N * x.channels, 0);
-  x.options.norm == Norm::kBatch ? add_batch_gradient(x, weight, grad_f.data(), grad_b.data())
-                                 : add_sample_gradient(x, weight, grad_f.data(), grad_b.data());
+  x.options.norm == Norm::kBatch ? add_batch_gradient(x, terms, weight, grad_f.data(), grad_b.data())
+                                 : add_sample_gradient(x, terms, weight, grad_f.data(), grad_b.data());
   with_type(x.pyramid.accumulate, [&](auto zero) {
     using T = decltype(zero);
     T* out = static_cast<T*>(slopes);
@@ -245,11 +242,14 @@ void write_slopes(const RegionFeatures& x, void* slopes) {
 
 } // namespace
 
-void losses_of_layer(const Pyramid& pyramid, int64_t layer, int64_t first_channel, const void* sums, const void* masses,
-                     const Losses& losses) {
+double losses_of_layer(const Pyramid& pyramid, int64_t layer, int64_t first_channel, const void* sums,
+                       const void* masses, const Losses& losses) {
   const RegionFeatures x(pyramid, losses, layer, first_channel, sums, masses);
-  write(losses.losses, pyramid.accumulate, layer, loss_of(x));
-  if (losses.slopes != nullptr) write_slopes(x, losses.slopes);
+  const Terms terms = terms_of(x);
+  const double loss = loss_of(x, terms);
+  if (losses.losses != nullptr) write(losses.losses, pyramid.accumulate, layer, loss);
+  if (losses.slopes != nullptr) write_slopes(x, terms, losses.slopes);
+  return loss;
 }
 
 void losses(const Pyramid& pyramid, const void* sums, const void* masses, const Losses& losses) {

@@ -1,6 +1,8 @@
 // The region features (L1) of one layer.
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../layout.h"
@@ -41,7 +43,7 @@ struct RegionFeatures {
   const Losses& call;
   const Options& options;
   int64_t layer, first_channel, channels;
-  std::vector<double> f, b;           // [N, C]
+  std::unique_ptr<double[]> f, b;     // [N, C]
   std::vector<double> w_fg, w_bg;     // [N], the divisors
   std::vector<double> fg_sum, bg_sum; // [N], sums of f and b over the channels, for the norms that need them
   std::vector<char> counts;           // [N], whether the sample counts; rows of the others are 0 and their divisors 1
@@ -55,8 +57,8 @@ struct RegionFeatures {
         first_channel(first_channel),
         channels(pyramid.layers[layer].channels) {
     const int64_t N = pyramid.batch;
-    f.assign(N * channels, 0);
-    b.assign(N * channels, 0);
+    f.reset(new double[N * channels]);
+    b.reset(new double[N * channels]);
     w_fg.assign(N, 1);
     w_bg.assign(N, 1);
     fg_sum.assign(N, 0);
@@ -67,7 +69,12 @@ struct RegionFeatures {
       const double m_bg = read(masses, pyramid.accumulate, mass_index(1, n));
       const bool by_region = options.region_weight == RegionWeight::kRegion;
       counts[n] = by_region ? m_fg != 0 && m_bg != 0 : m_fg + m_bg != 0;
-      if (!counts[n]) continue;
+      double *f_row = f.get() + n * channels, *b_row = b.get() + n * channels;
+      if (!counts[n]) {
+        std::fill_n(f_row, channels, 0.0);
+        std::fill_n(b_row, channels, 0.0);
+        continue;
+      }
       switch (options.region_weight) {
         case RegionWeight::kValid:
           w_fg[n] = w_bg[n] = m_fg + m_bg;
@@ -82,7 +89,6 @@ struct RegionFeatures {
           w_fg[n] = w_bg[n] = static_cast<double>(pixels_of(pyramid.layers[layer]));
           break;
       }
-      double *f_row = f.data() + n * channels, *b_row = b.data() + n * channels;
       with_type(pyramid.accumulate, [&](auto zero) {
         using T = decltype(zero);
         const T *fg = static_cast<const T*>(sums) + sum_index(0, n, 0),

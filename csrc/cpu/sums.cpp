@@ -164,6 +164,7 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
               [&](auto zero) { write_sums(pyramid, cuts[l], tile, tile_sums, static_cast<decltype(zero)*>(sums)); });
   });
 
+  std::vector<double> of_layers(cuts.size(), 0);
   const auto finish_layer = [&](int64_t l) {
     with_type(pyramid.accumulate, [&](auto zero) {
       using T = decltype(zero);
@@ -172,17 +173,13 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
                     static_cast<T*>(sums));
       }
     });
-    if (losses != nullptr) losses_of_layer(pyramid, l, cuts[l].first_channel, sums, masses, *losses);
+    if (losses != nullptr) of_layers[l] = losses_of_layer(pyramid, l, cuts[l].first_channel, sums, masses, *losses);
   };
   const int64_t numbers = std::max(room.back(), 2 * pyramid.batch * pyramid.total_channels);
   parallel_for(pyramid.num_layers, numbers < kNumbersPerThread ? 1 : threads, finish_layer);
-  if (losses == nullptr || losses->total == nullptr) return;
-  with_type(pyramid.accumulate, [&](auto zero) {
-    using T = decltype(zero);
-    const T* of_layers = static_cast<const T*>(losses->losses);
-    *static_cast<T*>(losses->total) =
-        static_cast<T>(std::accumulate(of_layers, of_layers + pyramid.num_layers, double(0)));
-  });
+  if (losses != nullptr && losses->total != nullptr) {
+    write(losses->total, pyramid.accumulate, 0, std::accumulate(of_layers.begin(), of_layers.end(), 0.0));
+  }
 }
 
 namespace {

@@ -94,10 +94,7 @@ class Pass(torch.autograd.Function):
             if not ctx.mask_gradient:
                 ctx.mark_non_differentiable(out.masses)
             return out.sums, out.masses, *aliases
-        losses = out.losses
-        if call.adds_up:
-            losses = losses.sum() if out.total is None else out.total
-        return (losses, out.sums, *aliases) if ctx.keeps_sums else (losses, *aliases)
+        return (out.losses, out.sums, *aliases) if ctx.keeps_sums else (out.losses, *aliases)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -175,7 +172,7 @@ def run_kernels(
     has_known = any(sums is not None for sums in known)
     if not has_known and (call.options is None or call.ranks is None):
         return registered.sums(
-            features, weights, call.pyramid, call.options, pairing, with_slopes, call.backend
+            features, weights, call.pyramid, call.options, pairing, with_slopes, call.backend, call.adds_up
         )
     if has_known:
         own = _with_known(call, features, weights, known)
@@ -187,12 +184,11 @@ def run_kernels(
 def with_losses(call: Call, own: Sums, pairing: Tensor | None) -> Sums:
     """Sums [2, N, ΣC] and masses [2, N, L] of this rank with losses and slopes, over a group of all ranks."""
     assert call.options is not None
-    if call.ranks is None:
-        made = registered.losses(own.sums, own.masses, call.pyramid, call.options, pairing, call.backend)
-        return Sums(own.sums, own.masses, *made)
-    gathered = gather_batch(own.sums, call.ranks), gather_batch(own.masses, call.ranks)
-    losses, slopes = registered.losses(*gathered, call.pyramid, call.options, pairing, call.backend)
-    return Sums(own.sums, own.masses, losses, slopes)
+    of_all = own.sums, own.masses
+    if call.ranks is not None:
+        of_all = gather_batch(own.sums, call.ranks), gather_batch(own.masses, call.ranks)
+    losses, slopes = registered.losses(*of_all, call.pyramid, call.options, pairing, call.backend)
+    return Sums(own.sums, own.masses, losses.sum() if call.adds_up else losses, slopes)
 
 
 def _with_known(

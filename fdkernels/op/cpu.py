@@ -58,10 +58,11 @@ def sums(
     options: Options | None,
     pairing: Tensor | None,
     with_slopes: bool,
+    adds_up: bool = False,
 ) -> Sums:
     """Sum the layers [N, C_l, *S_l] of a pyramid by (R2), and make losses (L1) to (L6) of the sums."""
-    out = packing.empty_sums(features, pyramid, options, with_slopes)
-    total = None if options is None else out.sums.new_empty(())
+    out = packing.empty_sums(features, pyramid, options, with_slopes, adds_up)
+    losses = packing.pointer(out.losses)
     pairing, pairing_pointer, num_pairs = packing.contiguous(pairing)
     # By position, in the order of the stub: keywords would take 2 % of a small call.
     _C.cpu_sums(
@@ -73,12 +74,12 @@ def sums(
         None if options is None else packing.options_of(options),
         pairing_pointer,
         num_pairs,
-        packing.pointer(out.losses),
-        packing.pointer(total),
+        0 if adds_up else losses,
+        losses if adds_up else 0,
         packing.pointer(out.slopes),
         torch.get_num_threads(),
     )
-    return Sums(out.sums, out.masses, out.losses, out.slopes, total)
+    return out
 
 
 def losses(

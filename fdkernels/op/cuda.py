@@ -54,8 +54,12 @@ def sums(
     options: Options | None,
     pairing: Tensor | None,
     with_slopes: bool,
+    adds_up: bool = False,
 ) -> Sums:
-    """Sum the layers [N, C_l, *S_l] by (R2) and make losses (L1) to (L6) of the sums, in two launches."""
+    """Sum the layers [N, C_l, *S_l] by (R2) and make losses (L1) to (L6) of the sums, in two launches.
+
+    To add up the losses takes one more.
+    """
     out = packing.empty_sums(features, pyramid, options, with_slopes)
     pairing, pairing_pointer, num_pairs = packing.contiguous(pairing)
     device = features[0].device
@@ -76,7 +80,7 @@ def sums(
         device.index,
         current_stream(device),
     )
-    return out
+    return out._replace(losses=out.losses.sum()) if adds_up and out.losses is not None else out
 
 
 def losses(

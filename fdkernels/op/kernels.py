@@ -42,12 +42,13 @@ class Kernels(Protocol):
         options: Options | None,
         pairing: Tensor | None,
         with_slopes: bool,
+        adds_up: bool = False,
     ) -> Sums:
         """Sum the layers [N, C_l, *S_l] of a pyramid by (R2), and make losses (L1) to (L6) of the sums.
 
-        Without `options` there are sums and masses alone. `options.reduction` is `"mean"` or `"sum"`. The
-        pairing is int64, [N] for shuffle, [K, 2] for pooled (rows with a negative entry do not count), or
-        None.
+        Without `options` there are sums and masses alone. `options.reduction` is `"mean"` or `"sum"`;
+        `adds_up` asks for the sum of the layers' losses. The pairing is int64, [N] for shuffle, [K, 2] for
+        pooled (rows with a negative entry do not count), or None.
         """
 
     def losses(

@@ -256,15 +256,19 @@ def empty_region_sums(regions: Regions, pyramid: Pyramid) -> tuple[Tensor, Tenso
 
 
 def empty_sums(
-    features: Sequence[Tensor], pyramid: Pyramid, options: Options | None, with_slopes: bool
+    features: Sequence[Tensor],
+    pyramid: Pyramid,
+    options: Options | None,
+    with_slopes: bool,
+    adds_up: bool = False,
 ) -> Sums:
-    """Allocate sums [2, N, ΣC] and masses [2, N, L], and with options losses [L] and slopes [2, N, ΣC]."""
+    """Allocate sums, slopes [2, N, ΣC], masses [2, N, L] and losses [L] or [], as `Sums` has them."""
     batch, num_layers, dtype, device = features[0].shape[0], len(features), pyramid.dtype, features[0].device
     sums = torch.empty((2, batch, pyramid.total_channels), dtype=dtype, device=device)
     masses = torch.empty((2, batch, num_layers), dtype=dtype, device=device)
     if options is None:
         return Sums(sums, masses, None, None)
-    losses = torch.empty(num_layers, dtype=dtype, device=device)
+    losses = torch.empty(() if adds_up else num_layers, dtype=dtype, device=device)
     return Sums(sums, masses, losses, torch.empty_like(sums) if with_slopes else None)
 
 
@@ -312,16 +316,20 @@ def mask_arguments(
     mask: Tensor, ignore_index: float | None
 ) -> tuple[int, _C.DType, int, list[int], int, list[int], bool, float, int, float]:
     """The arguments from `mask` to `tolerance` of the stub, for a mask [N, 1, *S0]."""
-    shape, stride = mask.shape, mask.stride()
+    return mask.data_ptr(), *_mask_kind(mask.shape, mask.stride(), mask.dtype, ignore_index)
+
+
+@lru_cache(maxsize=64)
+def _mask_kind(
+    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, ignore_index: float | None
+) -> tuple[_C.DType, int, list[int], int, list[int], bool, float, int, float]:
+    """Those beside the pointer."""
     missing = 5 - len(shape)
-    value, number = 0.0, 0
-    if ignore_index is not None and mask.dtype.is_floating_point:
-        value = _rounded(ignore_index, mask.dtype)
-    elif ignore_index is not None:
-        number = int(ignore_index)
+    rounds = ignore_index is not None and dtype.is_floating_point  # as torch does where it compares the two
+    value = float(torch.tensor(ignore_index, dtype=dtype, device="cpu").item()) if rounds else 0.0
+    number = 0 if rounds or ignore_index is None else int(ignore_index)
     return (
-        mask.data_ptr(),
-        _MASK_DTYPES[mask.dtype],
+        _MASK_DTYPES[dtype],
         shape[0],
         [*[1] * missing, *shape[2:]],
         stride[0],
@@ -329,14 +337,8 @@ def mask_arguments(
         ignore_index is not None,
         value,
         number,
-        mask_tolerance(mask.dtype),
+        mask_tolerance(dtype),
     )
-
-
-@lru_cache(maxsize=32)
-def _rounded(ignore_index: float, dtype: torch.dtype) -> float:
-    """Round a value as torch does where it compares it with a mask of that dtype."""
-    return float(torch.tensor(ignore_index, dtype=dtype, device="cpu").item())
 
 
 def empty_weights(

@@ -135,16 +135,14 @@ class Sums(NamedTuple):
     Attributes:
         sums: S of (R2) [2, N, ΣC], foreground first, the layers side by side.
         masses: M of (R2) [2, N, L].
-        losses: [L]; None without options.
+        losses: [L], or their sum [] where it was asked for; None without options.
         slopes: ∂L_l/∂S (F1) [2, N, ΣC]; None without options or where not asked for.
-        total: Σ_l L_l, [], from kernels that add it up; else None.
     """
 
     sums: Tensor
     masses: Tensor
     losses: Tensor | None
     slopes: Tensor | None
-    total: Tensor | None = None
 
 
 def describe(features: Sequence[Tensor]) -> Pyramid:

@@ -151,6 +151,7 @@ def sums(
     options: Options | None,
     pairing: Tensor | None,
     with_slopes: bool,
+    adds_up: bool = False,
 ) -> Sums:
     """Sum layers [N, C_l, *S_l] by (R2) to [2, N, ΣC] and [2, N, L], and make losses of the sums."""
     dtype = pyramid.dtype
@@ -166,7 +167,7 @@ def sums(
     if options is None:
         return Sums(all_sums, masses, None, None)
     loss, slopes = losses(all_sums, masses, pyramid, options, pairing)
-    return Sums(all_sums, masses, loss, slopes if with_slopes else None)
+    return Sums(all_sums, masses, loss.sum() if adds_up else loss, slopes if with_slopes else None)
 
 
 def losses(

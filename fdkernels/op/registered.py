@@ -92,15 +92,16 @@ def sums(
     pairing: Tensor | None,
     with_slopes: bool,
     backend: str,
+    adds_up: bool = False,
 ) -> Sums:
     """`Kernels.sums`."""
     if may_call_directly(features):
-        return kernels_of(backend).sums(features, weights, pyramid, options, pairing, with_slopes)
+        return kernels_of(backend).sums(features, weights, pyramid, options, pairing, with_slopes, adds_up)
     text = None if options is None else options.as_text()
     all_sums, masses, *rest = torch.ops.fdkernels.sums(
         features, *weights, text, pairing, with_slopes, backend
     )
-    loss = None if options is None else rest[0]
+    loss = None if options is None else rest[0].sum() if adds_up else rest[0]
     return Sums(all_sums, masses, loss, rest[1] if options is not None and with_slopes else None)
 
 

@@ -119,6 +119,20 @@ def test_losses_and_slopes_are_those_of_the_sums(backend, device):
     torch.testing.assert_close(out.slopes, slopes)
 
 
+def test_losses_are_added_up_where_asked(backend, device):
+    features = [torch.randn(2, 5, 6, 7, device=device), torch.randn(2, 37, 10, device=device)]
+    weights = weights_for(features, "mixed")
+    each, together = (
+        kernels_of(backend).sums(features, weights, describe(features), PAPER, None, True, adds_up=asked)
+        for asked in (False, True)
+    )
+    assert together.losses.shape == ()
+    torch.testing.assert_close(together.losses, each.losses.double().sum().float())
+    assert all(
+        torch.equal(getattr(each, name), getattr(together, name)) for name in ("sums", "masses", "slopes")
+    )
+
+
 def test_without_slopes_nothing_else_changes(backend, device):
     features = [torch.randn(2, 5, 6, 7, device=device), torch.randn(2, 37, 10, device=device)]
     weights = weights_for(features, "mixed")
@@ -151,8 +165,7 @@ def test_the_same_bits_twice(backend, device, layout, options):
     weights = weights_for([features], "valid wide")
     first, second = (run(backend, [features], weights, options) for _ in range(2))
     made = [(a, b) for a, b in zip(first, second, strict=True) if a is not None]
-    with_losses = 5 if backend == "cpu" else 4  # whose kernels add up the losses as well
-    assert len(made) == (2 if options is None else with_losses)
+    assert len(made) == (2 if options is None else 4)
     assert all(torch.equal(a, b) for a, b in made)
 
 

@@ -117,6 +117,7 @@ def sums(
     options: Options | None,
     pairing: Tensor | None,
     with_slopes: bool,
+    adds_up: bool = False,
 ) -> Sums:
     """Sum layers [N, C_l, *S_l] by (R2) and make losses of the sums: a launch for the tiles, and one more."""
     partial, counters, sums, masses, second_pass = sum_tiles(features, weights, pyramid)
@@ -133,7 +134,7 @@ def sums(
             (*tables, per_layer_table(pyramid.pixels[i] for i in layers)), *runtime,
             BLOCK_SHAPES=blocks, num_warps=_WARPS, **constants,
         )  # fmt: skip
-    return Sums(sums, masses, loss, slopes)
+    return Sums(sums, masses, loss.sum() if adds_up else loss, slopes)
 
 
 def losses(
