@@ -1,6 +1,7 @@
 // Sums and gradients on the CPU: cuts the layers into tiles, runs the vector kernels on them in parallel, and adds up
 // partial sums in a fixed order.
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -16,9 +17,6 @@ namespace {
 
 // Channels of a tile with contiguous pixels: they share the weights, and runs of pixels stay long.
 constexpr int64_t kTileChannels = 8;
-
-// Sums, partial or not, below which another thread costs more than it saves in adding them up and making losses.
-constexpr int64_t kNumbersPerThread = 1 << 12;
 
 // How one layer is cut into tiles. It depends on shape and layout alone, not on the number of threads, so that the same
 // input gives the same bits.
@@ -76,6 +74,35 @@ int64_t count_tiles(const Pyramid& pyramid, const std::vector<Cut>& cuts) {
   return cuts.back().first_tile + pyramid.batch * cuts.back().blocks * cuts.back().tiles;
 }
 
+// Counts down what is left to do for each of some results, so that the thread that does the last of it goes on.
+class Countdown {
+ public:
+  explicit Countdown(int64_t results) : left_(results) {}
+  void start(int64_t result, int64_t items) { left_[result].store(items, std::memory_order_relaxed); }
+  // Whether the item just done was the last of its result; all that the others wrote is seen then.
+  bool is_last(int64_t result) { return left_[result].fetch_sub(1, std::memory_order_acq_rel) == 1; }
+
+ private:
+  std::vector<std::atomic<int64_t>> left_;
+};
+
+// One item of a loop over the samples of all layers: the masses of a sample, or one of its tiles.
+struct Item {
+  int64_t layer, sample, tile; // -1: the masses
+
+  static int64_t count_of_sample(const Cut& cut) { return 1 + cut.blocks * cut.tiles; }
+  static int64_t count(const Pyramid& pyramid, const std::vector<Cut>& cuts) {
+    return count_tiles(pyramid, cuts) + pyramid.num_layers * pyramid.batch;
+  }
+  static Item of(const Pyramid& pyramid, const std::vector<Cut>& cuts, int64_t index) {
+    int64_t l = pyramid.num_layers - 1;
+    while (cuts[l].first_tile + l * pyramid.batch > index)
+      --l;
+    const int64_t in_layer = index - cuts[l].first_tile - l * pyramid.batch, of_sample = count_of_sample(cuts[l]);
+    return {l, in_layer / of_sample, in_layer % of_sample - 1};
+  }
+};
+
 int64_t layer_of_tile(const std::vector<Cut>& cuts, int64_t tile) {
   int64_t l = static_cast<int64_t>(cuts.size()) - 1;
   while (cuts[l].first_tile > tile)
@@ -99,6 +126,28 @@ void write_sums(const Pyramid& pyramid, const Cut& cut, const Tile& tile, const 
     for (int64_t c = 0; c < tile.channel_end - tile.channel_begin; ++c)
       out[c] = static_cast<T>(values[c]);
   }
+}
+
+// Sums a tile of sample n, to its place among the results where it has whole rows, else among the partial sums of its
+// layer.
+void sum_tile(const Pyramid& pyramid, int64_t l, int64_t n, int64_t tile_of_sample, const Cut& cut, double* partial,
+              void* sums) {
+  const int64_t index = n * cut.blocks * cut.tiles + tile_of_sample;
+  const Tile tile = cut.tile(pyramid.layers[l], index);
+  double of_whole_rows[2 * kMaxTileChannels];
+  double* out = cut.has_whole_rows() ? of_whole_rows : partial + cut.partial_sums(0, 0, index);
+  const TileSums tile_sums{out, out + tile.channel_end - tile.channel_begin};
+  tile_kernels().sums(pyramid.layers[l], tile, pyramid.accumulate, tile_sums);
+  if (!cut.has_whole_rows()) return;
+  with_type(pyramid.accumulate,
+            [&](auto zero) { write_sums(pyramid, cut, tile, tile_sums, static_cast<decltype(zero)*>(sums)); });
+}
+
+void write_masses(const Pyramid& pyramid, int64_t l, int64_t n, void* masses) {
+  double mass[2];
+  tile_kernels().masses(pyramid.layers[l], n, mass);
+  for (int64_t k = 0; k < 2; ++k)
+    write(masses, pyramid.accumulate, (k * pyramid.batch + n) * pyramid.num_layers + l, mass[k]);
 }
 
 // Adds up the partial sums [tile][2][channel] of sample n of one layer in the order of its tiles.
@@ -135,48 +184,40 @@ void second_pass(const Pyramid& pyramid, int64_t l, int64_t n, const Cut& cut, c
 
 void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses, int num_threads) {
   const std::vector<Cut> cuts = cut(pyramid, Span::kChannelBlocks);
-  const int64_t num_tiles = count_tiles(pyramid, cuts), num_samples = pyramid.num_layers * pyramid.batch;
   std::vector<int64_t> room(cuts.size() + 1, 0); // partial sums before those of each layer
   for (size_t l = 0; l < cuts.size(); ++l)
     room[l + 1] = room[l] + cuts[l].partial_sums(pyramid.batch, 0, 0);
   const std::unique_ptr<double[]> partial(new double[room.back()]);
-  const int threads = useful_threads(elements_of(pyramid), num_threads);
-
-  parallel_for(num_tiles + num_samples, threads, [&](int64_t item) {
-    if (item >= num_tiles) {
-      const int64_t l = (item - num_tiles) / pyramid.batch, n = (item - num_tiles) % pyramid.batch;
-      double mass[2];
-      tile_kernels().masses(pyramid.layers[l], n, mass);
-      for (int64_t k = 0; k < 2; ++k) {
-        write(masses, pyramid.accumulate, (k * pyramid.batch + n) * pyramid.num_layers + l, mass[k]);
-      }
-      return;
-    }
-    const int64_t l = layer_of_tile(cuts, item), index = item - cuts[l].first_tile;
-    const Tile tile = cuts[l].tile(pyramid.layers[l], index);
-    double of_whole_rows[2 * kMaxTileChannels];
-    double* out =
-        cuts[l].has_whole_rows() ? of_whole_rows : partial.get() + room[l] + cuts[l].partial_sums(0, 0, index);
-    const TileSums tile_sums{out, out + tile.channel_end - tile.channel_begin};
-    tile_kernels().sums(pyramid.layers[l], tile, pyramid.accumulate, tile_sums);
-    if (!cuts[l].has_whole_rows()) return;
-    with_type(pyramid.accumulate,
-              [&](auto zero) { write_sums(pyramid, cuts[l], tile, tile_sums, static_cast<decltype(zero)*>(sums)); });
-  });
-
   std::vector<double> of_layers(cuts.size(), 0);
-  const auto finish_layer = [&](int64_t l) {
-    with_type(pyramid.accumulate, [&](auto zero) {
-      using T = decltype(zero);
-      for (int64_t n = 0; n < pyramid.batch; ++n) {
-        second_pass(pyramid, l, n, cuts[l], partial.get() + room[l], static_cast<const T*>(masses),
-                    static_cast<T*>(sums));
-      }
-    });
+  const auto write_losses = [&](int64_t l) {
     if (losses != nullptr) of_layers[l] = losses_of_layer(pyramid, l, cuts[l].first_channel, sums, masses, *losses);
   };
-  const int64_t numbers = std::max(room.back(), 2 * pyramid.batch * pyramid.total_channels);
-  parallel_for(pyramid.num_layers, numbers < kNumbersPerThread ? 1 : threads, finish_layer);
+
+  Countdown samples(pyramid.num_layers * pyramid.batch), layers(pyramid.num_layers);
+  for (int64_t l = 0; l < pyramid.num_layers; ++l) {
+    layers.start(l, pyramid.batch);
+    for (int64_t n = 0; n < pyramid.batch; ++n)
+      samples.start(l * pyramid.batch + n, Item::count_of_sample(cuts[l]));
+  }
+  const int threads = useful_threads(elements_of(pyramid), num_threads);
+  parallel_for(Item::count(pyramid, cuts), threads, [&](int64_t index) {
+    const Item item = Item::of(pyramid, cuts, index);
+    const int64_t l = item.layer, n = item.sample;
+    double* const partial_of_layer = partial.get() + room[l];
+    if (item.tile < 0) {
+      write_masses(pyramid, l, n, masses);
+    } else {
+      sum_tile(pyramid, l, n, item.tile, cuts[l], partial_of_layer, sums);
+    }
+    if (!samples.is_last(l * pyramid.batch + n)) return;
+    with_type(pyramid.accumulate, [&](auto zero) {
+      using T = decltype(zero);
+      second_pass(pyramid, l, n, cuts[l], partial_of_layer, static_cast<const T*>(masses), static_cast<T*>(sums));
+    });
+    if (layers.is_last(l)) write_losses(l);
+  });
+  for (int64_t l = 0; pyramid.batch == 0 && l < pyramid.num_layers; ++l)
+    write_losses(l);
   if (losses != nullptr && losses->total != nullptr) {
     write(losses->total, pyramid.accumulate, 0, std::accumulate(of_layers.begin(), of_layers.end(), 0.0));
   }
