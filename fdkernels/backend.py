@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdkernels.checks import one_of
-from fdkernels.transforms import in_transform
+from fdkernels.transforms import PLAIN, in_transform
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -118,12 +119,12 @@ def auto_backend(device_type: str) -> str:
     return "reference"
 
 
-def mask_check(device_type: str) -> Callable[[Tensor, float | None], bool] | None:
-    """A kernel that says whether the values of a mask [N, 1, *S0] on such a device are valid.
+def mask_check(mask: Any) -> Callable[[Tensor, float | None], bool] | None:
+    """A kernel that says whether the values of such a mask, as [N, 1, *S0], are valid.
 
-    It reads them once and makes no copy. None where there is no such kernel: a check in torch decides then.
+    It reads them once and makes no copy. None where no kernel reads it: a check in torch decides then.
     """
-    if device_type != "cpu" or auto_backend("cpu") != "cpu":
+    if type(mask) not in PLAIN or mask.device.type != "cpu" or auto_backend("cpu") != "cpu":
         return None
     from fdkernels.op import cpu
 

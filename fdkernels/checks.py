@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from fdkernels.transforms import in_transform, innermost
+from fdkernels.transforms import has_values, in_transform, innermost
 
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGER_MASK_DTYPES = (
@@ -59,10 +59,9 @@ class debug:
 
 def values_are_readable(tensor: Tensor) -> bool:
     """Return whether values of `tensor` may be read: on the CPU or under `debug()`, never while compiling."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_values(tensor):
         return False
-    device = tensor.device.type
-    return device == "cpu" or (_debug_depth > 0 and device != "meta")
+    return tensor.device.type == "cpu" or _debug_depth > 0
 
 
 def one_of(argument: str, value: object, allowed: Collection[str]) -> None:

@@ -26,7 +26,7 @@ class Plan(NamedTuple):
         backend: the name of the one that computes.
         pyramid: the layers.
         sizes: S_l of each.
-        accepts: as for `check_mask`; None for a mask that has no other values than 0 and 1.
+        accepts: as for `check_mask`, or None; None for a mask that can have no other values than 0 and 1.
     """
 
     backend: str
@@ -79,7 +79,7 @@ def check_inputs(
     # Not `layers is not given`, which torch 2.6 compiles to a comparison of tensors.
     channels_last = settings.channel_dim not in (1, 1 - layers[0].dim())
     layers = geometry.channels_first(layers, settings.channel_dim)
-    accepts = backends.mask_check(layers[0].device.type)
+    accepts = backends.mask_check(given_mask)
     planes = _planes(given_mask, layers, settings, accepts)
     geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
     backend = backends.resolve(settings.backend, layers[0].device)
@@ -105,7 +105,8 @@ def _kind_of(given: Any, mask: Any, settings: Settings) -> Hashable | None:
         return None
     try:
         of_layers = [(layer.shape, layer.stride(), layer.dtype, layer.device) for layer in layers]
-        kind = settings, backends.selected(), mask.shape, mask.dtype, mask.device, *of_layers
+        of_mask = type(mask), mask.shape, mask.dtype, mask.device
+        kind = settings, backends.selected(), of_mask, *of_layers
         hash(kind)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, no strides, sizes that stay symbolic
         return None
@@ -122,8 +123,7 @@ def _planes(
     ignore_index = settings.ignore_index
     if not settings.classes.is_binary:
         return check_class_mask(mask, layers, settings.classes, ignore_index)
-    values = checks.check_mask(mask, layers, ignore_index, accepts)
-    return Planes(values, ignore_index, selects=ignore_index is not None)
+    return _of_one_class(checks.check_mask(mask, layers, ignore_index, accepts), settings)
 
 
 def _known_planes(mask: Tensor, layers: list[Tensor], settings: Settings, plan: Plan) -> Planes:
@@ -134,4 +134,9 @@ def _known_planes(mask: Tensor, layers: list[Tensor], settings: Settings, plan: 
     values = mask if mask.dim() == layers[0].dim() else mask.unsqueeze(1)
     if plan.accepts is None or not plan.accepts(values, ignore_index):
         checks.check_plane_values(values, ignore_index, None)
-    return Planes(values, ignore_index, selects=ignore_index is not None)
+    return _of_one_class(values, settings)
+
+
+def _of_one_class(values: Tensor, settings: Settings) -> Planes:
+    """The planes of a checked mask [N, 1, *S0]."""
+    return Planes(values, settings.ignore_index, selects=settings.ignore_index is not None)

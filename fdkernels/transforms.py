@@ -1,12 +1,16 @@
-"""What torch knows of a tensor under names of its own: transforms around it, and changes in place."""
+"""What torch knows of a tensor under names of its own: transforms around it, values, changes in place."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = ["in_transform", "innermost", "version_of"]
+__all__ = ["PLAIN", "has_values", "in_transform", "innermost", "version_of"]
+
+# Types whose memory kernels may read; a subclass may have it elsewhere, or none.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def in_transform() -> bool:
@@ -17,6 +21,11 @@ def in_transform() -> bool:
     """
     # What torch.autograd.Function.apply itself asks; the other is -1 outside forward_ad.dual_level().
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # noqa: SLF001
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor of any shape has values: those of FakeTensorMode and the meta device have none."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def innermost(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from fdkernels.op.pyramid import (
     unpack,
     weight_dtype,
 )
+from fdkernels.transforms import PLAIN
 
 __all__ = [
     "empty_gradients",
@@ -37,8 +38,6 @@ __all__ = [
     "may_call_directly",
     "sums",
 ]
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 # `sizes` holds the spatial sizes one after the other, `pyramid` is packed, `options` are text. `upstream`
 # holds the gradients that are added, `upstream_layers` the index of the layer of each.
@@ -64,7 +63,7 @@ def may_call_directly(tensors: Iterable[Tensor | None]) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     for tensor in tensors:  # noqa: SIM110 -- a generator takes longer than its tests
-        if tensor is not None and type(tensor) not in _PLAIN:
+        if tensor is not None and type(tensor) not in PLAIN:
             return False
     return True
 
@@ -95,7 +94,7 @@ def sums(
     adds_up: bool = False,
 ) -> Sums:
     """`Kernels.sums`."""
-    if may_call_directly(features):
+    if may_call_directly((*features, weights.fg[0])):
         return kernels_of(backend).sums(features, weights, pyramid, options, pairing, with_slopes, adds_up)
     text = None if options is None else options.as_text()
     all_sums, masses, *rest = torch.ops.fdkernels.sums(

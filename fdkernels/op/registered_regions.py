@@ -32,7 +32,7 @@ def region_sums(
     features: Sequence[Tensor], regions: Regions, pyramid: Pyramid, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`Kernels.region_sums`."""
-    if may_call_directly(features):
+    if may_call_directly((*features, regions.weights[0])):
         return kernels_of(backend).region_sums(features, regions, pyramid)
     all_sums, masses = torch.ops.fdkernels.region_sums(
         features, regions.weights, regions.pivots, regions.selects, backend

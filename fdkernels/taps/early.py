@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdkernels.op.pyramid import Weights, accumulate_dtype
 from fdkernels.op.weights import weights_of
-from fdkernels.transforms import version_of
+from fdkernels.transforms import has_values, version_of
 
 __all__ = ["AskedSizes", "EarlyMask", "TakesMask"]
 
@@ -54,7 +54,8 @@ class EarlyMask:
     def is_of(self, values: Tensor, mask_resize: str, ignore_index: float | None) -> bool:
         """Whether a loss has the same mask, values [N, 1, *S0], unchanged since, and resizes it likewise."""
         mask = self.mask
-        is_same = mask.data_ptr() == values.data_ptr() and mask.dtype == values.dtype
+        is_same = not has_values(mask) or mask.data_ptr() == values.data_ptr()
+        is_same = is_same and mask.dtype == values.dtype
         is_same = is_same and mask.numel() == values.numel() and version_of(mask) == self._version
         return is_same and (self.mask_resize, self.ignore_index) == (mask_resize, ignore_index)
 
