@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.checks import one_of
-from fdkernels.transforms import PLAIN, in_transform
+from fdkernels.transforms import has_plain_memory, in_transform
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -124,7 +124,7 @@ def mask_check(mask: Any) -> Callable[[Tensor, float | None], bool] | None:
 
     It reads them once and makes no copy. None where no kernel reads it: a check in torch decides then.
     """
-    if type(mask) not in PLAIN or mask.device.type != "cpu" or auto_backend("cpu") != "cpu":
+    if not has_plain_memory(mask) or mask.device.type != "cpu" or auto_backend("cpu") != "cpu":
         return None
     from fdkernels.op import cpu
 

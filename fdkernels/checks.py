@@ -127,8 +127,8 @@ def _check_layer(layer: object, index: int, layers: Sequence[object]) -> None:
 
     if not isinstance(layer, Tensor):
         raise TypeError(f"{name()} must be a tensor, got {type(layer).__name__}")
-    if layer.layout != torch.strided:
-        raise TypeError(f"{name()} must be a dense tensor, got layout {layer.layout}")
+    if not _is_dense(layer):
+        raise TypeError(f"{name()} must be a dense tensor, got {_layout_of(layer)}")
     if layer.dtype not in _FEATURE_DTYPES:
         raise TypeError(f"{name()} must be float32, float64, bfloat16 or float16, got {short(layer.dtype)}")
     if not 3 <= layer.dim() <= 5:
@@ -139,6 +139,14 @@ def _check_layer(layer: object, index: int, layers: Sequence[object]) -> None:
         raise ValueError(
             f"{name()} must have at least one channel and one pixel, got shape {list(layer.shape)}"
         )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and (torch.compiler.is_compiling() or not tensor.is_nested)
+
+
+def _layout_of(tensor: Tensor) -> str:
+    return "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
 
 
 def check_mask(
@@ -196,6 +204,8 @@ def mask_as_tensor(mask: object) -> Tensor:
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if not _is_dense(mask):
+        raise TypeError(f"mask must be a dense tensor, got {_layout_of(mask)}")
     return mask
 
 

@@ -105,7 +105,7 @@ def _kind_of(given: Any, mask: Any, settings: Settings) -> Hashable | None:
         return None
     try:
         of_layers = [(layer.shape, layer.stride(), layer.dtype, layer.device) for layer in layers]
-        of_mask = type(mask), mask.shape, mask.dtype, mask.device
+        of_mask = type(mask), mask.layout, mask.is_neg(), mask.shape, mask.dtype, mask.device
         kind = settings, backends.selected(), of_mask, *of_layers
         hash(kind)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, no strides, sizes that stay symbolic

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = ["PLAIN", "has_values", "in_transform", "innermost", "version_of"]
+__all__ = ["PLAIN", "has_plain_memory", "has_values", "in_transform", "innermost", "version_of"]
 
-# Types whose memory kernels may read; a subclass may have it elsewhere, or none.
+# The types of `has_plain_memory`, for loops in which a call would take longer than the tests.
 PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def has_plain_memory(tensor: Any) -> bool:
+    """Whether the memory of a tensor of any shape holds its values; never while compiling.
+
+    That of a subclass may be elsewhere, or nowhere; that of a view such as `x.conj().imag` is yet to be
+    negated.
+    """
+    return not torch.compiler.is_compiling() and type(tensor) in PLAIN and not tensor.is_neg()
 
 
 def in_transform() -> bool:

@@ -145,7 +145,7 @@ _FIRST_INPUT = 2
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient [N, C, *S] laid out like the input."""
-    if grad.stride() == x.stride() and grad.dtype == x.dtype:
+    if grad.stride() == x.stride() and grad.dtype == x.dtype and not grad.is_neg():
         return grad
     return torch.empty_like(x).copy_(grad)
 

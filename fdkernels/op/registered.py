@@ -59,11 +59,14 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def may_call_directly(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether no compiler, dispatch mode or subclass (such as a fake tensor) sees tensors of any shape."""
+    """Whether no compiler or dispatch mode sees tensors of any shape, all of which have plain memory.
+
+    Where one has not, as a fake tensor or a lazily negated view, torch's dispatcher knows what to do.
+    """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    for tensor in tensors:  # noqa: SIM110 -- a generator takes longer than its tests
-        if tensor is not None and type(tensor) not in PLAIN:
+    for tensor in tensors:  # a generator takes longer than its tests
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg()):
             return False
     return True
 
@@ -128,7 +131,7 @@ def gradient(
     if torch.compiler.is_compiling():
         # It fuses with what computed the upstream gradient and what takes this one: no map moves for it.
         return reference.gradient_expression(grad_sums, factor, weights, upstream, pyramid)
-    if not torch.is_grad_enabled() and may_call_directly([grad_sums, *upstream]):
+    if not torch.is_grad_enabled() and may_call_directly([grad_sums, factor, *upstream]):
         return kernels_of(backend).gradient(grad_sums, factor, weights, upstream, pyramid)
     present = [(layer, grad) for layer, grad in enumerate(upstream) if grad is not None]
     layers, added = [layer for layer, _ in present], [grad for _, grad in present]

@@ -11,6 +11,7 @@ from torch import Tensor
 from fdkernels import checks
 from fdkernels.op import reference, registered
 from fdkernels.op.pyramid import Weights
+from fdkernels.transforms import has_plain_memory
 
 __all__ = ["weights_of"]
 
@@ -92,12 +93,14 @@ def _find(size: torch.Size, sizes: Sequence[torch.Size]) -> int:
 
 def _readable_as_is(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The mask itself as [N, P] where kernels can read it, else None."""
+    compiling = torch.compiler.is_compiling()
     if mask.dtype not in (torch.bool, torch.uint8, dtype) or not mask.is_contiguous():
+        return None
+    if not compiling and not has_plain_memory(mask):
         return None
     if mask.dtype == dtype and not checks.values_are_readable(mask):
         return None
     if mask.dtype != torch.bool:
         return mask.flatten(1)
     # Inductor of torch before 2.9 does not lower the view; the copy is a byte a pixel.
-    compiling = torch.compiler.is_compiling()
     return (mask.to(torch.uint8) if compiling else mask.view(torch.uint8)).flatten(1)

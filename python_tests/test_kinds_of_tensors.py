@@ -1,9 +1,10 @@
-"""Tensors without values, as memory estimates use them, and subclasses: no kernel looks for their memory."""
+"""Tensors without values, as memory estimates use them, subclasses, lazy views and other layouts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fdkernels as fdk
@@ -23,7 +24,7 @@ CALLS = {
 }
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Features, a binary mask, and class indices."""
     features = torch.randn(2, 3, 8, 8, requires_grad=True)
     return features, torch.rand(2, 1, 8, 8).round(), torch.randint(0, 3, (2, 8, 8))
@@ -88,3 +89,70 @@ def test_the_mask_of_a_subclass_is_checked():
         assert torch.equal(fdk.feature_discrepancy_loss(features, mask.as_subclass(OfTheUser)), wanted)
         with pytest.raises(ValueError, match="divide a 0/255 mask by 255"):
             fdk.feature_discrepancy_loss(features, (mask * 255).as_subclass(OfTheUser))
+
+
+def lazily(values: Tensor) -> Tensor:
+    """The same values, negated in memory, as in the view `x.conj().imag`."""
+    return torch._neg_view(-values)
+
+
+@pytest.mark.parametrize("given", [{}, {"mode": "multiclass", "num_classes": 3}], ids=["binary", "classes"])
+def test_features_that_are_negated_in_memory(backend, device, given):
+    features, *masks = (values.detach().to(device) for values in inputs())
+    mask = masks[1 if given else 0]
+    wanted = fdk.region_sums(features, mask, backend=backend, **given)
+    assert torch.equal(fdk.region_sums(lazily(features), mask, backend=backend, **given).fg, wanted.fg)
+
+
+def test_a_gradient_that_arrives_negated_in_memory(backend, device):
+    features, mask, _ = (
+        values.detach().to(device).requires_grad_(values.requires_grad) for values in inputs()
+    )
+    grads = []
+    for is_lazy in (True, False):
+        out, loss = fdk.tap(features, mask, backend=backend)
+        used = torch.complex(out, out).conj().imag if is_lazy else -out
+        grads += torch.autograd.grad((used * torch.arange(8.0, device=device)).sum() + loss, features)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("size", [8, 4], ids=["as it is", "resized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mask_that_is_negated_in_memory(backend, device, size, dtype):
+    features, mask, _ = (values.detach().to(device) for values in inputs())
+    features, mask = features[..., :size, :size], mask.to(dtype)
+    wanted = fdk.feature_discrepancy_loss(features, mask, backend=backend)
+    for _ in range(2):
+        assert torch.equal(fdk.feature_discrepancy_loss(features, lazily(mask), backend=backend), wanted)
+
+
+def test_a_norm_between_lazy_views():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).train()
+    images, mask = torch.randn(4, 3, 32, 32), torch.rand(4, 1, 32, 32).round()
+    results = []
+    fdk.fuse_norms(net)
+    for is_lazy in (True, False):
+        net.zero_grad()
+        x = (lazily(images) if is_lazy else images).requires_grad_()
+        taps = fdk.FeatureTaps(net, ["1"], fused=True)
+        with taps.mask(lazily(mask) if is_lazy else mask):
+            y = net(x)
+        y = torch.complex(y, y).conj().imag if is_lazy else -y
+        crit = fdk.FeatureDiscrepancyLoss(1, alpha_init=0.5)
+        ((y * torch.linspace(0, 1, 32)).sum() + crit(taps)).backward()
+        taps.close()
+        results.append([y.detach().clone(), x.grad.clone(), net[0].weight.grad.clone()])
+    for lazy, plain in zip(*results, strict=True):
+        torch.testing.assert_close(lazy, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["features", "mask"])
+@pytest.mark.parametrize("made", ["sparse", "nested"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_not_dense_is_refused(what, made):
+    features, mask, _ = inputs()
+    given = {"features": features.detach(), "mask": mask}
+    dense = given[what]
+    given[what] = dense.to_sparse() if made == "sparse" else torch.nested.nested_tensor(list(dense))
+    with pytest.raises(TypeError, match=f"{what} must be a dense tensor, got .*{made}"):
+        fdk.feature_discrepancy_loss(**given)
