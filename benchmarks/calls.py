@@ -66,8 +66,6 @@ Samples = dict[str, list[float]]  # seconds of each round, by name
 # Seconds of timing for each mode of a case. A GPU's times scatter less, and a lent one is short of time.
 BUDGETS, QUICK_BUDGET = {"cpu": 0.4, "cuda": 0.15}, 0.05
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
-# A call that takes longer finds nothing of the last one in a cache, and needs no untimed call before it.
-_WARM_SECONDS = 0.02
 # A GPU clock that is hardly too slow, for a pause of at least the time that is asked for.
 _CLOCK_HZ = 3e9
 # Bytes that a case needs at once, over those of the features. What does not fit a GPU says so itself.
@@ -257,9 +255,11 @@ class Setup:
 
 
 def host_samples(benchmark: Any, functions: Functions, device: str, budget: float) -> Samples:
-    """Seconds of calls, in rounds: each function once untimed, as others emptied the caches, and once timed.
+    """Seconds of calls, in rounds: each function once untimed and once timed, as in a loop that trains.
 
-    pytest-benchmark times the first; its setup times the others, each round beginning with the next of them.
+    What others did before is not its own: they emptied the caches, and in a virtual machine the memory that
+    it freed seconds ago has gone back to the host, to come again page by page. Each round begins with the
+    next of them; pytest-benchmark times the first, and its setup the others.
     """
     measured, *others = functions
 
@@ -273,20 +273,16 @@ def host_samples(benchmark: Any, functions: Functions, device: str, budget: floa
         call(name)
         return time.perf_counter() - start
 
-    def warm(name: str) -> None:
-        if seconds[name] <= _WARM_SECONDS:
-            call(name)
-
     def setup() -> None:
         others.append(others.pop(0))
         for name in others:
-            warm(name)
+            call(name)
             samples[name].append(seconds_of(name))
-        warm(measured)
+        call(measured)
 
-    seconds = {name: min(seconds_of(name), seconds_of(name)) for name in functions}
+    seconds = sum(2 * min(seconds_of(name), seconds_of(name)) for name in functions)
     samples: Samples = {name: [] for name in others}
-    rounds = _rounds(budget, sum(once * (1 if once > _WARM_SECONDS else 2) for once in seconds.values()))
+    rounds = _rounds(budget, seconds)
     gc.collect()
     gc.disable()
     try:
