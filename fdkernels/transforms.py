@@ -35,7 +35,12 @@ def in_transform() -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor of any shape has values: those of FakeTensorMode and the meta device have none."""
+    """Whether a tensor of any shape has values: those of FakeTensorMode and the meta device have none.
+
+    While compiling each counts as one that has.
+    """
+    if torch.compiler.is_compiling():
+        return True
     return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 

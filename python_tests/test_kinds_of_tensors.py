@@ -76,6 +76,13 @@ def test_a_mask_without_values_for_features_with_some_is_refused_by_torch():
         _, mask, _ = inputs()
     with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
         fdk.feature_discrepancy_loss(features, mask)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    fdk.fuse_norms(net)
+    taps = fdk.FeatureTaps(net, ["1"], fused=True)
+    with taps.mask(mask):  # the norm would read it first
+        net(features)
+    with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        fdk.FeatureDiscrepancyLoss(1)(taps)
 
 
 class OfTheUser(torch.Tensor):

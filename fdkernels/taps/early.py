@@ -63,6 +63,7 @@ class EarlyMask:
         """The mask as [N, 1, *S0] for features [N, C, *S]; None if it does not fit or needs a gradient."""
         mask = self.mask.unsqueeze(1) if self.mask.dim() == x.dim() - 1 else self.mask
         fits = mask.dim() == x.dim() and mask.shape[:2] == (x.shape[0], 1) and mask.device == x.device
+        fits = fits and has_values(mask) == has_values(x)
         return mask if fits and mask.numel() and not (mask.requires_grad or mask.is_complex()) else None
 
     def weights_of(self, x: Tensor, backend: str) -> Weights | None:
