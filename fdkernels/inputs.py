@@ -26,7 +26,7 @@ class Plan(NamedTuple):
         backend: the name of the one that computes.
         pyramid: the layers.
         sizes: S_l of each.
-        accepts: as for `check_mask`, or None; None for a mask that can have no other values than 0 and 1.
+        accepts: as for `check_mask`; None where no kernel reads the mask, or it can hold only 0 and 1.
     """
 
     backend: str
@@ -83,9 +83,8 @@ def check_inputs(
     planes = _planes(given_mask, layers, settings, accepts)
     geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
     backend = backends.resolve(settings.backend, layers[0].device)
-    has_values = planes.values.dtype != torch.bool
     sizes = [layer.shape[2:] for layer in layers]
-    plan = Plan(backend, describe(layers), sizes, accepts if has_values else None)
+    plan = Plan(backend, describe(layers), sizes, None if planes.values.dtype == torch.bool else accepts)
     if kind is not None:
         if len(_plans) == _MOST_PLANS:
             _plans.clear()

@@ -128,26 +128,27 @@ void write_sums(const Pyramid& pyramid, const Cut& cut, const Tile& tile, const 
   }
 }
 
-// Sums a tile of sample n, to its place among the results where it has whole rows, else among the partial sums of its
-// layer.
-void sum_tile(const Pyramid& pyramid, int64_t l, int64_t n, int64_t tile_of_sample, const Cut& cut, double* partial,
-              void* sums) {
-  const int64_t index = n * cut.blocks * cut.tiles + tile_of_sample;
-  const Tile tile = cut.tile(pyramid.layers[l], index);
+// Sums a tile, to its place among the results where it has whole rows, else among the partial sums of its layer.
+void sum_tile(const Pyramid& pyramid, const Item& item, const Cut& cut, double* partial, void* sums) {
+  const Layer& layer = pyramid.layers[item.layer];
+  const int64_t index = item.sample * cut.blocks * cut.tiles + item.tile;
+  const Tile tile = cut.tile(layer, index);
   double of_whole_rows[2 * kMaxTileChannels];
   double* out = cut.has_whole_rows() ? of_whole_rows : partial + cut.partial_sums(0, 0, index);
   const TileSums tile_sums{out, out + tile.channel_end - tile.channel_begin};
-  tile_kernels().sums(pyramid.layers[l], tile, pyramid.accumulate, tile_sums);
+  tile_kernels().sums(layer, tile, pyramid.accumulate, tile_sums);
   if (!cut.has_whole_rows()) return;
   with_type(pyramid.accumulate,
             [&](auto zero) { write_sums(pyramid, cut, tile, tile_sums, static_cast<decltype(zero)*>(sums)); });
 }
 
-void write_masses(const Pyramid& pyramid, int64_t l, int64_t n, void* masses) {
+void write_masses(const Pyramid& pyramid, const Item& item, void* masses) {
   double mass[2];
-  tile_kernels().masses(pyramid.layers[l], n, mass);
-  for (int64_t k = 0; k < 2; ++k)
-    write(masses, pyramid.accumulate, (k * pyramid.batch + n) * pyramid.num_layers + l, mass[k]);
+  tile_kernels().masses(pyramid.layers[item.layer], item.sample, mass);
+  for (int64_t k = 0; k < 2; ++k) {
+    const int64_t row = k * pyramid.batch + item.sample;
+    write(masses, pyramid.accumulate, row * pyramid.num_layers + item.layer, mass[k]);
+  }
 }
 
 // Adds up the partial sums [tile][2][channel] of sample n of one layer in the order of its tiles.
@@ -205,9 +206,9 @@ void sums(const Pyramid& pyramid, void* sums, void* masses, const Losses* losses
     const int64_t l = item.layer, n = item.sample;
     double* const partial_of_layer = partial.get() + room[l];
     if (item.tile < 0) {
-      write_masses(pyramid, l, n, masses);
+      write_masses(pyramid, item, masses);
     } else {
-      sum_tile(pyramid, l, n, item.tile, cuts[l], partial_of_layer, sums);
+      sum_tile(pyramid, item, cuts[l], partial_of_layer, sums);
     }
     if (!samples.is_last(l * pyramid.batch + n)) return;
     with_type(pyramid.accumulate, [&](auto zero) {
