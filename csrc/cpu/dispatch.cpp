@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "loss_rows.h"
 #include "mask_kernels.h"
 #include "norm.h"
 #include "tiles.h"
@@ -17,6 +18,7 @@ struct Isa {
   RegionKernels region;
   NormKernels norm;
   MaskKernels mask;
+  LossRowKernels loss_rows;
 };
 
 // Lists the instruction sets that both this build and this processor have, best first.
@@ -28,17 +30,18 @@ std::vector<Isa> usable_isas() {
 #if defined(FDK_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    usable.push_back(
-        {"avx512", tile_kernels_avx512(), region_kernels_avx512(), norm_kernels_avx512(), mask_kernels_avx512()});
+    usable.push_back({"avx512", tile_kernels_avx512(), region_kernels_avx512(), norm_kernels_avx512(),
+                      mask_kernels_avx512(), loss_row_kernels_avx512()});
   }
 #endif
 #if defined(FDK_HAVE_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
-    usable.push_back({"avx2", tile_kernels_avx2(), region_kernels_avx2(), norm_kernels_avx2(), mask_kernels_avx2()});
+    usable.push_back({"avx2", tile_kernels_avx2(), region_kernels_avx2(), norm_kernels_avx2(), mask_kernels_avx2(),
+                      loss_row_kernels_avx2()});
   }
 #endif
   usable.push_back({"baseline", tile_kernels_baseline(), region_kernels_baseline(), norm_kernels_baseline(),
-                    mask_kernels_baseline()});
+                    mask_kernels_baseline(), loss_row_kernels_baseline()});
   return usable;
 }
 
@@ -66,5 +69,6 @@ const TileKernels& tile_kernels() { return isa().tile; }
 const RegionKernels& region_kernels() { return isa().region; }
 const NormKernels& norm_kernels() { return isa().norm; }
 const MaskKernels& mask_kernels() { return isa().mask; }
+const LossRowKernels& loss_row_kernels() { return isa().loss_rows; }
 
 } // namespace fdk::cpu

@@ -46,11 +46,7 @@ Term pooled_term(const RegionFeatures& x, int64_t k) {
 double distance(const RegionFeatures& x, Pair pair) {
   if (x.options.norm == Norm::kVector) {
     const double *f = x.f.get() + pair.i * x.channels, *b = x.b.get() + pair.j * x.channels;
-    double total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t c = 0; c < x.channels; ++c)
-      total += (f[c] - b[c]) * (f[c] - b[c]);
-    return total;
+    return loss_row_kernels().squared_distance(f, b, x.channels);
   }
   const double difference = x.fg_sum[pair.i] - x.bg_sum[pair.j], sum = x.fg_sum[pair.i] + x.bg_sum[pair.j];
   const double squared = difference * difference;
@@ -136,18 +132,11 @@ double loss_of(const RegionFeatures& x, const Terms& terms) {
 
 // Adds the gradient of q * distance(pair) to grad_f and grad_b [N, C].
 void add_pair_gradient(const RegionFeatures& x, Pair pair, double q, double* grad_f, double* grad_b) {
-  const double* f = x.f.get() + pair.i * x.channels;
-  const double* b = x.b.get() + pair.j * x.channels;
+  const double *f = x.f.get() + pair.i * x.channels, *b = x.b.get() + pair.j * x.channels;
   grad_f += pair.i * x.channels;
   grad_b += pair.j * x.channels;
   if (x.options.norm == Norm::kVector) {
-#pragma omp simd
-    for (int64_t c = 0; c < x.channels; ++c) {
-      const double g = 2 * q * (f[c] - b[c]);
-      grad_f[c] += g;
-      grad_b[c] -= g;
-    }
-    return;
+    return loss_row_kernels().add_distance_gradient(f, b, q, x.channels, grad_f, grad_b);
   }
   const double difference = x.fg_sum[pair.i] - x.bg_sum[pair.j], sum = x.fg_sum[pair.i] + x.bg_sum[pair.j];
   const bool relative = x.options.norm == Norm::kRelative;
@@ -200,28 +189,6 @@ void add_sample_gradient(const RegionFeatures& x, const Terms& terms, double wei
     add_term_gradient(x, term, total, grad_f, grad_b);
 }
 
-// Divides the gradients of the region features of one sample (L7). With a masked background S_bg is not an input, and
-// its gradient goes to S_fg.
-template <class T>
-void divide_gradients(const double* grad_f, const double* grad_b, double w_fg, double w_bg, bool masked, int64_t count,
-                      T* fg, T* bg) {
-  const double by_fg = 1 / w_fg, by_bg = 1 / w_bg;
-  if (masked) {
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c) {
-      fg[c] = static_cast<T>(grad_f[c] * by_fg - grad_b[c] * by_bg);
-      bg[c] = 0;
-    }
-    return;
-  }
-#pragma omp simd
-  for (int64_t c = 0; c < count; ++c)
-    fg[c] = static_cast<T>(grad_f[c] * by_fg);
-#pragma omp simd
-  for (int64_t c = 0; c < count; ++c)
-    bg[c] = static_cast<T>(grad_b[c] * by_bg);
-}
-
 // Writes the slopes (F1) of one layer.
 void write_slopes(const RegionFeatures& x, const Terms& terms, void* slopes) {
   const int64_t N = x.pyramid.batch;
@@ -230,14 +197,13 @@ void write_slopes(const RegionFeatures& x, const Terms& terms, void* slopes) {
   std::vector<double> grad_f(N * x.channels, 0), grad_b(N * x.channels, 0);
   x.options.norm == Norm::kBatch ? add_batch_gradient(x, terms, weight, grad_f.data(), grad_b.data())
                                  : add_sample_gradient(x, terms, weight, grad_f.data(), grad_b.data());
-  with_type(x.pyramid.accumulate, [&](auto zero) {
-    using T = decltype(zero);
-    T* out = static_cast<T*>(slopes);
-    for (int64_t n = 0; n < N; ++n) {
-      divide_gradients(grad_f.data() + n * x.channels, grad_b.data() + n * x.channels, x.w_fg[n], x.w_bg[n],
-                       x.options.masked_background, x.channels, out + x.sum_index(0, n, 0), out + x.sum_index(1, n, 0));
-    }
-  });
+  char* out = static_cast<char*>(slopes);
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t first = n * x.channels;
+    loss_row_kernels().divide_gradients(x.pyramid.accumulate, grad_f.data() + first, grad_b.data() + first,
+                                        x.divisors[n], x.channels, out + x.byte_of_row(0, n),
+                                        out + x.byte_of_row(1, n));
+  }
 }
 
 } // namespace

@@ -6,29 +6,11 @@
 #include <vector>
 
 #include "../layout.h"
+#include "loss_rows.h"
 #include "numbers.h"
 
 namespace fdk::cpu {
 namespace {
-
-// Divides the sums of one sample (L1). Unless `fg_mass` is null, the background is masked: M_fg - S_fg replaces S_bg.
-template <class T>
-void divide_sums(const T* fg, const T* bg, const double* fg_mass, double w_fg, double w_bg, int64_t count, double* f,
-                 double* b) {
-  const double by_fg = 1 / w_fg, by_bg = 1 / w_bg;
-#pragma omp simd
-  for (int64_t c = 0; c < count; ++c)
-    f[c] = static_cast<double>(fg[c]) * by_fg;
-  if (fg_mass == nullptr) {
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c)
-      b[c] = static_cast<double>(bg[c]) * by_bg;
-  } else {
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c)
-      b[c] = (*fg_mass - static_cast<double>(fg[c])) * by_bg;
-  }
-}
 
 double total_of(const double* values, int64_t count) {
   double total = 0;
@@ -44,7 +26,7 @@ struct RegionFeatures {
   const Options& options;
   int64_t layer, first_channel, channels;
   std::unique_ptr<double[]> f, b;     // [N, C]
-  std::vector<double> w_fg, w_bg;     // [N], the divisors
+  std::vector<Divisors> divisors;     // [N]
   std::vector<double> fg_sum, bg_sum; // [N], sums of f and b over the channels, for the norms that need them
   std::vector<char> counts;           // [N], whether the sample counts; rows of the others are 0 and their divisors 1
 
@@ -59,8 +41,7 @@ struct RegionFeatures {
     const int64_t N = pyramid.batch;
     f.reset(new double[N * channels]);
     b.reset(new double[N * channels]);
-    w_fg.assign(N, 1);
-    w_bg.assign(N, 1);
+    divisors.assign(N, {1, 1, options.masked_background, 0});
     fg_sum.assign(N, 0);
     bg_sum.assign(N, 0);
     counts.assign(N, 0);
@@ -75,34 +56,35 @@ struct RegionFeatures {
         std::fill_n(b_row, channels, 0.0);
         continue;
       }
+      Divisors& by = divisors[n];
+      by.fg_mass = m_fg;
       switch (options.region_weight) {
         case RegionWeight::kValid:
-          w_fg[n] = w_bg[n] = m_fg + m_bg;
+          by.fg = by.bg = m_fg + m_bg;
           break;
         case RegionWeight::kNone:
           break;
         case RegionWeight::kRegion:
-          w_fg[n] = m_fg;
-          w_bg[n] = m_bg;
+          by.fg = m_fg;
+          by.bg = m_bg;
           break;
         case RegionWeight::kPixels:
-          w_fg[n] = w_bg[n] = static_cast<double>(pixels_of(pyramid.layers[layer]));
+          by.fg = by.bg = static_cast<double>(pixels_of(pyramid.layers[layer]));
           break;
       }
-      with_type(pyramid.accumulate, [&](auto zero) {
-        using T = decltype(zero);
-        const T *fg = static_cast<const T*>(sums) + sum_index(0, n, 0),
-                *bg = static_cast<const T*>(sums) + sum_index(1, n, 0);
-        divide_sums(fg, bg, options.masked_background ? &m_fg : nullptr, w_fg[n], w_bg[n], channels, f_row, b_row);
-      });
+      const char* values = static_cast<const char*>(sums);
+      loss_row_kernels().divide_sums(pyramid.accumulate, values + byte_of_row(0, n), values + byte_of_row(1, n), by,
+                                     channels, f_row, b_row);
       if (options.norm == Norm::kVector || options.norm == Norm::kBatch) continue;
       fg_sum[n] = total_of(f_row, channels);
       bg_sum[n] = total_of(b_row, channels);
     }
   }
 
-  int64_t sum_index(int64_t region, int64_t n, int64_t c) const {
-    return (region * pyramid.batch + n) * pyramid.total_channels + first_channel + c;
+  // Where the sums, or slopes, of a sample begin among all.
+  int64_t byte_of_row(int64_t region, int64_t n) const {
+    const int64_t row = region * pyramid.batch + n;
+    return (row * pyramid.total_channels + first_channel) * element_size(pyramid.accumulate);
   }
   int64_t mass_index(int64_t region, int64_t n) const {
     return (region * pyramid.batch + n) * pyramid.num_layers + layer;
