@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fdkernels.checks import one_of
+from fdkernels.checks import MaskCheck, one_of
 from fdkernels.transforms import has_plain_memory, in_transform
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -119,16 +117,16 @@ def auto_backend(device_type: str) -> str:
     return "reference"
 
 
-def mask_check(mask: Any) -> Callable[[Tensor, float | None], bool] | None:
-    """A kernel that says whether the values of such a mask, as [N, 1, *S0], are valid.
+def mask_check(mask: Any) -> MaskCheck | None:
+    """What makes the check of the values of such a mask by a kernel, which reads them once and copies none.
 
-    It reads them once and makes no copy. None where no kernel reads it: a check in torch decides then.
+    None where no kernel reads the mask: a check in torch decides then.
     """
     if not has_plain_memory(mask) or mask.device.type != "cpu" or auto_backend("cpu") != "cpu":
         return None
     from fdkernels.op import cpu
 
-    return cpu.mask_is_valid
+    return cpu.mask_check
 
 
 def _require(backend: str) -> None:

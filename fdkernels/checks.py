@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from fdkernels.transforms import has_values, in_transform, innermost
+from fdkernels.transforms import has_values, in_transform, innermost, unwrap_dead
 
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGER_MASK_DTYPES = (
@@ -27,6 +27,9 @@ _INTEGER_MASK_DTYPES = (
     torch.int64,
 )
 _debug_depth = 0
+
+# Of a mask [N, 1, *S0] and the value of ignored pixels: whether such masks have values in [0, 1] beside it.
+MaskCheck = Callable[[Tensor, float | None], Callable[[Tensor], bool]]
 
 
 def mask_tolerance(dtype: torch.dtype) -> float:
@@ -57,11 +60,16 @@ class debug:
         _debug_depth -= 1
 
 
+def is_debugging() -> bool:
+    """Whether values are checked on every device."""
+    return _debug_depth > 0
+
+
 def values_are_readable(tensor: Tensor) -> bool:
     """Return whether values of `tensor` may be read: on the CPU or under `debug()`, never while compiling."""
     if torch.compiler.is_compiling() or not has_values(tensor):
         return False
-    return tensor.device.type == "cpu" or _debug_depth > 0
+    return tensor.device.type == "cpu" or is_debugging()
 
 
 def one_of(argument: str, value: object, allowed: Collection[str]) -> None:
@@ -101,6 +109,7 @@ def as_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
         raise ValueError("features must contain at least one layer, got an empty sequence")
     for index, layer in enumerate(layers):
         _check_layer(layer, index, layers)
+    layers = [unwrap_dead(layer) for layer in layers]
     first = layers[0]
     for index, layer in enumerate(layers[1:], start=1):
         if layer.dim() != first.dim():
@@ -153,7 +162,7 @@ def check_mask(
     mask: object,
     layers: Sequence[Tensor],
     ignore_index: float | None,
-    accepts: Callable[[Tensor, float | None], bool] | None = None,
+    check: MaskCheck | None = None,
 ) -> Tensor:
     """Validate the mask and return it as [N, 1, *S0], in the dtype it came in.
 
@@ -162,7 +171,7 @@ def check_mask(
             `mask_tolerance`.
         layers: the features, as `as_layers` returns them.
         ignore_index: value of the pixels to leave out, or None.
-        accepts: a faster check of the values besides `ignore_index`; where it returns False, torch decides.
+        check: makes a faster check of the values; where that returns False, torch decides.
 
     Raises:
         TypeError: the type or dtype of `mask` or the type of `ignore_index` is wrong.
@@ -180,20 +189,18 @@ def check_mask(
         )
     if ignore_index is not None:
         check_ignore_index(ignore_index, checked.dtype)
-    check_plane_values(checked, ignore_index, accepts)
+    check_plane_values(checked, ignore_index, check)
     return checked
 
 
-def check_plane_values(
-    mask: Tensor, ignore_index: float | None, accepts: Callable[[Tensor, float | None], bool] | None
-) -> None:
+def check_plane_values(mask: Tensor, ignore_index: float | None, check: MaskCheck | None) -> None:
     """Raise ValueError unless the values of a mask [N, 1, *S0] lie in [0, 1], where they are readable."""
     if mask.dtype == torch.bool or not mask.numel() or not values_are_readable(mask):
         return
     if in_transform():
         check_mask_values(innermost(mask).detach(), ignore_index, None)
     else:
-        check_mask_values(mask.detach() if mask.requires_grad else mask, ignore_index, accepts)
+        check_mask_values(mask.detach() if mask.requires_grad else mask, ignore_index, check)
 
 
 def mask_as_tensor(mask: object) -> Tensor:
@@ -206,7 +213,7 @@ def mask_as_tensor(mask: object) -> Tensor:
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if not _is_dense(mask):
         raise TypeError(f"mask must be a dense tensor, got {_layout_of(mask)}")
-    return mask
+    return unwrap_dead(mask)
 
 
 def check_mask_tensor(mask: object, layers: Sequence[Tensor]) -> Tensor:
@@ -260,17 +267,17 @@ def check_ignore_index(ignore_index: object, dtype: torch.dtype) -> None:
 def check_mask_values(
     mask: Tensor,
     ignore_index: float | None,
-    accepts: Callable[[Tensor, float | None], bool] | None,
+    check: MaskCheck | None,
     left_out: float | None = None,
 ) -> None:
     """Raise ValueError unless the values of a mask, of any shape, lie in [0, 1].
 
     Args:
         mask: the values.
-        ignore_index, accepts: as for `check_mask`.
+        ignore_index, check: as for `check_mask`.
         left_out: the value that the caller has left out already, for the sentence.
     """
-    if accepts is not None and accepts(mask, ignore_index):
+    if check is not None and check(mask, ignore_index)(mask):
         return
     if ignore_index is not None:
         mask = mask.masked_fill(mask == ignore_index, 0)

@@ -11,10 +11,12 @@ from torch import Tensor
 from fdkernels import backend as backends
 from fdkernels import checks, geometry
 from fdkernels.classes import Planes, check_class_mask
+from fdkernels.conventions import Options
 from fdkernels.op.pyramid import Pyramid, describe
-from fdkernels.settings import Settings
+from fdkernels.op.weights import WeightsPlan, plan_weights
+from fdkernels.settings import Settings, resize_of
 from fdkernels.taps import FeatureTaps
-from fdkernels.transforms import in_transform
+from fdkernels.transforms import in_transform, unwrap_dead
 
 __all__ = ["Inputs", "Plan", "check_inputs"]
 
@@ -26,13 +28,22 @@ class Plan(NamedTuple):
         backend: the name of the one that computes.
         pyramid: the layers.
         sizes: S_l of each.
-        accepts: as for `check_mask`; None where no kernel reads the mask, or it can hold only 0 and 1.
+        weights: how the mask is resized to them; None for several classes.
+        options: how sums become the loss of each layer.
+        combining: the same with the share of each layer in the loss of all.
+        is_eager: whether no compiler and no transform sees the call.
+        accepts: whether the values of a mask [N, 1, *S0] are valid, by a kernel; None where no kernel reads
+            it, or it can hold only 0 and 1.
     """
 
     backend: str
     pyramid: Pyramid
     sizes: list[torch.Size]
-    accepts: Callable[[Tensor, float | None], bool] | None
+    weights: WeightsPlan | None
+    options: Options
+    combining: Options
+    is_eager: bool
+    accepts: Callable[[Tensor], bool] | None
 
 
 class Inputs(NamedTuple):
@@ -70,21 +81,18 @@ def check_inputs(
                 "got None"
             )
     given = features.features_for_loss() if isinstance(features, FeatureTaps) else features
-    kind = _kind_of(given, given_mask, settings)
-    plan = _plans.get(kind)
+    kind, plan = _look_up(given, given_mask, settings)
     if plan is not None:
-        layers = [given] if isinstance(given, Tensor) else list(given)
-        return Inputs(layers, _known_planes(given_mask, layers, settings, plan), plan)
+        layers = [unwrap_dead(layer) for layer in ([given] if isinstance(given, Tensor) else given)]
+        return Inputs(layers, _known_planes(unwrap_dead(given_mask), layers, settings, plan), plan)
     layers = checks.as_layers(given)
     # Not `layers is not given`, which torch 2.6 compiles to a comparison of tensors.
     channels_last = settings.channel_dim not in (1, 1 - layers[0].dim())
     layers = geometry.channels_first(layers, settings.channel_dim)
-    accepts = backends.mask_check(given_mask)
-    planes = _planes(given_mask, layers, settings, accepts)
+    check = backends.mask_check(given_mask)
+    planes = _planes(given_mask, layers, settings, check)
     geometry.check_aspect(planes.values, layers, settings.aspect, channels_last)
-    backend = backends.resolve(settings.backend, layers[0].device)
-    sizes = [layer.shape[2:] for layer in layers]
-    plan = Plan(backend, describe(layers), sizes, None if planes.values.dtype == torch.bool else accepts)
+    plan = _make_plan(layers, planes, settings, check)
     if kind is not None:
         if len(_plans) == _MOST_PLANS:
             _plans.clear()
@@ -92,37 +100,66 @@ def check_inputs(
     return Inputs(layers, planes, plan)
 
 
-def _kind_of(given: Any, mask: Any, settings: Settings) -> Hashable | None:
-    """All on which the checks and the plan depend; None where it has to be looked at again in each call."""
+def _make_plan(
+    layers: list[Tensor], planes: Planes, settings: Settings, check: checks.MaskCheck | None
+) -> Plan:
+    """The plan of checked layers [N, C_l, *S_l] and planes [N, K, *S0]."""
+    values, ignored = planes.values, planes.ignored
+    backend = backends.resolve(settings.backend, layers[0].device)
+    pyramid, sizes = describe(layers), [layer.shape[2:] for layer in layers]
+    is_eager = not torch.compiler.is_compiling() and not in_transform()
+    weights = accepts = None
+    if settings.classes.is_binary:
+        weights = plan_weights(values, sizes, pyramid.dtype, resize_of(settings), ignored, backend)
+        if is_eager and check is not None and values.dtype != torch.bool:
+            accepts = check(values, ignored)
+    convention, kind = settings.convention, (settings.exchange, settings.reduction, settings.eps)
+    share = 1 / len(layers) if settings.reduction == "mean" else 1.0
+    return Plan(
+        backend=backend,
+        pyramid=pyramid,
+        sizes=sizes,
+        weights=weights,
+        options=convention.options(*kind),
+        combining=convention.options(*kind, share),
+        is_eager=is_eager,
+        accepts=accepts,
+    )
+
+
+def _look_up(given: Any, mask: Any, settings: Settings) -> tuple[Hashable | None, Plan | None]:
+    """All on which the checks and the plan depend, and the plan where such a call was seen before.
+
+    None where it has to be looked at again in each call.
+    """
     # A process group must not outlive its owner, and channels elsewhere make other tensors of the layers.
     is_plain = settings.group is None and settings.channel_dim == 1 and settings.classes.is_binary
     is_plain = is_plain and settings.channel_dim is not True  # which equals 1, and is refused
     if not is_plain or torch.compiler.is_compiling() or in_transform():
-        return None
+        return None, None
     layers = [given] if isinstance(given, Tensor) else given
     if not isinstance(layers, (list, tuple)):
-        return None
+        return None, None
     try:
         of_layers = [(layer.shape, layer.stride(), layer.dtype, layer.device) for layer in layers]
-        of_mask = type(mask), mask.layout, mask.is_neg(), mask.shape, mask.dtype, mask.device
-        kind = settings, backends.selected(), of_mask, *of_layers
-        hash(kind)
+        of_mask = mask.layout, mask.is_neg(), mask.shape, mask.stride(), mask.dtype, mask.device
+        kind = settings, backends.selected(), checks.is_debugging(), type(mask), of_mask, *of_layers
+        return kind, _plans.get(kind)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, no strides, sizes that stay symbolic
-        return None
-    return kind
+        return None, None
 
 
 def _planes(
     mask: Any,
     layers: list[Tensor],
     settings: Settings,
-    accepts: Callable[[Tensor, float | None], bool] | None,
+    check: checks.MaskCheck | None,
 ) -> Planes:
     """The checked mask as planes [N, K, *S0] for layers [N, C_l, *S_l]."""
     ignore_index = settings.ignore_index
     if not settings.classes.is_binary:
         return check_class_mask(mask, layers, settings.classes, ignore_index)
-    return _of_one_class(checks.check_mask(mask, layers, ignore_index, accepts), settings)
+    return _of_one_class(checks.check_mask(mask, layers, ignore_index, check), settings)
 
 
 def _known_planes(mask: Tensor, layers: list[Tensor], settings: Settings, plan: Plan) -> Planes:
@@ -131,7 +168,7 @@ def _known_planes(mask: Tensor, layers: list[Tensor], settings: Settings, plan: 
     if ignore_index is not None:  # True equals 1, and only one of them is a number here
         checks.check_ignore_index(ignore_index, mask.dtype)
     values = mask if mask.dim() == layers[0].dim() else mask.unsqueeze(1)
-    if plan.accepts is None or not plan.accepts(values, ignore_index):
+    if plan.accepts is None or not plan.accepts(values):
         checks.check_plane_values(values, ignore_index, None)
     return _of_one_class(values, settings)
 

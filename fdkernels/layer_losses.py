@@ -17,12 +17,12 @@ from fdkernels.op.pyramid import Regions
 from fdkernels.op.region_pass import RegionCall, pivots_of, regions_of, run_regions
 from fdkernels.op.tapped import FromSums, FromTaps, RegionsFromTaps
 from fdkernels.op.transformed import refuse_group, run_transformed
-from fdkernels.op.weights import weights_of
+from fdkernels.op.weights import make_weights
 from fdkernels.settings import Settings, has_two_regions, resize_of
 from fdkernels.taps import FeatureTaps
 from fdkernels.taps.early import EarlyMask
 from fdkernels.taps.graph_sums import GraphSums
-from fdkernels.transforms import in_transform
+from fdkernels.transforms import apply_plainly, in_transform
 
 __all__ = ["Partners", "losses_per_layer", "region_sums_of"]
 
@@ -41,15 +41,14 @@ def region_sums_of(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     Returns:
         Sums [2, N, ΣC] and masses [2, N, L]; of several classes [2, N, E, ΣC] and [2, N, E, L].
     """
-    layers, planes, (backend, pyramid, sizes, _) = inputs
-    if settings.classes.is_binary:
-        weights = weights_of(
-            planes.values, sizes, pyramid.dtype, resize_of(settings), planes.ignored, backend
-        )
+    layers, planes, plan = inputs
+    backend, pyramid = plan.backend, plan.pyramid
+    if plan.weights is not None:
+        weights = make_weights(planes.values, plan.weights)
         run = run_transformed if in_transform() else run_pass
         sums, masses = run(Call(backend, pyramid), layers, weights, None)
         return sums, masses
-    regions = regions_of(planes, sizes, pyramid.dtype, resize_of(settings), settings.classes, backend)
+    regions = regions_of(planes, plan.sizes, pyramid.dtype, resize_of(settings), settings.classes, backend)
     sums, masses = run_regions(RegionCall(backend, pyramid, regions.selects), layers, regions)
     of_sums, of_masses = (torch.stack(settings.classes.sides(of)).transpose(1, 2) for of in (sums, masses))
     return of_sums, of_masses
@@ -149,11 +148,8 @@ def _of_two_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[
     # below.
     has_slopes = settings.reduction != "none" and not planes.values.requires_grad
     has_slopes = has_slopes and (graph_sums is None or not in_transform())
-    adds_up = combines and has_slopes and placeholders is None and graph_sums is None
-    adds_up = adds_up and not torch.compiler.is_compiling() and not in_transform()
-    is_mean = adds_up and settings.reduction == "mean"  # of the layers, too
-    share = 1 / len(layers) if is_mean else 1.0
-    options = settings.convention.options(settings.exchange, settings.reduction, settings.eps, share)
+    adds_up = combines and plan.is_eager and has_slopes and placeholders is None and graph_sums is None
+    options = plan.combining if adds_up else plan.options
     call = Call(plan.backend, plan.pyramid, options if has_slopes else None, ranks, tapped, adds_up)
     if graph_sums is not None:
         outputs = _from_sums(call, graph_sums, pairing)
@@ -185,21 +181,23 @@ def _from_layers(call: Call, inputs: Inputs, settings: Settings, shared: Batch) 
     backend, dtype = call.backend, call.pyramid.dtype
     weights = None if early is None else early.weights_of_all(layers, dtype, backend)
     if weights is None:
-        weights = weights_of(planes.values, plan.sizes, dtype, resize_of(settings), planes.ignored, backend)
+        assert plan.weights is not None  # as there are two regions
+        weights = make_weights(planes.values, plan.weights)
     if in_transform():
         return run_transformed(call, layers, weights, pairing)
     if placeholders is None:
         return run_pass(call, layers, weights, pairing)
-    outputs: tuple[Tensor, ...] = FromTaps.apply(call, layers, weights, pairing, *placeholders)
+    outputs: tuple[Tensor, ...] = apply_plainly(FromTaps, call, layers, weights, pairing, *placeholders)
     return outputs
 
 
 def _of_several_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tuple[Tensor, list[Tensor]]:
     """The losses of several classes, or of second moments, as `_of_two_regions` returns its own."""
     ranks, pairing, placeholders, tapped, *_ = shared
-    layers, planes, (backend, pyramid, sizes, _) = inputs
+    layers, planes, plan = inputs
+    backend, pyramid = plan.backend, plan.pyramid
     classes, convention = settings.classes, settings.convention
-    regions = regions_of(planes, sizes, pyramid.dtype, resize_of(settings), classes, backend)
+    regions = regions_of(planes, plan.sizes, pyramid.dtype, resize_of(settings), classes, backend)
     if convention.norm == "fisher":
         regions = Regions(regions.weights, regions.selects, pivots_of(layers, regions, pyramid))
     call = RegionCall(backend, pyramid, regions.selects, tapped)
@@ -210,7 +208,6 @@ def _of_several_regions(inputs: Inputs, settings: Settings, shared: Batch) -> tu
     else:
         sums, masses, *aliases = RegionsFromTaps.apply(call, layers, regions, *placeholders)
     found = GatheredSums(sums, masses, regions.pivots, ranks)
-    options = convention.options(settings.exchange, settings.reduction, settings.eps)
-    losses = losses_of_regions(found, pyramid, options, classes, pairing, backend)
+    losses = losses_of_regions(found, pyramid, plan.options, classes, pairing, backend)
     is_plain = classes.is_binary and losses.dim() == 3  # [N, L, 1]
     return losses.squeeze(-1) if is_plain else losses, aliases

@@ -9,7 +9,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = ["PLAIN", "has_plain_memory", "has_values", "in_transform", "innermost", "version_of"]
+__all__ = [
+    "PLAIN",
+    "apply_plainly",
+    "has_plain_memory",
+    "has_values",
+    "in_transform",
+    "innermost",
+    "unwrap_dead",
+    "version_of",
+]
 
 # The types of `has_plain_memory`, for loops in which a call would take longer than the tests.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -50,6 +59,27 @@ def innermost(tensor: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def unwrap_dead(tensor: Tensor) -> Tensor:
+    """What a transform that has ended has wrapped, of any shape; any other tensor as it is.
+
+    torch unwraps it in its dispatcher; kernels read memory, of which the wrapper has none.
+    """
+    if torch.compiler.is_compiling():
+        return tensor
+    unwrapped: Tensor = torch._C._functorch.unwrap_if_dead(tensor)  # noqa: SLF001 - no public name
+    return unwrapped
+
+
+def apply_plainly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)` where no transform runs and no tensor is a dead wrapper of one.
+
+    torch's own asks both in Python, for every argument, which takes a tenth of a small call.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def version_of(tensor: Tensor) -> int | None:

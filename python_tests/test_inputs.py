@@ -74,6 +74,23 @@ def test_the_mask_may_begin_to_require_a_gradient():
     assert soft.grad.abs().sum() > 0
 
 
+def test_masks_that_differ_in_strides_alone():
+    features = torch.rand(2, 3, 8, 8)
+    room = torch.rand(2, 2, 8, 8, dtype=torch.float64).float()
+    first = room[:, :1]
+    for mask in (first.contiguous(), first.mT, first, room[:, 1:], room[:1, :1].expand(2, 1, 8, 8)):
+        for _ in range(2):
+            got = fdk.feature_discrepancy_loss(features, mask)
+            wanted = fdk.feature_discrepancy_loss(features, mask.contiguous())
+            assert torch.equal(got, wanted)
+        outside = mask.clone()
+        outside[-1, 0, -1, -1] = 2
+        with pytest.raises(ValueError, match="must have values in"):
+            fdk.feature_discrepancy_loss(features, outside)
+        with pytest.raises(ValueError, match="must have values in"):
+            fdk.feature_discrepancy_loss(features, outside.mT)
+
+
 def test_only_so_many_kinds_are_remembered():
     for width in range(1, inputs._MOST_PLANS + 3):
         fdk.feature_discrepancy_loss(torch.rand(1, 1, 1, width), torch.ones(1, 1, width))

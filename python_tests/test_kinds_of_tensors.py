@@ -145,6 +145,45 @@ def test_a_mask_that_is_negated_in_memory(backend, device, size, dtype):
         assert torch.equal(fdk.feature_discrepancy_loss(features, lazily(mask), backend=backend), wanted)
 
 
+def left_behind(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as a transform has wrapped them that has ended since."""
+    kept = []
+
+    def keep(*wrapped: Tensor) -> Tensor:
+        kept.extend(one * 1 for one in wrapped)
+        return wrapped[0].sum()
+
+    torch.func.grad(keep, argnums=tuple(range(len(tensors))))(*tensors)
+    return kept
+
+
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)])
+def test_what_a_transform_has_left_behind(which):
+    features, mask, _ = inputs()
+    features = features.detach()
+    wanted = fdk.feature_discrepancy_loss(features, mask), *fdk.region_sums(features, mask)
+    pairs = zip(which, (features, mask), left_behind(features, mask), strict=True)
+    given = [dead if is_dead else alive for is_dead, alive, dead in pairs]
+    with pytest.raises(RuntimeError, match="data pointer"):
+        given[0 if which[0] else 1].data_ptr()  # so that this tests what it says
+    for _ in range(2):
+        got = fdk.feature_discrepancy_loss(*given), *fdk.region_sums(*given)
+        assert all(map(torch.equal, got, wanted))
+
+
+def test_a_mask_that_a_transform_has_left_behind_reaches_free_taps():
+    images, mask = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8).round()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    fdk.fuse_norms(net)
+    taps, crit = fdk.FeatureTaps(net, ["2"]), fdk.FeatureDiscrepancyLoss(1)
+    losses = []
+    for given in (mask, *left_behind(mask)):
+        with taps.mask(given):
+            net(images)
+        losses.append(crit(taps))
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("lazy", ["input", "mask and gradient"])
 def test_a_norm_between_lazy_views(lazy):
     net = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())).train()

@@ -20,6 +20,7 @@ from fdkernels.conventions import Options
 from fdkernels.exchange import Ranks, gather_batch, reduce_batch
 from fdkernels.op import reference, registered
 from fdkernels.op.pyramid import Pyramid, Sums, Weights, describe, select_layers, unpack
+from fdkernels.transforms import apply_plainly
 
 __all__ = ["Call", "Kept", "Pass", "gradient_of_sums", "run_kernels", "run_pass", "with_losses"]
 
@@ -77,24 +78,26 @@ class Pass(torch.autograd.Function):
         features: list[Tensor] = rest[:num_layers]  # type: ignore[assignment]
         if weights is None:
             weights = Weights(rest[num_layers : 2 * num_layers], rest[2 * num_layers :])  # type: ignore[arg-type]
-        needs = ctx.needs_input_grad[_FIRST_FEATURE:]
-        ctx.mask_gradient = any(needs[num_layers:])
-        out = run_kernels(call, features, weights, pairing, with_slopes=any(needs[:num_layers]))
-        ctx.keeps_sums = not torch.compiler.is_compiling()
-        derivable = ctx.keeps_sums and call.options is not None  # a second time, from the sums
+        needs = ctx.needs_input_grad
+        mask_gradient = True in needs[_FIRST_FEATURE + num_layers :]
+        with_slopes = True in needs[_FIRST_FEATURE : _FIRST_FEATURE + num_layers]
+        out = run_kernels(call, features, weights, pairing, with_slopes)
+        keeps_sums = not torch.compiler.is_compiling()
+        derivable = keeps_sums and call.options is not None  # a second time, from the sums
         kept = (out.sums, out.masses, pairing) if derivable else (None, None, None)
         ctx.save_for_backward(
-            out.slopes, *kept, *weights.fg, *weights.bg, *(features if ctx.mask_gradient else ())
+            out.slopes, *kept, *weights.fg, *weights.bg, *(features if mask_gradient else ())
         )
-        ctx.call, ctx.has_bg, ctx.num_weights = call, len(weights.bg) > 0, len(rest) - num_layers
+        ctx.call, ctx.keeps_sums, ctx.mask_gradient = call, keeps_sums, mask_gradient
+        ctx.has_bg, ctx.num_weights = len(weights.bg) > 0, len(rest) - num_layers
         ctx.set_materialize_grads(False)
         # Not views to autograd, which would refuse a change in place by the next layer.
         aliases = [layer.detach() for layer in features] if call.tap else []
         if out.losses is None:
-            if not ctx.mask_gradient:
+            if not mask_gradient:
                 ctx.mark_non_differentiable(out.masses)
             return out.sums, out.masses, *aliases
-        return (out.losses, out.sums, *aliases) if ctx.keeps_sums else (out.losses, *aliases)
+        return (out.losses, out.sums, *aliases) if keeps_sums else (out.losses, *aliases)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -153,7 +156,7 @@ def run_pass(
     # A compiler has to see every tensor, autograd those that need a gradient; elsewhere each costs time.
     seen = torch.compiler.is_compiling() or weights.fg[0].requires_grad
     given = (None, pairing, *features, *weights.fg, *weights.bg) if seen else (weights, pairing, *features)
-    outputs: tuple[Tensor, ...] = Pass.apply(call, *given)
+    outputs: tuple[Tensor, ...] = apply_plainly(Pass, call, *given)
     return outputs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights, describe
 __all__ = [
     "gradient",
     "losses",
+    "mask_check",
     "mask_gradient",
-    "mask_is_valid",
     "masks",
     "region_gradient",
     "region_sums",
@@ -45,10 +45,18 @@ def masks(
     return weights
 
 
-def mask_is_valid(mask: Tensor, ignore_index: float | None) -> bool:
-    """Return whether a mask [N, 1, *S0] holds values in [0, 1] (integers: 0 and 1) besides `ignore_index`."""
-    mask = packing.readable(mask, torch.float32)
-    return _C.cpu_mask_is_valid(*packing.mask_arguments(mask, ignore_index), torch.get_num_threads())
+def mask_check(like: Tensor, ignore_index: float | None) -> Callable[[Tensor], bool]:
+    """Make the check of masks with the shape, strides and dtype of this one, [N, 1, *S0].
+
+    It returns whether a mask holds values in [0, 1] (integers: 0 and 1) beside `ignore_index`.
+    """
+    arguments = packing.mask_arguments(packing.readable(like, torch.float32), ignore_index)[1:]
+
+    def is_valid(mask: Tensor) -> bool:
+        mask = packing.readable(mask, torch.float32)
+        return _C.cpu_mask_is_valid(mask.data_ptr(), *arguments, torch.get_num_threads())
+
+    return is_valid
 
 
 def sums(

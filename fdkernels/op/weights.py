@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,27 @@ from fdkernels.op import reference, registered
 from fdkernels.op.pyramid import Weights
 from fdkernels.transforms import has_plain_memory
 
-__all__ = ["weights_of"]
+__all__ = ["WeightsPlan", "make_weights", "plan_weights", "weights_of"]
+
+
+class WeightsPlan(NamedTuple):
+    """How masks of one kind become the weights of a call's layers; it holds for each mask of the kind.
+
+    Attributes:
+        sizes, dtype, mask_resize, ignore_index, backend: as for `weights_of`.
+        takes_mask: whether kernels read the mask itself at its own size.
+        missing: the sizes to make.
+        indices: of each layer's size among the mask's own, if it is taken, and the missing ones.
+    """
+
+    sizes: Sequence[torch.Size]
+    dtype: torch.dtype
+    mask_resize: str
+    ignore_index: float | None
+    backend: str
+    takes_mask: bool
+    missing: list[torch.Size]
+    indices: list[int]
 
 
 def weights_of(
@@ -48,27 +68,21 @@ def weights_of(
     Returns:
         The weights [N, P_l] of each layer.
     """
-    if mask.requires_grad:
-        return reference.masks(mask, sizes, dtype, mask_resize, ignore_index)
-    as_is = _readable_as_is(mask, dtype) if ignore_index is None else None
-    compiling = torch.compiler.is_compiling()
-    plan = _plan if compiling else _cached_plan
-    missing, indices = plan(tuple(sizes), None if as_is is None else mask.shape[2:])
-    fg: list[Tensor] = [] if as_is is None else [as_is]
-    bg: list[Tensor] = []
-    if missing:
-        made = registered.masks(mask, missing, dtype, mask_resize, ignore_index, backend)
-        fg, bg = fg + list(made.fg), list(made.bg)
-    weights = Weights([fg[i] for i in indices], [bg[i] for i in indices] if bg else [])
-    if compiling:
-        # torch.compile does not trace an autograd function that is given one tensor twice.
-        return Weights(*([weight.view_as(weight) for weight in of_all] for of_all in weights))
-    return weights
+    plan = plan_weights(mask, sizes, dtype, mask_resize, ignore_index, backend)
+    return make_weights(mask, plan)
 
 
-def _plan(sizes: tuple[torch.Size, ...], given: torch.Size | None) -> tuple[list[torch.Size], list[int]]:
-    """The sizes to make, and the index of each layer's size among the given one, if any, and these."""
-    known: list[torch.Size] = [] if given is None else [given]
+def plan_weights(
+    mask: Tensor,
+    sizes: Sequence[torch.Size],
+    dtype: torch.dtype,
+    mask_resize: str,
+    ignore_index: float | None,
+    backend: str,
+) -> WeightsPlan:
+    """Plan the weights of masks of the type, shape, strides, dtype and device of this one, [N, 1, *S0]."""
+    takes_mask = ignore_index is None and _is_readable(mask, dtype)
+    known: list[torch.Size] = [mask.shape[2:]] if takes_mask else []
     num_given = len(known)
     indices = []
     for size in sizes:
@@ -76,11 +90,25 @@ def _plan(sizes: tuple[torch.Size, ...], given: torch.Size | None) -> tuple[list
         if index == len(known):
             known.append(size)
         indices.append(index)
-    return known[num_given:], indices
+    missing = known[num_given:]
+    return WeightsPlan(sizes, dtype, mask_resize, ignore_index, backend, takes_mask, missing, indices)
 
 
-# torch.compile would trace the function and warn of its cache.
-_cached_plan = lru_cache(maxsize=64)(_plan)
+def make_weights(mask: Tensor, plan: WeightsPlan) -> Weights:
+    """Make the weights [N, P_l] of each layer from a mask [N, 1, *S0] of the plan's kind, as `weights_of`."""
+    sizes, dtype, mask_resize, ignore_index, backend, takes_mask, missing, indices = plan
+    if mask.requires_grad:
+        return reference.masks(mask, sizes, dtype, mask_resize, ignore_index)
+    fg: list[Tensor] = [_as_weights(mask)] if takes_mask else []
+    bg: list[Tensor] = []
+    if missing:
+        made = registered.masks(mask, missing, dtype, mask_resize, ignore_index, backend)
+        fg, bg = fg + list(made.fg), list(made.bg)
+    weights = Weights([fg[i] for i in indices], [bg[i] for i in indices] if bg else [])
+    if torch.compiler.is_compiling():
+        # torch.compile does not trace an autograd function that is given one tensor twice.
+        return Weights(*([weight.view_as(weight) for weight in of_all] for of_all in weights))
+    return weights
 
 
 def _find(size: torch.Size, sizes: Sequence[torch.Size]) -> int:
@@ -91,16 +119,18 @@ def _find(size: torch.Size, sizes: Sequence[torch.Size]) -> int:
     return len(sizes)
 
 
-def _readable_as_is(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The mask itself as [N, P] where kernels can read it, else None."""
-    compiling = torch.compiler.is_compiling()
+def _is_readable(mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels can read the mask [N, 1, *S0] itself."""
     if mask.dtype not in (torch.bool, torch.uint8, dtype) or not mask.is_contiguous():
-        return None
-    if not compiling and not has_plain_memory(mask):
-        return None
-    if mask.dtype == dtype and not checks.values_are_readable(mask):
-        return None
+        return False
+    if not torch.compiler.is_compiling() and not has_plain_memory(mask):
+        return False
+    return mask.dtype != dtype or checks.values_are_readable(mask)
+
+
+def _as_weights(mask: Tensor) -> Tensor:
+    """The mask itself as [N, P], as kernels read it."""
     if mask.dtype != torch.bool:
         return mask.flatten(1)
     # Inductor of torch before 2.9 does not lower the view; the copy is a byte a pixel.
-    return (mask.to(torch.uint8) if compiling else mask.view(torch.uint8)).flatten(1)
+    return (mask.to(torch.uint8) if torch.compiler.is_compiling() else mask.view(torch.uint8)).flatten(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdkernels.op.pyramid import Weights, accumulate_dtype
 from fdkernels.op.weights import weights_of
-from fdkernels.transforms import has_values, version_of
+from fdkernels.transforms import has_values, unwrap_dead, version_of
 
 __all__ = ["AskedSizes", "EarlyMask", "TakesMask"]
 
@@ -46,7 +46,7 @@ class EarlyMask:
     """
 
     def __init__(self, mask: Tensor, mask_resize: str, ignore_index: float | None, asked: set[_Key]) -> None:
-        self.mask, self.mask_resize, self.ignore_index = mask, mask_resize, ignore_index
+        self.mask, self.mask_resize, self.ignore_index = unwrap_dead(mask), mask_resize, ignore_index
         self._version = version_of(mask)
         self._made: dict[_Key, Weights | None] = {}
         self._asked = asked

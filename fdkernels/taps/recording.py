@@ -17,7 +17,7 @@ from fdkernels.taps.early import EarlyMask
 from fdkernels.taps.graph_sums import GraphSums, sums_in_graph
 from fdkernels.taps.names import Place
 from fdkernels.taps.structures import pick, replaced
-from fdkernels.transforms import in_transform, version_of
+from fdkernels.transforms import apply_plainly, in_transform, unwrap_dead, version_of
 
 
 class Output(NamedTuple):
@@ -305,7 +305,7 @@ class Keep(_Hook):
             delattr(features, OWN_TAP)  # one loss alone can take it
             return Output(features, own.placeholder, own.slot, own.version), None
         slot = TapSlot()
-        tapped, placeholder = Tap.apply(features, slot)
+        tapped, placeholder = apply_plainly(Tap, unwrap_dead(features), slot)
         goes_on = replaced(output, self.place.keys, tapped)
         if goes_on is None:
             return None, None

@@ -185,7 +185,7 @@ def test_upstream_of_zero_stride_is_added():
 def is_valid(mask: Tensor, ignore_index: float) -> bool:
     from fdkernels.op import cpu
 
-    return cpu.mask_is_valid(mask, ignore_index)
+    return cpu.mask_check(mask, ignore_index)(mask)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS + FLOATS, ids=lambda dtype: str(dtype)[6:])

@@ -77,12 +77,12 @@ def test_what_is_no_weight_is_nan_in_the_cells_that_hold_it_and_nowhere_else(
 
 @pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_the_check_of_the_values_has_the_bounds_of_the_kernels(mask_dtype):
-    """What `mask_is_valid` takes has weights that are numbers, and the other way round."""
+    """What `mask_check` takes has weights that are numbers, and the other way round."""
     cpu = pytest.importorskip("fdkernels.op.cpu", exc_type=ImportError)
     for value in (0, 1, *NO_WEIGHTS[mask_dtype], *TAKEN[mask_dtype]):
         mask = torch.tensor([[[0, value, 1, 100]]], dtype=mask_dtype)
         weights = cpu.masks(mask, [torch.Size((4,))], torch.float64, "area", 100)
-        assert cpu.mask_is_valid(mask, 100) == (not weights.fg[0].isnan().any())
+        assert cpu.mask_check(mask, 100)(mask) == (not weights.fg[0].isnan().any())
 
 
 def test_the_tolerance_is_a_number_that_every_dtype_of_comparison_holds():
