@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdkernels import _C
 from fdkernels.conventions import Options
-from fdkernels.op import packing
+from fdkernels.op import mask_packing, packing
 from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights, describe
 
 __all__ = [
@@ -33,11 +33,11 @@ def masks(
     ignore_index: float | None,
 ) -> Weights:
     """Resize a mask [N, 1, *S0] to the weights (M3) to (M5) [N, P] of each size."""
-    mask = packing.readable(mask, dtype)
-    weights, words = packing.empty_weights(mask, sizes, dtype, mask_resize, ignore_index)
+    mask = mask_packing.readable(mask, dtype)
+    weights, words = mask_packing.empty_weights(mask, sizes, dtype, mask_resize, ignore_index)
     _C.cpu_masks(
-        *packing.mask_arguments(mask, ignore_index),
-        packing.MASK_RESIZES_BY_NAME[mask_resize],
+        *mask_packing.arguments(mask, ignore_index),
+        mask_packing.RESIZES[mask_resize],
         packing.DTYPES[dtype],
         words,
         torch.get_num_threads(),
@@ -50,10 +50,10 @@ def mask_check(like: Tensor, ignore_index: float | None) -> Callable[[Tensor], b
 
     It returns whether a mask holds values in [0, 1] (integers: 0 and 1) beside `ignore_index`.
     """
-    arguments = packing.mask_arguments(packing.readable(like, torch.float32), ignore_index)[1:]
+    arguments = mask_packing.arguments(mask_packing.readable(like, torch.float32), ignore_index)[1:]
 
     def is_valid(mask: Tensor) -> bool:
-        mask = packing.readable(mask, torch.float32)
+        mask = mask_packing.readable(mask, torch.float32)
         return _C.cpu_mask_is_valid(mask.data_ptr(), *arguments, torch.get_num_threads())
 
     return is_valid

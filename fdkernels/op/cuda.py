@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdkernels import _C
 from fdkernels.conventions import Options
-from fdkernels.op import packing
+from fdkernels.op import mask_packing, packing
 from fdkernels.op.pyramid import Pyramid, Regions, Sums, Weights, describe
 from fdkernels.op.stream import current_stream
 
@@ -33,12 +33,12 @@ def masks(
     ignore_index: float | None,
 ) -> Weights:
     """Resize a mask [N, 1, *S0] to the weights (M3) to (M5) [N, P] of each size, in one launch."""
-    mask = packing.readable(mask, dtype)
+    mask = mask_packing.readable(mask, dtype)
     device = mask.device
-    weights, words = packing.empty_weights(mask, sizes, dtype, mask_resize, ignore_index)
+    weights, words = mask_packing.empty_weights(mask, sizes, dtype, mask_resize, ignore_index)
     _C.cuda_masks(
-        *packing.mask_arguments(mask, ignore_index),
-        packing.MASK_RESIZES_BY_NAME[mask_resize],
+        *mask_packing.arguments(mask, ignore_index),
+        mask_packing.RESIZES[mask_resize],
         packing.DTYPES[dtype],
         words,
         device.index,

@@ -7,36 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fdkernels import _C
-from fdkernels.checks import mask_tolerance
 from fdkernels.conventions import EXCHANGES, KERNEL_NORMS, MASK_RESIZES, REDUCTIONS, REGION_WEIGHTS, Options
 from fdkernels.op.norm_formula import ACTIVATIONS
-from fdkernels.op.pyramid import Layer, Pyramid, Regions, Sums, Weights, weight_dtype
+from fdkernels.op.pyramid import Layer, Pyramid, Regions, Sums, Weights
 
 __all__ = [
     "DTYPES",
-    "MASK_RESIZES_BY_NAME",
+    "WORD_OF_DTYPE",
     "allocate_in",
     "contiguous",
     "empty_gradients",
     "empty_region_sums",
     "empty_sums",
     "empty_weight_gradients",
-    "empty_weights",
     "features_words",
     "gradient_words",
     "gradients_words",
-    "mask_arguments",
     "mask_gradient_words",
     "norm_words",
     "options_of",
     "pointer",
-    "readable",
+    "put_extents",
     "region_arguments",
     "region_words",
     "same_dtype",
@@ -74,17 +70,13 @@ _check_names()
 
 # Codes by torch's dtypes and by the names of fdkernels/conventions.py.
 DTYPES = {getattr(torch, name): code for name, code in _C.DType.__members__.items()}
-MASK_RESIZES_BY_NAME = dict(_C.MaskResize.__members__)
-_MASK_DTYPES = {**DTYPES, torch.bool: _C.DType.uint8}
-_WORD_OF_DTYPE = {dtype: int(code) for dtype, code in DTYPES.items()}
+WORD_OF_DTYPE = {dtype: int(code) for dtype, code in DTYPES.items()}
 
-# Offsets of the words of a `Layer`, of a `RegionLayer` and of a `MaskSize`, and their number.
+# Offsets of the words of a `Layer` and of a `RegionLayer`, and their number.
 _LAYER, _LAYER_WORDS = _C.layer_fields, _C.layer_words
 _FEATURES, _FG, _BG, _MASK_DTYPE = (_LAYER[field] for field in ("features", "fg", "bg", "mask_dtype"))
 _GRAD_FG, _GRAD_BG, _UPSTREAM = (_LAYER[field] for field in ("grad_fg", "grad_bg", "upstream"))
 _REGION, _REGION_WORDS = _C.region_layer_fields, _C.region_layer_words
-_SIZE, _SIZE_WORDS = _C.mask_size_fields, _C.mask_size_words
-_SIZE_FG, _SIZE_BG = _SIZE["fg"], _SIZE["bg"]
 
 
 @lru_cache(maxsize=64)
@@ -122,14 +114,14 @@ def _layer_words(layers: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.
     words = [0] * (_LAYER_WORDS * len(layers))
     for index, (shape, stride, dtype) in enumerate(layers):
         start = index * _LAYER_WORDS
-        words[start + _LAYER["dtype"]] = _WORD_OF_DTYPE[dtype]
+        words[start + _LAYER["dtype"]] = WORD_OF_DTYPE[dtype]
         words[start + _LAYER["channels"]] = shape[1]
-        _put_extents(words, start + _LAYER["size"], shape[2:], missing=1)
+        put_extents(words, start + _LAYER["size"], shape[2:], missing=1)
         _put_strides(words, start, "", stride)
     return words
 
 
-def _put_extents(words: list[int], start: int, values: Sequence[int], missing: int) -> None:
+def put_extents(words: list[int], start: int, values: Sequence[int], missing: int) -> None:
     """Write d0, d1, d2; missing dimensions come first."""
     words[start : start + 3] = [missing] * (3 - len(values)) + list(values)
 
@@ -137,7 +129,7 @@ def _put_extents(words: list[int], start: int, values: Sequence[int], missing: i
 def _put_strides(words: list[int], start: int, prefix: str, stride: Sequence[int]) -> None:
     words[start + _LAYER[f"{prefix}stride_n"]] = stride[0]
     words[start + _LAYER[f"{prefix}stride_c"]] = stride[1]
-    _put_extents(words, start + _LAYER[f"{prefix}stride"], stride[2:], missing=0)
+    put_extents(words, start + _LAYER[f"{prefix}stride"], stride[2:], missing=0)
 
 
 def sums_words(features: Sequence[Tensor], weights: Weights, pyramid: Pyramid) -> list[int]:
@@ -151,7 +143,7 @@ def _with_pointers(words: list[int], features: Sequence[Tensor], weights: Weight
     words[_FG::_LAYER_WORDS] = [weight.data_ptr() for weight in weights.fg]
     if weights.bg:
         words[_BG::_LAYER_WORDS] = [weight.data_ptr() for weight in weights.bg]
-    words[_MASK_DTYPE::_LAYER_WORDS] = [_WORD_OF_DTYPE[weight.dtype] for weight in weights.fg]
+    words[_MASK_DTYPE::_LAYER_WORDS] = [WORD_OF_DTYPE[weight.dtype] for weight in weights.fg]
     return words
 
 
@@ -197,9 +189,9 @@ def _region_layer_words(pyramid: Pyramid) -> list[int]:
     words = [0] * (_REGION_WORDS * len(pyramid.layers))
     for index, (shape, _, dtype) in enumerate(pyramid.layers):
         start = index * _REGION_WORDS
-        words[start + _REGION["dtype"]] = _WORD_OF_DTYPE[dtype]
+        words[start + _REGION["dtype"]] = WORD_OF_DTYPE[dtype]
         words[start + _REGION["channels"]] = shape[1]
-        _put_extents(words, start + _REGION["size"], shape[2:], missing=1)
+        put_extents(words, start + _REGION["size"], shape[2:], missing=1)
     return words
 
 
@@ -222,7 +214,7 @@ def region_words(
     words = _region_layer_words(pyramid).copy()
     words[_REGION["weights"] :: _REGION_WORDS] = [weight.data_ptr() for weight in regions.weights]
     words[_REGION["weight_dtype"] :: _REGION_WORDS] = [
-        _WORD_OF_DTYPE[weight.dtype] for weight in regions.weights
+        WORD_OF_DTYPE[weight.dtype] for weight in regions.weights
     ]
     if grad_weights:
         words[_REGION["grad_weights"] :: _REGION_WORDS] = [grad.data_ptr() for grad in grad_weights]
@@ -231,7 +223,7 @@ def region_words(
             if values is not None:
                 start, stride = index * _REGION_WORDS + _REGION[field], values.stride()
                 words[start : start + 3] = values.data_ptr(), stride[0], stride[1]
-                _put_extents(words, start + 3, stride[2:], missing=0)
+                put_extents(words, start + 3, stride[2:], missing=0)
     return words
 
 
@@ -305,86 +297,6 @@ def contiguous(pairing: Tensor | None) -> tuple[Tensor | None, int, int]:
         return None, 0, 0
     pairing = pairing.contiguous()
     return pairing, pairing.data_ptr(), pairing.shape[0]
-
-
-def readable(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a mask [N, 1, *S0] of an 8-bit floating-point dtype, which no kernel reads, to `dtype`."""
-    return mask if mask.dtype in _MASK_DTYPES else mask.to(dtype)
-
-
-def mask_arguments(
-    mask: Tensor, ignore_index: float | None
-) -> tuple[int, _C.DType, int, list[int], int, list[int], bool, float, int, float]:
-    """The arguments from `mask` to `tolerance` of the stub, for a mask [N, 1, *S0]."""
-    return mask.data_ptr(), *_mask_kind(mask.shape, mask.stride(), mask.dtype, ignore_index)
-
-
-@lru_cache(maxsize=64)
-def _mask_kind(
-    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, ignore_index: float | None
-) -> tuple[_C.DType, int, list[int], int, list[int], bool, float, int, float]:
-    """Those beside the pointer."""
-    missing = 5 - len(shape)
-    rounds = ignore_index is not None and dtype.is_floating_point  # as torch does where it compares the two
-    value = float(torch.tensor(ignore_index, dtype=dtype, device="cpu").item()) if rounds else 0.0
-    number = 0 if rounds or ignore_index is None else int(ignore_index)
-    return (
-        _MASK_DTYPES[dtype],
-        shape[0],
-        [*[1] * missing, *shape[2:]],
-        stride[0],
-        [*[0] * missing, *stride[2:]],
-        ignore_index is not None,
-        value,
-        number,
-        mask_tolerance(dtype),
-    )
-
-
-def empty_weights(
-    mask: Tensor,
-    sizes: Sequence[torch.Size],
-    dtype: torch.dtype,
-    mask_resize: str,
-    ignore_index: float | None,
-) -> tuple[Weights, list[int]]:
-    """Allocate the weights of a mask [N, 1, *S0] at `sizes`, and pack them."""
-    batch, device = mask.shape[0], mask.device
-    table = _size_table(tuple(sizes), mask.shape[2:], mask.dtype, dtype, mask_resize)
-    words = table.words.copy()
-    fg = [torch.empty((batch, pixels), dtype=stored, device=device) for pixels, stored in table.weights]
-    words[_SIZE_FG::_SIZE_WORDS] = [weight.data_ptr() for weight in fg]
-    if ignore_index is None:
-        return Weights(fg, []), words
-    bg = [torch.empty((batch, pixels), dtype=stored, device=device) for pixels, stored in table.weights]
-    words[_SIZE_BG::_SIZE_WORDS] = [weight.data_ptr() for weight in bg]
-    return Weights(fg, bg), words
-
-
-class _SizeTable(NamedTuple):
-    """A `MaskSize` of csrc/op.h for each size with 0 for its pointers, and P and the dtype of its weights."""
-
-    words: list[int]
-    weights: list[tuple[int, torch.dtype]]
-
-
-@lru_cache(maxsize=64)
-def _size_table(
-    sizes: tuple[torch.Size, ...],
-    full: torch.Size,
-    mask_dtype: torch.dtype,
-    dtype: torch.dtype,
-    mask_resize: str,
-) -> _SizeTable:
-    words = [0] * (_SIZE_WORDS * len(sizes))
-    weights = []
-    for index, size in enumerate(sizes):
-        stored = weight_dtype(mask_dtype, size == full, dtype, mask_resize)
-        start = index * _SIZE_WORDS
-        _put_extents(words, start + _SIZE["size"], size, missing=1)
-        words[start + _SIZE["dtype"]] = _WORD_OF_DTYPE[stored]
-        weights.append((size.numel(), stored))
-    return _SizeTable(words, weights)
 
 
 def allocate_in(workspace: list[Tensor], device: torch.device) -> Callable[[int], int]:

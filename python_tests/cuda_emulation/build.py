@@ -71,13 +71,14 @@ class Emulation(NamedTuple):
 
     Attributes:
         module: `fdkernels._C` as it is with CUDA, but its "device memory" is that of the CPU.
-        packing: fdkernels.op.packing for that module.
+        packing, mask_packing: those of fdkernels.op for that module.
         backend: fdkernels.op.cuda over that module, for tensors of the CPU.
         norms: fdkernels.op.cuda_norms likewise.
     """
 
     module: Any
     packing: Any
+    mask_packing: Any
     backend: Any
     norms: Any
 
@@ -91,13 +92,15 @@ def emulate() -> Emulation:
     with mock.patch.object(fdkernels, "_C", module, create=True):
         packing = copy_of("packing")
         with mock.patch.object(fdkernels.op, "packing", packing, create=True):
-            backend: Any = copy_of("cuda")
+            masks = copy_of("mask_packing")
+            with mock.patch.object(fdkernels.op, "mask_packing", masks, create=True):
+                backend: Any = copy_of("cuda")
             with mock.patch.object(fdkernels.op, "norm_packing", copy_of("norm_packing"), create=True):
                 norms: Any = copy_of("cuda_norms")
     for kernels in (backend, norms):
         kernels._C = _WithoutDevice(module)
         kernels.current_stream = lambda device: 0
-    return Emulation(module, packing, backend, norms)
+    return Emulation(module, packing, masks, backend, norms)
 
 
 class _WithoutDevice:

@@ -60,9 +60,9 @@ def run(
     ignore: float | None,
 ) -> Weights:
     """Weights that were NaN, or 77 where they are bytes, with more of it around them."""
-    packing = emulated.packing
+    packing, masks = emulated.packing, emulated.mask_packing
     shapes = [torch.Size(size) for size in sizes]
-    _, words = packing.empty_weights(mask, shapes, dtype, resize, ignore)
+    _, words = masks.empty_weights(mask, shapes, dtype, resize, ignore)
     outputs = []
     for pointer in ("fg",) if ignore is None else ("fg", "bg"):
         for index, size in enumerate(shapes):
@@ -76,8 +76,8 @@ def run(
             start = index * emulated.module.mask_size_words
             words[start + emulated.module.mask_size_fields[pointer]] = outputs[-1][1].data_ptr()
     emulated.module.cuda_masks(
-        *packing.mask_arguments(mask, ignore),
-        resize=packing.MASK_RESIZES_BY_NAME[resize],
+        *masks.arguments(mask, ignore),
+        resize=masks.RESIZES[resize],
         accumulate=packing.DTYPES[dtype],
         sizes=words,
         **HERE,
