@@ -82,7 +82,8 @@ def test_fused_taps_give_the_numbers_of_plain_ones(options, used):
         return loss, {"both": main + loss, "only the network": main, "only the loss": loss}[used]
 
     (loss, total), (other_loss, other_total) = run(True), run(False)
-    assert torch.equal(loss, other_loss)
+    # The kernel adds up shares of layers, the taps' losses are averaged by torch: a rounding apart.
+    torch.testing.assert_close(loss, other_loss, rtol=1e-15, atol=0)
     assert_all_close(gradients(total, step.net), gradients(other_total, step.net))
 
 
