@@ -197,35 +197,15 @@ def with_losses(call: Call, own: Sums, pairing: Tensor | None) -> Sums:
 def _with_known(
     call: Call, features: Sequence[Tensor], weights: Weights, known: Sequence[Tensor | None]
 ) -> Sums:
-    """Sums [2, N, ΣC] and masses [2, N, L]; of layers whose sums are known the features are not read."""
-    pyramid = call.pyramid
-    parts = list(known)
-    masses: list[Tensor | None] = [None] * len(known)
-    missing = [index for index, sums in enumerate(known) if sums is None]
-    made: dict[int, Tensor] = {}  # layers of one size share their weights
-    for index, (fg, sums) in enumerate(zip(weights.fg, known, strict=True)):
-        if sums is None:
-            continue  # the kernel gives the masses, too
-        if id(fg) not in made:
-            made[id(fg)] = _masses(weights.select([index]), pyramid.dtype)
-        masses[index] = made[id(fg)]
-    if missing:
-        read = [features[index] for index in missing], weights.select(missing), pyramid.select(missing)
-        found = registered.sums(*read, None, None, False, call.backend)
-        widths = [pyramid.channels[index] for index in missing]
-        for place, (index, part) in enumerate(zip(missing, found.sums.split(widths, dim=-1), strict=True)):
-            parts[index], masses[index] = part, found.masses[..., place]
-    all_sums = torch.cat([part for part in parts if part is not None], dim=-1).to(pyramid.dtype)
-    of_layers = [of_layer for of_layer in masses if of_layer is not None]
-    return Sums(all_sums, torch.stack(of_layers, dim=-1), None, None)
-
-
-def _masses(weights: Weights, dtype: torch.dtype) -> Tensor:
-    """M of (R2) for the weights [N, P] of one layer: [2, N]."""
-    (fg,) = weights.fg
-    of_fg = fg.sum(1, dtype=torch.float64)
-    of_bg = weights.bg[0].sum(1, dtype=torch.float64) if weights.bg else fg.shape[1] - of_fg
-    return torch.stack([of_fg, of_bg]).to(dtype)
+    """Sums [2, N, ΣC] and masses [2, N, L]; of layers whose sums are known the kernel reads no channel."""
+    read = [
+        layer if sums is None else layer.narrow(1, 0, 0) for layer, sums in zip(features, known, strict=True)
+    ]
+    pyramid = describe(read)
+    found = registered.sums(read, weights, pyramid, None, None, False, call.backend)
+    parts = zip(found.sums.split(pyramid.channels, dim=-1), known, strict=True)
+    all_sums = torch.cat([part if sums is None else sums for part, sums in parts], dim=-1)
+    return Sums(all_sums.to(call.pyramid.dtype), found.masses, None, None)
 
 
 def gradient_of_sums(

@@ -52,6 +52,18 @@ def test_every_dtype_mask_and_layout(emulated, rank, dtype, layout):
 
 
 @pytest.mark.parametrize("has_bg", [False, True], ids=["implied", "given"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 0, 4, 3), (3, 0, 64, 80)], ids=str)
+def test_layers_without_channels_have_masses(emulated, shape, layout, has_bg):
+    """The free loss has the sums of its layers, and reads their weights alone."""
+    other = make_layer((shape[0], 3, 8, 8), torch.float32, layout, torch.float32, has_bg)
+    for mask_dtype in MASK_DTYPES:
+        alone = make_layer(shape, torch.float32, layout, mask_dtype, has_bg)
+        assert check(emulated, alone).masses.min() > 0
+    check(emulated, join([alone, other, alone]))
+
+
+@pytest.mark.parametrize("has_bg", [False, True], ids=["implied", "given"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced by vectors", "strided"])
 @pytest.mark.parametrize(
     "shape", [(1, 3, 8208), (2, 24, 64, 80), (1, 70, 33, 65), (1, 2, 9, 16, 24)], ids=str
