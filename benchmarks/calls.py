@@ -31,7 +31,7 @@ VARIANTS = (
     (torch.float32, "channels_last"),
     (torch.bfloat16, "contiguous"),
 )
-# Names, and in how many of the variants. The most important first: a time limit cuts off the end.
+# Names, and in how many of the variants. The most important first: on a GPU a time limit cuts off the end.
 _CORE = {
     **dict.fromkeys(("enc1-256", "pyramid-256", "pyramid-32"), 4),
     **dict.fromkeys(("enc1-128", "enc3-256", "bottleneck-256", "deep-256"), 2),

@@ -76,7 +76,7 @@ def test_the_mask_may_begin_to_require_a_gradient():
 
 def test_masks_that_differ_in_strides_alone():
     features = torch.rand(2, 3, 8, 8)
-    room = torch.rand(2, 2, 8, 8, dtype=torch.float64).float()
+    room = torch.rand(2, 2, 8, 8)
     first = room[:, :1]
     for mask in (first.contiguous(), first.mT, first, room[:, 1:], room[:1, :1].expand(2, 1, 8, 8)):
         for _ in range(2):
